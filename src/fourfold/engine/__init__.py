@@ -1,0 +1,1 @@
+"""One worker's heart: requests become steps, steps become tokens."""

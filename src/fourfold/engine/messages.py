@@ -1,0 +1,112 @@
+"""What crosses the boundary between a gateway and an engine, in both directions.
+
+Plain immutable msgspec structs without tensors, so that the same messages serve a thread in this
+process and a worker behind a wire. The gateway makes `Submit` and `Abort`; the engine answers each
+sample of a request with `TokenOutput`s, the last of which carries a finish reason.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import msgspec
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sample ended. Every sample of every accepted request ends in exactly one of these."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    CANCELLED = "cancelled"
+    FAILED = "failed"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
+    """How the next token is chosen. Filters apply in the order they are listed here.
+
+    The penalties act on raw logits: repetition (HF: divide positive, multiply negative logits of
+    tokens in prompt or output), then presence and frequency (OpenAI: subtract, output only), then
+    `logit_bias`. Temperature 0 takes the argmax.
+    """
+
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
+    temperature: float = 1.0
+    top_k: int = 0
+    """Keep the k most likely tokens; 0 keeps all."""
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int | None = None
+    """Keys the noise together with sample index and position; None draws one per request."""
+    logprobs: int | None = None
+    """Report the chosen token's log-probability and this many alternatives; None reports none."""
+    prompt_logprobs: bool = False
+    """Report log-probabilities of the prompt's own tokens too (with `logprobs`)."""
+    max_tokens: int = 16
+    stop_token_ids: tuple[int, ...] = ()
+    """Token ids that end a sample (the model's end-of-text ids included by the gateway)."""
+
+
+class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """One request: `n` samples of one prompt."""
+
+    request_id: int
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    n: int = 1
+
+
+class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """End the samples of a request that still run; `index` None means all of them.
+
+    `reason` is echoed in the final `TokenOutput`: STOP when the gateway matched a stop string,
+    CANCELLED when nobody listens any more.
+    """
+
+    request_id: int
+    index: int | None = None
+    reason: FinishReason = FinishReason.CANCELLED
+
+
+class TokenLogprob(msgspec.Struct, frozen=True):
+    """A token with its log-probability under the unmodified model, and the likeliest others."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
+    """What one step added to one sample. `token` is None where a sample ends without a new one."""
+
+    request_id: int
+    index: int
+    token: int | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] | None = None
+    """One entry for each prompt token but the first; with the sample's first output only."""
+    cached_tokens: int = 0
+    """Prompt tokens taken from the prefix cache; with the sample's first output only."""
+    finish: FinishReason | None = None
+    error: str | None = None
+
+
+class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
+    """Gauges of this moment and counters since the start."""
+
+    running: int = 0
+    waiting: int = 0
+    pages_total: int = 0
+    pages_in_use: int = 0
+    pages_cached: int = 0
+    """Pages nobody owns that a prefix may still find."""
+    prompt_tokens: int = 0
+    """Prompt tokens computed; those found in the prefix cache are `cached_tokens`."""
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    step_seconds: float = 0.0
+    schedule_seconds: float = 0.0

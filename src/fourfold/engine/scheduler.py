@@ -1,0 +1,262 @@
+"""What to compute next, decided from host state alone.
+
+Every step carries one token of each decoding sample and fills the rest of its token budget with
+chunks of prompts, strictly in order of arrival, so that a long prompt is never overtaken for ever.
+A prompt is admitted when pages for all of it are available; when decoding runs out of pages, the
+youngest sample gives up its pages and is computed again later.
+
+`schedule` relies on counts only, never on the value of a token that is still on the device, so a
+step can be scheduled before the one before it has been read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Iterable
+
+from fourfold.engine.config import EngineConfig
+from fourfold.engine.messages import Abort, FinishReason, Submit, TokenLogprob, TokenOutput
+from fourfold.engine.page_pool import PagePool
+from fourfold.engine.sequence import Sequence
+from fourfold.quadrants.kv_pages import PAGE_TOKENS
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """Tokens `start : start + length` of a sequence; `samples` if the next token is then drawn."""
+
+    sequence: Sequence
+    start: int
+    length: int
+    samples: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class StepPlan:
+    """One step: decode rows (length 1, all sampling), then prompt chunks, in row order."""
+
+    decodes: tuple[Work, ...]
+    prefills: tuple[Work, ...]
+
+    @property
+    def work(self) -> tuple[Work, ...]:
+        return self.decodes + self.prefills
+
+    @property
+    def tokens(self) -> int:
+        return sum(work.length for work in self.work)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampled:
+    """What the device answers for one `Work`: a token where it sampled, logprobs where asked."""
+
+    token: int | None = None
+    logprob: TokenLogprob | None = None
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+class Scheduler:
+    """All samples of one engine, waiting or running. Used by the engine's thread alone."""
+
+    def __init__(self, config: EngineConfig, pool: PagePool, max_context: int) -> None:
+        self._config = config
+        self.pool = pool
+        self.max_context = max_context
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self._slots = list(reversed(range(config.max_running)))
+        self._arrivals = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self.waiting and not self.running
+
+    def add(self, request: Submit) -> None:
+        """Queues every sample of a request; samples after the first wait for its prompt."""
+        leader: Sequence | None = None
+        for index in range(request.n):
+            sequence = Sequence(request, index, self._arrivals, leader)
+            self._arrivals += 1
+            self.waiting.append(sequence)
+            leader = leader or sequence
+
+    def schedule(self) -> StepPlan | None:
+        """The next step, or None if there is nothing to compute. Counts its tokens as computed."""
+        decodes = self._schedule_decodes()
+        budget = self._config.step_tokens - len(decodes)
+        prefills: list[Work] = []
+        for sequence in self.running:
+            if budget and sequence.remaining and not sequence.pending:
+                budget -= self._schedule_chunk(sequence, budget, prefills)
+        for sequence in list(self.waiting):
+            if not budget or not self._slots:
+                break
+            if _waits_for_leader(sequence):
+                continue
+            if not self._admit(sequence):
+                break
+            budget -= self._schedule_chunk(sequence, budget, prefills)
+        if not decodes and not prefills:
+            return None
+        return StepPlan(tuple(decodes), tuple(prefills))
+
+    def commit(self, plan: StepPlan, results: Iterable[Sampled]) -> list[TokenOutput]:
+        """Takes a step's results in; returns the news of every sample that got any."""
+        outputs = []
+        for work, result in zip(plan.work, results, strict=True):
+            sequence = work.sequence
+            if sequence.finish is not None:
+                continue
+            sequence.prompt_logprobs.extend(result.prompt_logprobs)
+            if work.samples:
+                assert result.token is not None
+                sequence.pending = 0
+                sequence.tokens.append(result.token)
+                outputs.append(self._output(sequence, result))
+            self._publish(sequence)
+            if sequence.finish is not None:
+                self._retire(sequence)
+        return outputs
+
+    def abort(self, message: Abort) -> list[TokenOutput]:
+        """Ends the named samples where they still exist, and says so for each."""
+        named = [
+            sequence
+            for sequence in [*self.waiting, *self.running]
+            if sequence.request.request_id == message.request_id
+            and message.index in (None, sequence.index)
+        ]
+        return [self._end(sequence, message.reason, None) for sequence in named]
+
+    def fail(self, sequences: Iterable[Sequence], error: str) -> list[TokenOutput]:
+        """Ends samples that cannot be computed, with the reason."""
+        return [
+            self._end(sequence, FinishReason.FAILED, error)
+            for sequence in sequences
+            if sequence.finish is None
+        ]
+
+    def _schedule_decodes(self) -> list[Work]:
+        decodes: list[Work] = []
+        for sequence in list(self.running):  # oldest first, so victims are never scheduled yet
+            preempted = sequence.slot < 0
+            if not preempted and sequence.remaining == 1 and self._make_room(sequence):
+                decodes.append(self._take(sequence, 1))
+        return decodes
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A page for the next token, taken from younger samples if need be; False if this sample
+        itself had to give way."""
+        while sequence.pages_for(sequence.computed + 1) > self.pool.available:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        self._grow(sequence, sequence.computed + 1)
+        return True
+
+    def _schedule_chunk(self, sequence: Sequence, budget: int, prefills: list[Work]) -> int:
+        length = min(budget, sequence.remaining)
+        prefills.append(self._take(sequence, length))
+        return length
+
+    def _take(self, sequence: Sequence, length: int) -> Work:
+        start = sequence.computed
+        sequence.computed += length
+        samples = sequence.remaining == 0
+        if samples:
+            sequence.pending = 1
+        return Work(sequence, start, length, samples)
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Moves a waiting sample into the running ones if pages for all its tokens are there."""
+        found: list[int] = []
+        if self._config.prefix_cache and not sequence.wants_prompt_logprobs:
+            # The last token is always computed: its hidden state gives the next one.
+            found = self.pool.find(sequence.keys(sequence.length - 1))
+        idle = sum(self.pool.owners(page) == 0 for page in found)
+        needed = sequence.pages_for(sequence.length) - len(found)
+        # Leave every running sample its next page, or the newcomer would soon be thrown out again.
+        if needed + len(self.running) > self.pool.available - idle:
+            return False
+        for page in found:
+            self.pool.share(page)
+        sequence.pages.extend(found)
+        sequence.computed = len(found) * PAGE_TOKENS
+        if not sequence.prefilled_once:
+            sequence.cached_tokens = sequence.computed
+        self._grow(sequence, sequence.length)
+        self.waiting.remove(sequence)
+        sequence.slot = self._slots.pop()
+        sequence.admissions += 1
+        self.running.append(sequence)
+        self.running.sort(key=lambda other: other.arrival)
+        return True
+
+    def _grow(self, sequence: Sequence, tokens: int) -> None:
+        for _ in range(sequence.pages_for(tokens)):
+            sequence.pages.append(self.pool.allocate())
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.preemptions += 1
+        self._leave(sequence)
+        sequence.prompt_logprobs.clear()
+        position = sum(other.arrival < sequence.arrival for other in self.waiting)
+        self.waiting.insert(position, sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._slots.append(sequence.slot)
+        sequence.slot = -1
+        self.pool.release(sequence.forget_pages())
+
+    def _output(self, sequence: Sequence, result: Sampled) -> TokenOutput:
+        sampling = sequence.request.sampling
+        token = sequence.tokens[-1]
+        if token in sampling.stop_token_ids:
+            sequence.finish = FinishReason.STOP
+        elif sequence.generated >= sampling.max_tokens or sequence.length >= self.max_context:
+            sequence.finish = FinishReason.LENGTH
+        first = not sequence.prefilled_once
+        sequence.prefilled_once = True
+        return TokenOutput(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            token=token,
+            logprob=result.logprob,
+            prompt_logprobs=tuple(sequence.prompt_logprobs)
+            if first and sampling.prompt_logprobs
+            else None,
+            cached_tokens=sequence.cached_tokens if first else 0,
+            finish=sequence.finish,
+        )
+
+    def _publish(self, sequence: Sequence) -> None:
+        if self._config.prefix_cache:
+            for page, key in sequence.newly_sealed():
+                self.pool.publish(page, key)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None) -> TokenOutput:
+        sequence.finish = reason
+        self._retire(sequence)
+        return TokenOutput(
+            request_id=sequence.request.request_id,
+            index=sequence.index,
+            finish=reason,
+            error=error,
+        )
+
+    def _retire(self, sequence: Sequence) -> None:
+        if sequence.slot >= 0:
+            self._leave(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+
+def _waits_for_leader(sequence: Sequence) -> bool:
+    """Samples of one prompt wait until the first has computed it, then share its pages."""
+    leader = sequence.leader
+    return leader is not None and leader.finish is None and not leader.prefilled_once

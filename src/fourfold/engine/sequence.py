@@ -1,0 +1,85 @@
+"""One sample being generated: its tokens, its pages, and how far it is computed."""
+
+from __future__ import annotations
+
+from fourfold.engine.messages import FinishReason, Submit, TokenLogprob
+from fourfold.engine.page_pool import ROOT_KEY, PageKey, page_key
+from fourfold.quadrants.kv_pages import PAGE_TOKENS
+
+
+class Sequence:
+    """State of one sample of a request; changed by the scheduler alone.
+
+    `tokens` are prompt and output as far as the host knows them. `computed` tokens have their KV
+    in `pages` once the steps launched so far have run. `pending` is 1 while a sampled token has
+    not yet come back from the device. `slot` is its place in the runner's per-sample state while
+    it runs, `admissions` how often it began to (once more after every preemption).
+    """
+
+    def __init__(self, request: Submit, index: int, arrival: int, leader: Sequence | None) -> None:
+        self.request = request
+        self.index = index
+        self.arrival = arrival
+        self.leader = leader
+        self.tokens = list(request.prompt_ids)
+        self.pages: list[int] = []
+        self.computed = 0
+        self.pending = 0
+        self.slot = -1
+        self.admissions = 0
+        self.cached_tokens = 0
+        self.prefilled_once = False
+        self.prompt_logprobs: list[TokenLogprob] = []
+        self.finish: FinishReason | None = None
+        self._keys: list[PageKey] = []
+        self._published = 0
+
+    @property
+    def prompt_length(self) -> int:
+        return len(self.request.prompt_ids)
+
+    @property
+    def length(self) -> int:
+        """Tokens including one still on the device."""
+        return len(self.tokens) + self.pending
+
+    @property
+    def generated(self) -> int:
+        return self.length - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled; 1 while decoding."""
+        return self.length - self.computed
+
+    @property
+    def wants_prompt_logprobs(self) -> bool:
+        """Whether the prompt must still be computed in full to report on it."""
+        return self.request.sampling.prompt_logprobs and not self.prefilled_once
+
+    def pages_for(self, tokens: int) -> int:
+        """Pages still to be allocated until `tokens` tokens fit."""
+        return max(0, -(-tokens // PAGE_TOKENS) - len(self.pages))
+
+    def keys(self, tokens: int) -> list[PageKey]:
+        """The hash chain of the pages filled by the first `tokens` known tokens."""
+        full = tokens // PAGE_TOKENS
+        while len(self._keys) < full:
+            start = len(self._keys) * PAGE_TOKENS
+            previous = self._keys[-1] if self._keys else ROOT_KEY
+            self._keys.append(page_key(previous, self.tokens[start : start + PAGE_TOKENS]))
+        return self._keys[:full]
+
+    def newly_sealed(self) -> list[tuple[int, PageKey]]:
+        """Pages filled since the last call, with their keys."""
+        keys = self.keys(min(self.computed, len(self.tokens)))
+        sealed = list(zip(self.pages, keys, strict=False))[self._published :]
+        self._published = len(keys)
+        return sealed
+
+    def forget_pages(self) -> list[int]:
+        """Gives up all pages and what was computed; returns the pages."""
+        pages, self.pages = self.pages, []
+        self.computed = 0
+        self._published = 0
+        return pages

@@ -1,0 +1,223 @@
+"""The gateway: from a caller's request to an engine's messages, and from tokens back to text.
+
+Lives on one asyncio loop. The engine's news arrives there once a step and is handed to the request
+it belongs to; every admitted request ends exactly once, whatever ends it: the engine, a stop
+string, its caller going away, or its deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
+
+import msgspec
+
+from fourfold.engine.messages import Abort, EngineStats, Submit, TokenOutput
+from fourfold.errors import DrainingError, OverloadedError, RequestError
+from fourfold.gateway.budget import check_budget
+from fourfold.gateway.chat_template import ChatTemplate
+from fourfold.gateway.config import GatewayLimits
+from fourfold.gateway.generation import Generation, GenerationOptions
+from fourfold.gateway.tokenizer import Tokenizer
+
+# Tokenising more than this many characters would hold the loop up; a thread does it.
+_LONG_TEXT = 4096
+_RETRY_AFTER = 1.0
+
+
+Emit = Callable[[list[TokenOutput]], None]
+
+
+class EngineClient(Protocol):
+    """An engine as the gateway sees it, wherever it runs."""
+
+    @property
+    def max_context(self) -> int: ...
+    @property
+    def stats(self) -> EngineStats: ...
+    def start(self, emit: Emit) -> None: ...
+    def stop(self) -> None: ...
+    def submit(self, request: Submit) -> None: ...
+    def abort(self, message: Abort) -> None: ...
+
+
+class GatewaySnapshot(msgspec.Struct, frozen=True, kw_only=True):
+    """Numbers for /metrics, as of now."""
+
+    active_requests: int
+    engine: EngineStats
+
+
+class Gateway:
+    """Admits requests for one model. Use it on the loop that `start` was called on."""
+
+    def __init__(
+        self,
+        engine: EngineClient,
+        tokenizer: Tokenizer,
+        limits: GatewayLimits,
+        *,
+        model_names: Sequence[str],
+        vocabulary: int,
+    ) -> None:
+        self.model_names = tuple(model_names)
+        self.limits = limits
+        self.created = int(time.time())
+        self.draining = False
+        self._engine = engine
+        self._tokenizer = tokenizer
+        self._template = (
+            ChatTemplate(tokenizer.chat_template, tokenizer.specials)
+            if tokenizer.chat_template is not None
+            else None
+        )
+        self._vocabulary = vocabulary
+        self._ids = itertools.count(1)
+        self._active: dict[int, Generation] = {}
+        self._admitting = 0
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._all_ended = asyncio.Event()
+
+    @property
+    def context_length(self) -> int:
+        """Tokens of prompt and answer together at most."""
+        return self._engine.max_context
+
+    @property
+    def ready(self) -> bool:
+        return self._loop is not None and not self.draining
+
+    @property
+    def active(self) -> int:
+        """Requests held now, waiting or running."""
+        return len(self._active) + self._admitting
+
+    def snapshot(self) -> GatewaySnapshot:
+        return GatewaySnapshot(active_requests=self.active, engine=self._engine.stats)
+
+    def start(self) -> None:
+        """Starts the engine; its news will be handled on the running loop."""
+        loop = asyncio.get_running_loop()
+        self._loop = loop
+
+        def emit(outputs: list[TokenOutput]) -> None:
+            loop.call_soon_threadsafe(self._deliver, outputs)
+
+        self._engine.start(emit)
+
+    async def stop(self) -> None:
+        """Ends what still runs, then the engine."""
+        self.abort_all()
+        self.draining = True
+        await asyncio.to_thread(self._engine.stop)
+
+    async def drain(self, timeout: float) -> None:
+        """Admits nothing more and waits for what runs; cancels the rest after `timeout` seconds."""
+        self.draining = True
+        if self.active:
+            self._all_ended.clear()
+            try:
+                await asyncio.wait_for(self._all_ended.wait(), timeout)
+            except TimeoutError:
+                self.abort_all()
+
+    def abort_all(self) -> None:
+        for generation in list(self._active.values()):
+            generation.cancel()
+
+    async def chat(
+        self, messages: Sequence[Mapping[str, str]], options: GenerationOptions
+    ) -> Generation:
+        """Admits a conversation. Raises `RequestError`, `OverloadedError` or `DrainingError`."""
+        if self._template is None:
+            raise RequestError(
+                f"{self.model_names[0]} has no chat template; use /v1/completions",
+                param="messages",
+            )
+        prompt = self._template.render(messages)
+        return await self._admit(prompt, options, add_special_tokens=False)
+
+    async def complete(self, prompt: str | Sequence[int], options: GenerationOptions) -> Generation:
+        """Admits a text or token ids to be continued. Raises as `chat` does."""
+        return await self._admit(prompt, options, add_special_tokens=True)
+
+    async def _admit(
+        self, prompt: str | Sequence[int], options: GenerationOptions, *, add_special_tokens: bool
+    ) -> Generation:
+        if self.draining or self._loop is None:
+            raise DrainingError("the server is shutting down; send the request elsewhere")
+        if self.active >= self.limits.max_concurrent:
+            raise OverloadedError(
+                f"{self.active} requests are held already; try again later",
+                retry_after=_RETRY_AFTER,
+            )
+        self._admitting += 1
+        try:
+            ids = await self._encode(prompt, add_special_tokens)
+            request = self._request(ids, options)
+        finally:
+            self._admitting -= 1
+        generation = Generation(
+            request,
+            self._tokenizer,
+            stop=options.stop,
+            prompt_text=prompt if isinstance(prompt, str) else None,
+            abort=self._engine.abort,
+            on_end=self._ended,
+        )
+        self._active[request.request_id] = generation
+        generation.expire_after(self.limits.request_timeout)
+        self._engine.submit(request)
+        return generation
+
+    async def _encode(self, prompt: str | Sequence[int], add_special_tokens: bool) -> list[int]:
+        if not isinstance(prompt, str):
+            return list(prompt)
+        if len(prompt) <= _LONG_TEXT:
+            return self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+        return await asyncio.to_thread(
+            self._tokenizer.encode, prompt, add_special_tokens=add_special_tokens
+        )
+
+    def _request(self, ids: list[int], options: GenerationOptions) -> Submit:
+        strange = next((token for token in ids if not 0 <= token < self._vocabulary), None)
+        if strange is not None:
+            raise RequestError(
+                f"the prompt holds token {strange}; the vocabulary ends at {self._vocabulary - 1}",
+                param="prompt",
+            )
+        max_tokens = check_budget(
+            options,
+            len(ids),
+            self.limits,
+            vocabulary=self._vocabulary,
+            context_length=self.context_length,
+        )
+        sampling = options.sampling
+        ends = () if options.ignore_eos else self._tokenizer.eos_token_ids
+        return Submit(
+            request_id=next(self._ids),
+            prompt_ids=tuple(ids),
+            n=options.n,
+            sampling=msgspec.structs.replace(
+                sampling,
+                max_tokens=max_tokens,
+                stop_token_ids=(*sampling.stop_token_ids, *ends),
+                seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
+            ),
+        )
+
+    def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
+        for output in outputs:
+            generation = self._active.get(output.request_id)
+            if generation is not None:
+                generation.receive(output)
+
+    def _ended(self, request_id: int) -> None:
+        self._active.pop(request_id, None)
+        if not self.active:
+            self._all_ended.set()

@@ -1,0 +1,198 @@
+"""Text to tokens and back, and the marks that a model's conversations need.
+
+The `tokenizers` library does the work. A Hugging Face directory brings a tokenizer.json; a GGUF
+file brings vocabulary and merges, from which the same tokenizer is built; anything older goes
+through transformers' converters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import Tokenizer as Backend
+
+from fourfold.errors import CheckpointError
+from fourfold.models.checkpoint.source import Source, SourceKind
+
+_QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_CONTROL, _USER_DEFINED = 3, 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    """A model's tokenizer with its chat template (None: the model has none) and end-of-text ids.
+
+    `specials` are the named marks a chat template may use (`bos_token`, `eos_token`, ...).
+    """
+
+    backend: Backend
+    chat_template: str | None
+    specials: dict[str, str]
+    eos_token_ids: tuple[int, ...]
+
+    @functools.cached_property
+    def vocabulary(self) -> int:
+        """Number of token ids."""
+        return int(self.backend.get_vocab_size(with_added_tokens=True))
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Token ids of a text; `add_special_tokens` adds what the model wants before plain text."""
+        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        return str(self.backend.decode(ids, skip_special_tokens=skip_special_tokens))
+
+    def token_bytes(self, token: int) -> bytes:
+        """The exact bytes a token stands for; special tokens stand for their own name."""
+        piece = self.backend.id_to_token(token)
+        if piece is None:
+            return b""
+        if token in self._added:
+            return piece.encode()
+        if isinstance(self.backend.decoder, decoders.ByteLevel):
+            table = _byte_of_character()
+            return bytes(table[character] for character in piece if character in table)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    @functools.cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self.backend.get_added_tokens_decoder())
+
+
+def load_tokenizer(source: Source, eos_token_ids: tuple[int, ...] = ()) -> Tokenizer:
+    """The tokenizer of a checkpoint; `eos_token_ids` are those that config.json names."""
+    if source.kind is SourceKind.DIRECTORY:
+        return _from_directory(source.path, eos_token_ids)
+    return _from_gguf(source.path)
+
+
+def _from_directory(path: Path, eos_token_ids: tuple[int, ...]) -> Tokenizer:
+    file = path / "tokenizer.json"
+    backend = Backend.from_file(str(file)) if file.is_file() else _converted(path)
+    config = _read_json(path / "tokenizer_config.json")
+    generation = _read_json(path / "generation_config.json")
+    specials = {
+        name: value["content"] if isinstance(value, dict) else value
+        for name, value in config.items()
+        if name.endswith("_token") and isinstance(value, str | dict)
+    }
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named ones: the default is meant
+        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+    jinja = path / "chat_template.jinja"
+    if jinja.is_file():
+        template = jinja.read_text()
+    ends = set(eos_token_ids)
+    named = generation.get("eos_token_id")
+    ends |= set(named if isinstance(named, list) else [] if named is None else [named])
+    end = backend.token_to_id(specials.get("eos_token", ""))
+    if end is not None:
+        ends.add(end)
+    return Tokenizer(backend, template, specials, tuple(sorted(ends)))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        fields = json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not readable JSON ({error})") from error
+    return fields if isinstance(fields, dict) else {}
+
+
+def _converted(path: Path) -> Backend:
+    from transformers import AutoTokenizer
+
+    try:
+        backend: Backend = AutoTokenizer.from_pretrained(path).backend_tokenizer
+    except (OSError, ValueError, AttributeError, KeyError, ImportError) as error:
+        raise CheckpointError(
+            f"{path} has no tokenizer that can be read ({str(error).splitlines()[0]}); "
+            "add its tokenizer.json"
+        ) from error
+    return backend
+
+
+def _from_gguf(path: Path) -> Tokenizer:
+    from fourfold.models.checkpoint.gguf import read_gguf, read_value
+
+    reader = read_gguf(path)
+
+    def value(key: str) -> Any:
+        return read_value(reader, f"tokenizer.{key}")
+
+    if value("ggml.model") != "gpt2":
+        raise CheckpointError(
+            f"{path}: GGUF tokenizer {value('ggml.model')!r} is not supported (only gpt2); "
+            "use the Hugging Face checkpoint"
+        )
+    tokens: list[str] = value("ggml.tokens")
+    merges = [tuple(merge.split(" ", 1)) for merge in value("ggml.merges")]
+    ids = {token: index for index, token in enumerate(tokens)}
+    backend = Backend(models.BPE(vocab=ids, merges=merges))
+    _split_as(backend, str(value("ggml.pre") or "default"), path)
+    backend.decoder = decoders.ByteLevel()
+    kinds = value("ggml.token_type") or []
+    added = [(t, k) for t, k in zip(tokens, kinds, strict=True) if k in (_CONTROL, _USER_DEFINED)]
+    backend.add_special_tokens([AddedToken(t, normalized=False) for t, k in added if k == _CONTROL])
+    backend.add_tokens([AddedToken(t, normalized=False) for t, k in added if k == _USER_DEFINED])
+    specials = {
+        f"{name}_token": tokens[token]
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
+        if (token := value(f"ggml.{key}_token_id")) is not None
+    }
+    if value("ggml.add_bos_token"):
+        bos = specials["bos_token"]
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, ids[bos])]
+        )
+    ends = {token for key in ("eos", "eot") if (token := value(f"ggml.{key}_token_id")) is not None}
+    return Tokenizer(backend, value("chat_template"), specials, tuple(sorted(ends)))
+
+
+def _split_as(backend: Backend, name: str, path: Path) -> None:
+    """Sets how text is cut before merging, by the name GGUF has for it."""
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    if name in ("smollm", "default", "gpt-2", "olmo"):
+        regex = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        backend.pre_tokenizer = (
+            pre_tokenizers.Sequence([digits, regex]) if name == "smollm" else regex
+        )
+    elif name in ("qwen2", "llama-bpe"):
+        pattern = Regex(_QWEN2 if name == "qwen2" else _LLAMA3)
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Split(pattern, behavior="isolated"), byte_level]
+        )
+        if name == "qwen2":
+            backend.normalizer = normalizers.NFC()
+    else:
+        raise CheckpointError(
+            f"{path}: GGUF pre-tokenizer {name!r} is not supported (smollm, default, gpt-2, olmo, "
+            "qwen2, llama-bpe); use the Hugging Face checkpoint"
+        )
+
+
+@functools.cache
+def _byte_of_character() -> dict[str, int]:
+    """GPT-2's printable stand-ins for bytes, reversed."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {chr(byte): byte for byte in printable}
+    table.update({chr(256 + index): byte for index, byte in enumerate(others)})
+    return table

@@ -1,0 +1,1 @@
+"""The arithmetic at the bottom of the house, one verb a file, on plain tensors."""

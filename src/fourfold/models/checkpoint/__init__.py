@@ -1,0 +1,1 @@
+"""Where a model's configuration, weights and tokenizer come from."""

@@ -1,0 +1,70 @@
+"""A Hugging Face directory: config.json and one or more memory-mapped safetensors files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from fourfold.errors import CheckpointError
+
+
+class DirectoryCheckpoint:
+    """The tensors of all `*.safetensors` files that the index names, or of all there are."""
+
+    def __init__(self, path: Path) -> None:
+        self.where = str(path)
+        self._path = path
+        self._file_of: dict[str, Path] = {}
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        for file in self._files():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 (safe_open is not iterable)
+                        self._file_of[name] = file
+                        self._shapes[name] = tuple(opened.get_slice(name).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
+
+    def fields(self) -> Mapping[str, Any]:
+        file = self._path / "config.json"
+        try:
+            fields = json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{file} is not readable JSON ({error})") from error
+        if not isinstance(fields, dict):
+            raise CheckpointError(f"{file} is not a JSON object")
+        return fields
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self._shapes
+
+    def nbytes(self) -> int:
+        return sum(file.stat().st_size for file in set(self._file_of.values()))
+
+    def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor, int]]:
+        for file in sorted(set(self._file_of.values())):
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118
+                    if name in names:
+                        tensor = opened.get_tensor(name)
+                        yield name, tensor, tensor.nbytes
+
+    def _files(self) -> list[Path]:
+        index = self._path / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [name for name in names if not (self._path / name).is_file()]
+            if missing:
+                raise CheckpointError(f"{self._path} lacks {', '.join(missing)}; fetch it again")
+            return [self._path / name for name in names]
+        files = sorted(self._path.glob("*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{self._path} has no *.safetensors; convert the checkpoint to safetensors first"
+            )
+        return files

@@ -1,0 +1,31 @@
+"""What a checkpoint offers a loader: its configuration and its tensors under Hugging Face names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+class Checkpoint(Protocol):
+    """Tensors that are read once, in the order that suits the file."""
+
+    where: str
+    """What errors call this checkpoint."""
+
+    def fields(self) -> Mapping[str, Any]:
+        """The configuration, spelled as in a Hugging Face config.json."""
+        ...
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Every tensor it holds."""
+        ...
+
+    def nbytes(self) -> int:
+        """Bytes of all tensors as stored."""
+        ...
+
+    def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor, int]]:
+        """(name, CPU tensor, bytes read for it) of the named tensors; memory-mapped if possible."""
+        ...

@@ -1,0 +1,238 @@
+"""What a decoder-only model is, independent of the family and of the file it came from.
+
+`ModelConfig` is what layers are built from. `ConfigReader` turns a Hugging Face `config.json` into
+one and keeps account of every field: one that nobody read, or that asks for something we would not
+compute, is an error naming it, because a checkpoint computed almost as written answers wrongly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from fourfold.errors import CheckpointError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeConfig:
+    """Rotary position embedding over the whole head width, halves rotated against each other.
+
+    `linear` divides positions by `factor`; `llama3` divides low frequencies by it and blends in
+    between (Llama 3.1 reference code, `apply_scaling`).
+    """
+
+    theta: float = 10000.0
+    kind: Literal["default", "linear", "llama3"] = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_positions: int = 8192
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """A sparse FFN: `experts_per_token` of `experts` experts of width `expert_width` per token.
+
+    `score` turns router logits into scores; `normalise` divides the chosen scores by their sum;
+    `selection_bias` adds a learnt bias for choosing only; `scale` multiplies the gates;
+    `shared_width` is the width of a dense FFN every token also passes (0: none).
+    """
+
+    experts: int
+    experts_per_token: int
+    expert_width: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool = True
+    selection_bias: bool = False
+    scale: float = 1.0
+    shared_width: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.experts_per_token <= self.experts:
+            raise CheckpointError(
+                f"{self.experts_per_token} experts per token of {self.experts} experts cannot be "
+                "routed; num_experts_per_tok must be between 1 and the number of experts"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer with pre-norm RMSNorm, rotary GQA attention and a gated FFN."""
+
+    family: str
+    vocabulary: int
+    layers: int
+    width: int
+    query_heads: int
+    kv_heads: int
+    head_width: int
+    ffn_width: int
+    """Width of a dense FFN; unused in layers that are sparse."""
+    max_positions: int
+    norm_eps: float
+    rope: RopeConfig = RopeConfig()
+    qkv_bias: bool = False
+    output_bias: bool = False
+    qk_norm: Literal["none", "head", "all_heads"] = "none"
+    """RMSNorm on queries and keys before the rotation: per head, or over all heads at once."""
+    qkv_clip: float | None = None
+    """Clamp of queries, keys and values to [-clip, clip]."""
+    tied_embeddings: bool = False
+    moe: MoEConfig | None = None
+    dense_layers: frozenset[int] = frozenset()
+    """Layers that keep a dense FFN although `moe` is set."""
+    eos_token_ids: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.query_heads % self.kv_heads:
+            raise CheckpointError(
+                f"{self.query_heads} query heads are not a multiple of {self.kv_heads} KV heads; "
+                "num_attention_heads must be divisible by num_key_value_heads"
+            )
+        if self.head_width % 2:
+            raise CheckpointError(f"head width {self.head_width} is odd; rotary needs it even")
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether this layer's FFN is a mixture of experts."""
+        return self.moe is not None and layer not in self.dense_layers
+
+
+# Fields of config.json that say how a model was made, trained or stored, not what it computes.
+# fmt: off
+_DESCRIPTIVE = frozenset({
+    "_attn_implementation", "_attn_implementation_autoset", "_name_or_path",
+    "architectures", "attention_dropout", "auto_map", "bos_token_id",
+    "chunk_size_feed_forward", "dtype", "embd_pdrop", "eos_token_id", "id2label",
+    "initializer_range", "is_decoder", "is_encoder_decoder", "is_llama_config",
+    "label2id", "max_window_layers", "model_type", "name_or_path", "output_attentions",
+    "output_hidden_states", "output_router_logits", "pad_token_id", "pretraining_tp",
+    "problem_type", "resid_pdrop", "return_dict", "router_aux_loss_coef",
+    "router_jitter_noise", "torch_dtype", "transformers.js_config",
+    "transformers_version", "unsloth_fixed", "unsloth_version", "use_cache",
+})
+# fmt: on
+_MISSING = object()
+
+
+class ConfigReader:
+    """Reads a `config.json` once, field by field, and refuses what is left over.
+
+    Errors are `CheckpointError`s naming the file, the field and its value.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], where: str) -> None:
+        self._fields = dict(fields)
+        self._where = where
+        self._read: set[str] = set()
+
+    def integer(self, name: str, default: Any = _MISSING) -> int:
+        return int(self._take(name, (int,), "an integer", default))
+
+    def number(self, name: str, default: Any = _MISSING) -> float:
+        return float(self._take(name, (int, float), "a number", default))
+
+    def flag(self, name: str, default: Any = _MISSING) -> bool:
+        return bool(self._take(name, (bool,), "true or false", default))
+
+    def optional(self, name: str) -> Any:
+        """The field's value, None where it is absent or null."""
+        self._read.add(name)
+        return self._fields.get(name)
+
+    def has(self, name: str) -> bool:
+        return self._fields.get(name) is not None
+
+    def expect(self, name: str, *honoured: Any) -> None:
+        """The field must be absent, null, or one of the values that we compute."""
+        value = self.optional(name)
+        if value is not None and value not in honoured:
+            allowed = " or ".join(map(repr, honoured)) if honoured else "null"
+            raise self.error(f"{name} = {value!r} is not supported (only {allowed})")
+
+    def token_ids(self, name: str) -> tuple[int, ...]:
+        """A token id or a list of them."""
+        value = self.optional(name)
+        if value is None:
+            return ()
+        return tuple(value) if isinstance(value, list) else (int(value),)
+
+    def finish(self) -> None:
+        """Raises if any field is left that was neither read nor is merely descriptive."""
+        left = sorted(set(self._fields) - self._read - _DESCRIPTIVE)
+        if left:
+            shown = ", ".join(f"{name} = {self._fields[name]!r}" for name in left)
+            raise self.error(f"fields that this family does not honour: {shown}")
+
+    def error(self, problem: str) -> CheckpointError:
+        return CheckpointError(f"{self._where}: {problem}")
+
+    def _take(self, name: str, kinds: tuple[type, ...], what: str, default: Any) -> Any:
+        self._read.add(name)
+        value = self._fields.get(name)
+        if value is None:
+            if default is _MISSING:
+                raise self.error(f"the field {name} is missing")
+            return default
+        if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+            raise self.error(f"{name} = {value!r} is not {what}")
+        return value
+
+
+def read_rope(reader: ConfigReader) -> RopeConfig:
+    """The rotary settings, in the older (`rope_theta`, `rope_scaling`) or the newer
+    (`rope_parameters`) spelling."""
+    parameters = dict(reader.optional("rope_parameters") or {})
+    scaling = dict(reader.optional("rope_scaling") or {})
+    parameters = {**scaling, **parameters}
+    theta = parameters.pop("rope_theta", None)
+    theta = float(theta) if theta is not None else reader.number("rope_theta", 10000.0)
+    reader.expect("rope_theta", theta)
+    reader.expect("rope_interleaved", False)
+    reader.expect("partial_rotary_factor", 1.0)
+    kind: Any = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
+    parameters.pop("type", None)
+    if kind == "default":
+        keywords: dict[str, Any] = {}
+    elif kind == "linear":
+        keywords = {"factor": parameters.pop("factor", None)}
+    elif kind == "llama3":
+        original = parameters.pop("original_max_position_embeddings", None)
+        names = ("factor", "low_freq_factor", "high_freq_factor")
+        keywords = {name: parameters.pop(name, None) for name in names}
+        keywords["original_max_positions"] = original
+    else:
+        raise reader.error(f"rope type {kind!r} is not supported (default, linear or llama3)")
+    absent = [name for name, value in keywords.items() if value is None]
+    if absent or parameters:
+        raise reader.error(f"rope {kind!r}: missing {absent}, not honoured {sorted(parameters)}")
+    return RopeConfig(theta=theta, kind=kind, **keywords)
+
+
+def read_common(reader: ConfigReader) -> dict[str, Any]:
+    """The fields that every family spells alike, as keywords of `ModelConfig`."""
+    heads = reader.integer("num_attention_heads")
+    width = reader.integer("hidden_size")
+    reader.expect("hidden_act", "silu")
+    reader.expect("mlp_bias", False)
+    reader.expect("sliding_window")
+    if reader.optional("use_sliding_window"):
+        raise reader.error("use_sliding_window = true is not supported")
+    layer_types = reader.optional("layer_types") or []
+    if set(layer_types) - {"full_attention"}:
+        raise reader.error(f"layer_types {sorted(set(layer_types))} (only full_attention)")
+    reader.expect("quantization_config")
+    return {
+        "vocabulary": reader.integer("vocab_size"),
+        "layers": reader.integer("num_hidden_layers"),
+        "width": width,
+        "query_heads": heads,
+        "kv_heads": reader.integer("num_key_value_heads", heads),
+        "head_width": reader.integer("head_dim", width // heads),
+        "ffn_width": reader.integer("intermediate_size"),
+        "max_positions": reader.integer("max_position_embeddings"),
+        "norm_eps": reader.number("rms_norm_eps"),
+        "rope": read_rope(reader),
+        "tied_embeddings": reader.flag("tie_word_embeddings", False),
+        "eos_token_ids": reader.token_ids("eos_token_id"),
+    }

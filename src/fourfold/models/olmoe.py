@@ -1,0 +1,34 @@
+"""OLMoE (1B-7B): many small experts, RMSNorm over all query heads and over all key heads."""
+
+from __future__ import annotations
+
+from fourfold.models.config import ConfigReader, ModelConfig, MoEConfig, read_common
+from fourfold.models.family import Family, place_mlp
+
+
+def read_config(reader: ConfigReader) -> ModelConfig:
+    bias = reader.flag("attention_bias", False)
+    common = read_common(reader)
+    clip = reader.optional("clip_qkv")
+    return ModelConfig(
+        family="olmoe",
+        qkv_bias=bias,
+        output_bias=bias,
+        qk_norm="all_heads",
+        qkv_clip=None if clip is None else float(clip),
+        moe=MoEConfig(
+            experts=reader.integer("num_experts"),
+            experts_per_token=reader.integer("num_experts_per_tok"),
+            expert_width=common["ffn_width"],
+            normalise=reader.flag("norm_topk_prob", False),
+        ),
+        **common,
+    )
+
+
+FAMILY = Family(
+    model_type="olmoe",
+    architecture="OlmoeForCausalLM",
+    read_config=read_config,
+    place=place_mlp,
+)

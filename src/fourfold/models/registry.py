@@ -1,0 +1,22 @@
+"""The families we compute, by the `model_type` of their config.json."""
+
+from __future__ import annotations
+
+from fourfold.errors import CheckpointError
+from fourfold.models import llama, mixtral, olmoe, qwen3, qwen3_moe
+from fourfold.models.family import Family
+
+FAMILIES: dict[str, Family] = {
+    module.FAMILY.model_type: module.FAMILY for module in (llama, qwen3, qwen3_moe, mixtral, olmoe)
+}
+
+
+def find_family(model_type: str | None, where: str) -> Family:
+    """The family of a `model_type`; `where` is named in the error if there is none."""
+    family = FAMILIES.get(model_type or "")
+    if family is None:
+        raise CheckpointError(
+            f"{where}: model_type {model_type!r} is not supported; "
+            f"supported are {', '.join(sorted(FAMILIES))}"
+        )
+    return family

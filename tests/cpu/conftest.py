@@ -1,0 +1,42 @@
+"""What many tests share: tiny checkpoints, made once, and the reference that answers for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+from tests.cpu import tiny
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny checkpoint, by the family's name."""
+    made: dict[str, Path] = {}
+
+    def find(name: str) -> Path:
+        if name not in made:
+            made[name] = tiny.save_checkpoint(name, tmp_path_factory.mktemp(name))
+        return made[name]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def reference(
+    checkpoint: Callable[[str], Path],
+) -> Callable[[str], transformers.PreTrainedModel]:
+    """transformers' model of a family's tiny checkpoint."""
+    made: dict[str, transformers.PreTrainedModel] = {}
+
+    def find(name: str) -> transformers.PreTrainedModel:
+        if name not in made:
+            made[name] = tiny.load_reference(checkpoint(name))
+        return made[name]
+
+    return find
