@@ -50,6 +50,23 @@ class LoadOptions:
             )
 
 
+def resolve_device(device: str) -> str:
+    """The device that was named, or for `auto` the first GPU if there is one. `ConfigError` where
+    it does not exist."""
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        wanted = torch.device(device)
+    except RuntimeError:
+        raise ConfigError(f"device {device!r} is not known; use cpu, cuda or cuda:N") from None
+    if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise ConfigError(f"device {device!r} does not exist; this machine has {count} GPUs")
+    if wanted.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device {device!r} is not supported; use cpu, cuda or cuda:N")
+    return device
+
+
 def choose_precision(asked: Precision, device: torch.device) -> Precision:
     """The precision to serve in; `ConfigError` where the device cannot do what was asked.
 

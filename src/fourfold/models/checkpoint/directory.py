@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -19,16 +20,6 @@ class DirectoryCheckpoint:
     def __init__(self, path: Path) -> None:
         self.where = str(path)
         self._path = path
-        self._file_of: dict[str, Path] = {}
-        self._shapes: dict[str, tuple[int, ...]] = {}
-        for file in self._files():
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 (safe_open is not iterable)
-                        self._file_of[name] = file
-                        self._shapes[name] = tuple(opened.get_slice(name).get_shape())
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
 
     def fields(self) -> Mapping[str, Any]:
         file = self._path / "config.json"
@@ -41,18 +32,30 @@ class DirectoryCheckpoint:
         return fields
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return self._shapes
+        return {name: shape for name, (_, shape) in self._index.items()}
 
     def nbytes(self) -> int:
-        return sum(file.stat().st_size for file in set(self._file_of.values()))
+        return sum(file.stat().st_size for file in self._files())
 
     def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor, int]]:
-        for file in sorted(set(self._file_of.values())):
+        for file in self._files():
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118
+                for name in opened.keys():  # noqa: SIM118 (safe_open is not iterable)
                     if name in names:
                         tensor = opened.get_tensor(name)
                         yield name, tensor, tensor.nbytes
+
+    @functools.cached_property
+    def _index(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
+        index = {}
+        for file in self._files():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118
+                        index[name] = file, tuple(opened.get_slice(name).get_shape())
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
+        return index
 
     def _files(self) -> list[Path]:
         index = self._path / "model.safetensors.index.json"

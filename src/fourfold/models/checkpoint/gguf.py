@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -171,7 +172,8 @@ class GGUFCheckpoint:
 
     def _dequantize(self, entry: gguf.ReaderTensor) -> Tensor:
         try:
-            values = torch.from_numpy(gguf.dequantize(entry.data, entry.tensor_type))
+            array = gguf.dequantize(entry.data, entry.tensor_type)
+            values = torch.from_numpy(np.require(array, requirements="W"))
         except NotImplementedError as error:
             raise CheckpointError(
                 f"{self.where}: {entry.name} is stored as {entry.tensor_type.name}, "

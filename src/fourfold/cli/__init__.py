@@ -1,0 +1,1 @@
+"""`fourfold <verb>`: thin commands over the rest of the house."""

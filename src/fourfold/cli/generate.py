@@ -1,0 +1,195 @@
+"""`fourfold generate`: answer a JSONL file of prompts, in order, resuming where it stopped.
+
+Each input line is an object with `prompt` (text to continue) or `messages` (a conversation), and
+may set the sampling fields of this command for itself. Each output line repeats the input line's
+`id` if it has one and adds `text`, `finish_reason` and token counts. Results are written in the
+order of the input, so the lines already in the output file are the ones that are done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import msgspec
+import tyro
+
+from fourfold.cli.options import ModelOptions, start_model
+from fourfold.engine.config import EngineConfig
+from fourfold.engine.messages import SamplingParams
+from fourfold.errors import ConfigError, FourfoldError
+from fourfold.gateway.config import GatewayLimits
+
+if TYPE_CHECKING:
+    from fourfold.gateway.gateway import Gateway
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Answers every line of a JSONL file; run it again to resume."""
+
+    input: Annotated[str, tyro.conf.Positional]
+    """JSONL file with `prompt` or `messages` in every line; - reads standard input."""
+    output: Annotated[str, tyro.conf.Positional] = "-"
+    """JSONL file for the answers, continued if it exists; - writes standard output."""
+    temperature: float = 0.0
+    """0 always takes the likeliest token."""
+    top_p: float = 1.0
+    """Draw from the smallest set of tokens with this much probability."""
+    max_tokens: int | None = None
+    """Longest answer. Default: what the context leaves."""
+    stop: tuple[str, ...] = ()
+    """Texts that end an answer."""
+    seed: int = 0
+    """Makes drawn answers repeatable."""
+    model: ModelOptions = ModelOptions()
+    engine: EngineConfig = EngineConfig()
+
+
+class Line(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
+    """One input line. Sampling fields given here win over the command's."""
+
+    id: str | int | None = None
+    prompt: str | None = None
+    messages: list[dict[str, str]] | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    max_tokens: int | None = None
+    stop: list[str] | None = None
+    seed: int | None = None
+
+
+def run(options: Options) -> int:
+    lines = _read(options.input)
+    done = _count_done(options.output, len(lines))
+    if done == len(lines):
+        print(f"{options.output} already holds all {done} answers", file=sys.stderr)
+        return 0
+    source = options.model.source()
+    gateway = start_model(options.model, source, options.engine, GatewayLimits())
+    with _open_output(options.output) as output:
+        return asyncio.run(_answer_all(gateway, options, lines, done, output))
+
+
+def _read(path: str) -> list[Line]:
+    try:
+        text = sys.stdin.read() if path == "-" else Path(path).read_text()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}") from error
+    lines = []
+    for number, raw in enumerate(text.splitlines(), 1):
+        if not raw.strip():
+            continue
+        try:
+            line = msgspec.json.decode(raw, type=Line)
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{path}, line {number}: {error}") from error
+        if (line.prompt is None) == (line.messages is None):
+            raise ConfigError(f"{path}, line {number}: give either prompt or messages")
+        lines.append(line)
+    return lines
+
+
+def _count_done(path: str, inputs: int) -> int:
+    """Answers already in the output; a last line cut short by a crash is removed."""
+    if path == "-" or not Path(path).exists():
+        return 0
+    whole = Path(path).read_bytes()
+    kept = whole[: whole.rfind(b"\n") + 1]
+    if len(kept) != len(whole):
+        Path(path).write_bytes(kept)
+    done = kept.count(b"\n")
+    if done > inputs:
+        raise ConfigError(
+            f"{path} holds {done} answers for {inputs} prompts, so it belongs to another input; "
+            "name another output"
+        )
+    return done
+
+
+def _open_output(path: str) -> contextlib.AbstractContextManager[IO[str]]:
+    if path == "-":
+        return contextlib.nullcontext(sys.stdout)
+    try:
+        return Path(path).open("a")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error}") from error
+
+
+async def _answer_all(
+    gateway: Gateway, options: Options, lines: list[Line], done: int, output: IO[str]
+) -> int:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    gateway.start()
+    places = asyncio.Semaphore(2 * options.engine.max_running)
+
+    async def answer(line: Line) -> dict[str, Any]:
+        async with places:
+            return await _answer(gateway, options, line)
+
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rate]:.0f} tok/s"),
+        TimeElapsedColumn(),
+    )
+    failed = tokens = 0
+    tasks = [asyncio.create_task(answer(line)) for line in lines[done:]]
+    try:
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task("generate", total=len(lines), completed=done, rate=0.0)
+            for pending in tasks:
+                result = await pending
+                failed += "error" in result
+                tokens += result.get("completion_tokens", 0)
+                output.write(json.dumps(result, ensure_ascii=False) + "\n")
+                output.flush()
+                elapsed = bar.tasks[task].elapsed or 1.0
+                bar.update(task, advance=1, rate=tokens / max(elapsed, 1e-3))
+    finally:
+        for pending in tasks:
+            pending.cancel()
+        await gateway.stop()
+    if failed:
+        print(f"fourfold: {failed} of {len(tasks)} lines failed; see `error`", file=sys.stderr)
+    return 1 if failed else 0
+
+
+async def _answer(gateway: Gateway, options: Options, line: Line) -> dict[str, Any]:
+    from fourfold.gateway.generation import GenerationOptions
+
+    result: dict[str, Any] = {} if line.id is None else {"id": line.id}
+    wanted = GenerationOptions(
+        sampling=SamplingParams(
+            temperature=options.temperature if line.temperature is None else line.temperature,
+            top_p=options.top_p if line.top_p is None else line.top_p,
+            seed=options.seed if line.seed is None else line.seed,
+        ),
+        max_tokens=options.max_tokens if line.max_tokens is None else line.max_tokens,
+        stop=options.stop if line.stop is None else tuple(line.stop),
+    )
+    try:
+        if line.messages is not None:
+            generation = await gateway.chat(line.messages, wanted)
+        else:
+            generation = await gateway.complete(line.prompt or "", wanted)
+        text, finish = "", None
+        async for delta in generation:
+            text += delta.text
+            finish = delta.finish or finish
+    except FourfoldError as error:
+        return result | {"error": str(error)}
+    usage = generation.usage
+    return result | {
+        "text": text,
+        "finish_reason": finish,
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+    }

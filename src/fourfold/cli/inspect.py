@@ -1,0 +1,96 @@
+"""`fourfold inspect`: what a checkpoint holds, what it needs, and whether it would be served."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from fourfold.cli.options import ModelOptions
+from fourfold.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from fourfold.models.config import ModelConfig
+
+_GIB = 2**30
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Shows a checkpoint's architecture, size and memory, and what would be refused and why."""
+
+    model: ModelOptions = ModelOptions()
+
+
+def run(options: Options) -> int:
+    from rich.console import Console
+
+    from fourfold.models.checkpoint.source import SourceKind
+    from fourfold.models.loading import check_tensors, open_checkpoint, read_model_config
+    from fourfold.models.upcycle import upcycled_config
+
+    console = Console(highlight=False, soft_wrap=True)
+    source = options.model.source()
+    checkpoint = open_checkpoint(source)
+    try:
+        family, config = read_model_config(checkpoint.fields(), checkpoint.where)
+        if options.model.load != "dummy":
+            check_tensors(checkpoint, config, family.place(config))
+    except CheckpointError as error:
+        console.print(f"{source.model_id} would be refused: {error}")
+        return 1
+    embedded = source.kind is SourceKind.EMBEDDED
+    if embedded:
+        config = upcycled_config(config)
+    console.print(f"[bold]{source.model_id}[/bold]  {source.path}")
+    for name, value in _architecture(config):
+        console.print(f"  {name:<12} {value}")
+    console.print(_sizes(options.model, config, experts_share_storage=embedded))
+    console.print("It would be served.")
+    return 0
+
+
+def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
+    rows = [
+        ("family", config.family),
+        ("layers", f"{config.layers} of width {config.width}"),
+        (
+            "attention",
+            f"{config.query_heads} query and {config.kv_heads} KV heads of width "
+            f"{config.head_width}, rope theta {config.rope.theta:g} ({config.rope.kind})",
+        ),
+        ("vocabulary", f"{config.vocabulary} tokens, ends at {list(config.eos_token_ids)}"),
+        ("context", f"{config.max_positions} tokens"),
+    ]
+    moe = config.moe
+    if moe is None:
+        return [*rows, ("FFN", f"dense, width {config.ffn_width}")]
+    sparse = sum(config.is_sparse(layer) for layer in range(config.layers))
+    gates = f"{moe.score} scores{', normalised' if moe.normalise else ''}"
+    experts = f"top {moe.experts_per_token} of {moe.experts} experts of width {moe.expert_width}"
+    return [*rows, ("FFN", f"{experts} in {sparse} of {config.layers} layers, {gates}")]
+
+
+def _sizes(options: ModelOptions, config: ModelConfig, *, experts_share_storage: bool) -> Table:
+    import torch
+    from rich.table import Table
+
+    from fourfold.models.footprint import EXPERTS, bytes_per_parameter, footprint
+    from fourfold.models.loading import choose_precision, resolve_device
+
+    device = torch.device(resolve_device(options.device))
+    precision = choose_precision(options.precision, device)
+    table = Table("part", "parameters", "active per token", f"GiB as {precision}", box=None)
+    total = active = stored = 0
+    for part in footprint(config):
+        held = part.total
+        if experts_share_storage and part.name == EXPERTS:
+            held //= config.moe.experts if config.moe else 1
+        size = held * bytes_per_parameter(part.name, precision)
+        table.add_row(part.name, f"{part.total:,}", f"{part.active:,}", f"{size / _GIB:.3f}")
+        total, active, stored = total + part.total, active + part.active, stored + size
+    table.add_row("all", f"{total:,}", f"{active:,}", f"{stored / _GIB:.3f}")
+    if experts_share_storage:
+        table.caption = "The experts share one storage: the model is upcycled at load."
+    return table

@@ -1,0 +1,107 @@
+"""Finds the command, builds its options from the arguments, and runs it.
+
+Commands are imported only when called, and their options need nothing heavy, so that help and
+wrong arguments are answered at once. An error meant for a user is one line on stderr, exit code 2.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import itertools
+import os
+import re
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from fourfold import __version__
+from fourfold.errors import ConfigError, FourfoldError
+
+COMMANDS = {
+    "serve": "answer OpenAI clients over HTTP",
+    "chat": "talk to a model in the terminal",
+    "generate": "answer a JSONL file of prompts, in order and resumable",
+    "inspect": "show what a checkpoint holds, needs, and whether it would be served",
+    "bench serve": "load an OpenAI-compatible server and measure it",
+}
+_INTERRUPTED = 130
+
+
+def main() -> None:
+    """The `fourfold` program."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Runs one command line; returns its exit code."""
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0 if arguments else 2
+    if arguments[0] in ("-V", "--version", "version"):
+        print(f"fourfold {__version__}")
+        return 0
+    try:
+        name, rest = _command(arguments)
+        module = importlib.import_module(f"fourfold.cli.{name.replace(' ', '_')}")
+        options = _parse(module.Options, f"fourfold {name}", rest)
+        return int(module.run(options))
+    except FourfoldError as error:
+        print(f"fourfold: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, for instance `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def _usage() -> str:
+    lines = [f"  {name:<12} {what}" for name, what in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: fourfold COMMAND [OPTIONS]",
+            "",
+            "Serves sparse Mixture-of-Experts language models.",
+            "",
+            *lines,
+            "",
+            "`fourfold COMMAND --help` shows a command's options.",
+        ]
+    )
+
+
+def _command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
+    for words in (2, 1):
+        name = " ".join(arguments[:words])
+        if name in COMMANDS:
+            return name, arguments[words:]
+    known = ", ".join(COMMANDS)
+    raise ConfigError(f"there is no command {arguments[0]!r}; the commands are {known}")
+
+
+def _parse(kind: type[Any], program: str, arguments: Sequence[str]) -> Any:
+    import tyro
+
+    style = (tyro.conf.OmitArgPrefixes,)
+    if any(argument in ("-h", "--help") for argument in arguments):
+        return tyro.cli(kind, args=list(arguments), prog=program, config=style)
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
+            return tyro.cli(kind, args=list(arguments), prog=program, config=style)
+    except SystemExit:
+        problem = _first_sentence(complaint.getvalue())
+        raise ConfigError(f"{problem}; see `{program} --help`") from None
+
+
+def _first_sentence(panel: str) -> str:
+    """What a complaint's panel says below its title, and the option it suggests."""
+    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500-") for line in panel.splitlines()]
+    paragraphs = [" ".join(group) for full, group in itertools.groupby(lines, bool) if full]
+    sentence = paragraphs[0] if paragraphs else "wrong arguments"
+    if len(paragraphs) > 1 and "\u256d" not in panel:  # an unframed title stands alone
+        sentence = paragraphs[1]
+    suggested = re.search(r"Perhaps you meant:.*?(--[\w-]+)", panel, re.DOTALL)
+    return sentence + (f" (perhaps {suggested[1]})" if suggested else "")

@@ -1,0 +1,53 @@
+"""`fourfold serve`: answer OpenAI clients over HTTP."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import sys
+import time
+
+from fourfold.api.config import ApiConfig
+from fourfold.cli.options import ModelOptions, start_model
+from fourfold.engine.config import EngineConfig
+from fourfold.gateway.config import GatewayLimits
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Serves a model to OpenAI clients until SIGTERM or Ctrl-C."""
+
+    model: ModelOptions = ModelOptions()
+    served_name: tuple[str, ...] = ()
+    """Further names that requests may use for the model."""
+    engine: EngineConfig = EngineConfig()
+    limits: GatewayLimits = GatewayLimits()
+    api: ApiConfig = ApiConfig()
+
+
+def run(options: Options) -> int:
+    from fourfold.api import server
+    from fourfold.api.app import create_app
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    started = time.perf_counter()
+    source = options.model.source()
+    listener = server.listen(options.api)  # a taken port is known before the model is loaded
+    names = options.served_name or (("default",) if options.model.model is None else ())
+    gateway = start_model(options.model, source, options.engine, options.limits, names)
+
+    def announce(url: str) -> None:
+        seconds = time.perf_counter() - started
+        served = " and ".join(gateway.model_names)
+        print(f"Serving {served} at {url}/v1 (ready after {seconds:.1f} s)", file=sys.stderr)
+
+    async def main() -> None:
+        gateway.start()
+        try:
+            app = create_app(gateway, options.api)
+            await server.serve(app, gateway, options.api, listener=listener, on_ready=announce)
+        finally:
+            await gateway.stop()
+
+    server.run(main())
+    return 0
