@@ -32,7 +32,7 @@ def run(options: Options) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     started = time.perf_counter()
     source = options.model.source()
-    listener = server.listen(options.api)  # a taken port is known before the model is loaded
+    listener = server.bind(options.api)  # a taken port is known before the model is loaded
     names = options.served_name or (("default",) if options.model.model is None else ())
     gateway = start_model(options.model, source, options.engine, options.limits, names)
 

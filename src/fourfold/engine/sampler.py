@@ -21,6 +21,8 @@ from fourfold.engine.messages import SamplingParams
 _MASK = (1 << 64) - 1
 # Top-p looks at this many likeliest tokens first; only a flatter distribution sorts them all.
 _NUCLEUS = 1024
+# Colder than this is the argmax in float32 already, and dividing by it could overflow.
+_COLDEST = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +101,7 @@ def sample(logits_SV: Tensor, rows: Sequence[SampledRow], counts: TokenCounts) -
         return adjusted_SV.argmax(-1)
     device = logits_SV.device
     greedy_S = torch.tensor([row.params.temperature == 0 for row in rows], device=device)
-    temperature_S = _column([row.params.temperature or 1.0 for row in rows], device)
+    temperature_S = _column([max(row.params.temperature, _COLDEST) for row in rows], device)
     scaled_SV = _filter(adjusted_SV / temperature_S, [row.params for row in rows])
     cumulative_SV = scaled_SV.softmax(-1).cumsum(-1)
     uniform_S = _column([row.uniform for row in rows], device)

@@ -127,7 +127,7 @@ class Gateway:
 
     def abort_all(self) -> None:
         for generation in list(self._active.values()):
-            generation.cancel()
+            generation.cancel(DrainingError("the server is shutting down and ended the request"))
 
     async def chat(
         self, messages: Sequence[Mapping[str, str]], options: GenerationOptions
@@ -161,6 +161,7 @@ class Gateway:
             request = self._request(ids, options)
         finally:
             self._admitting -= 1
+            self._note_end()
         generation = Generation(
             request,
             self._tokenizer,
@@ -219,5 +220,8 @@ class Gateway:
 
     def _ended(self, request_id: int) -> None:
         self._active.pop(request_id, None)
+        self._note_end()
+
+    def _note_end(self) -> None:
         if not self.active:
             self._all_ended.set()

@@ -20,7 +20,7 @@ from fourfold.engine.messages import (
     TokenLogprob,
     TokenOutput,
 )
-from fourfold.errors import DeadlineError, RequestFailedError
+from fourfold.errors import DeadlineError, FourfoldError, RequestFailedError
 from fourfold.gateway.detokenizer import Detokenizer
 from fourfold.gateway.stop_strings import StopStrings
 from fourfold.gateway.tokenizer import Tokenizer
@@ -88,7 +88,8 @@ class Generation:
     """An admitted request. Iterate it once; leaving early must be followed by `cancel()`.
 
     Iterating yields `Delta`s of all samples interleaved and stops after every sample has finished.
-    It raises `RequestFailedError` or `DeadlineError` when the request could not be finished.
+    It raises `RequestFailedError` or `DeadlineError` when the request could not be finished, and
+    `DrainingError` when the server shut down before it was.
     """
 
     def __init__(
@@ -153,9 +154,10 @@ class Generation:
             unfinished -= news.finish is not None
             yield news
 
-    def cancel(self) -> None:
-        """Ends whatever still runs and frees its pages; harmless after the end."""
-        self._end_early(RequestFailedError("the request was cancelled"))
+    def cancel(self, reason: FourfoldError | None = None) -> None:
+        """Ends whatever still runs and frees its pages; harmless after the end. Whoever iterates
+        is told `reason`."""
+        self._end_early(reason or RequestFailedError("the request was cancelled"))
 
     def expire_after(self, seconds: float) -> None:
         """Ends the request with a `DeadlineError` unless it ends before."""
@@ -210,7 +212,7 @@ class Generation:
         sample.held = sample.held[len(certain) :]
         return Delta(index=output.index, text=text, tokens=tuple(certain), finish=sample.finish)
 
-    def _end_early(self, error: RequestFailedError) -> None:
+    def _end_early(self, error: FourfoldError) -> None:
         if not self._ended:
             self._abort(Abort(request_id=self.request_id))
             self._news.put_nowait(error)

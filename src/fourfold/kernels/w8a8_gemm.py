@@ -2,9 +2,9 @@
 
 Activations are quantised per token just before the product, weights per output channel at load:
 `y_TO = (a_TI @ w_OI.T) * scale_T * scale_O`. The int32 sums are exact, so a token's result does not
-depend on which other tokens share the batch. torch dispatches `_int_mm` to oneDNN, which is exact
-only where the CPU has VNNI (without it, pairs of products saturate at 16 bits); `exact_on_cpu`
-asks the machine rather than a table.
+depend on which other tokens share the batch. oneDNN computes them with weights packed once, which
+needs activations as unsigned codes with a zero point. It is exact only where the CPU has VNNI
+(without, pairs of products saturate at 16 bits); `exact_on_cpu` asks the machine, not a table.
 
 Shapes: T tokens, I input width, O output width.
 """
@@ -17,31 +17,62 @@ import torch
 from torch import Tensor
 
 LIMIT = 127
+ZERO_POINT = 128
 
 
 def quantize_per_token(x_TI: Tensor) -> tuple[Tensor, Tensor]:
-    """Symmetric int8 codes with one float32 scale a row: `x ~ codes * scale`.
+    """Symmetric codes with one float32 scale a row: `x ~ (codes - 128) * scale`.
 
-    Returns codes int8 [T, I] and scale float32 [T, 1]; a row of zeros has scale 0 and codes 0.
+    Returns codes uint8 [T, I] in 1..255 and scale float32 [T, 1]; a row of zeros has scale 0.
     """
     x_TI = x_TI.float()
     scale_T1 = x_TI.abs().amax(-1, keepdim=True).div_(LIMIT)
-    codes_TI = torch.div(x_TI, scale_T1.clamp_min(torch.finfo(torch.float32).tiny))
-    return codes_TI.round_().to(torch.int8), scale_T1
+    codes_TI = x_TI / scale_T1.clamp_min(torch.finfo(torch.float32).tiny)
+    return codes_TI.round_().add_(ZERO_POINT).to(torch.uint8), scale_T1
 
 
-def w8a8_gemm(codes_TI: Tensor, scale_T1: Tensor, weight_OI: Tensor, scale_O: Tensor) -> Tensor:
-    """Returns float32 [T, O]. `weight_OI` int8, `scale_O` float32 [O]; exact up to the scaling."""
-    sums_TO = torch._int_mm(codes_TI, weight_OI.t())
-    return (sums_TO * scale_T1).mul_(scale_O)
+def pack_weight(weight_OI: Tensor) -> Tensor:
+    """Int8 weights [O, I] in the layout that the product reads fastest (opaque)."""
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight_OI, None)
+    return packed
+
+
+def w8a8_gemm(codes_TI: Tensor, scale_T1: Tensor, packed: Tensor, scale_O: Tensor) -> Tensor:
+    """Returns float32 [T, O]; exact up to the scaling. `packed` comes from `pack_weight`, `scale_O`
+    is float32."""
+    zero_O = _zeros(scale_O.shape[0])
+    y_TO: Tensor = torch.ops.onednn.qlinear_pointwise(
+        codes_TI,
+        1.0,
+        ZERO_POINT,
+        packed,
+        scale_O,
+        zero_O,
+        None,
+        1.0,
+        0,
+        torch.float32,
+        "none",
+        [],
+        "",
+    )
+    return y_TO.mul_(scale_T1)
+
+
+@functools.cache
+def _zeros(count: int) -> Tensor:
+    return torch.zeros(count, dtype=torch.int32)
 
 
 @functools.cache
 def exact_on_cpu() -> bool:
-    """Whether `_int_mm` sums exactly on this CPU: tried on the inputs that saturate first."""
-    codes = torch.full((32, 256), LIMIT, dtype=torch.int8)
-    weight = torch.full((64, 256), -LIMIT, dtype=torch.int8)
+    """Whether the product is exact on this CPU: tried on the inputs that saturate first."""
+    if not torch._C._has_mkldnn:
+        return False
+    packed = pack_weight(torch.full((64, 256), -LIMIT, dtype=torch.int8))
     for rows in (1, 2, 32):
-        if not bool((torch._int_mm(codes[:rows], weight.t()) == -256 * LIMIT * LIMIT).all()):
+        codes = torch.full((rows, 256), ZERO_POINT + LIMIT, dtype=torch.uint8)
+        sums = w8a8_gemm(codes, torch.ones(rows, 1), packed, torch.ones(64))
+        if not bool((sums == -256 * LIMIT * LIMIT).all()):
             return False
     return True

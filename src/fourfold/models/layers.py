@@ -125,7 +125,14 @@ class Attention(nn.Module):
 
     def forward(self, x_TD: Tensor, rope: Rope, layer: int, quadrants: Quadrants) -> Tensor:
         config = self.config
-        q, k, v = self.qkv(x_TD).split(self.widths, dim=-1)
+        qkv = self.qkv(x_TD)
+        if config.qk_norm == "none" and config.qkv_clip is None:
+            heads = (config.query_heads, config.kv_heads)
+            qkv = qkv.unflatten(-1, (-1, config.head_width))
+            qk, v = torch.split(qkv, (sum(heads), config.kv_heads), dim=1)
+            q, k = torch.split(rope.rotate(qk), heads, dim=1)
+            return self._attend(q, k, v, layer, quadrants)
+        q, k, v = torch.split(qkv, self.widths, dim=-1)
         if config.qk_norm == "all_heads":
             q, k = self.q_norm(q), self.k_norm(k)
         if config.qkv_clip is not None:
@@ -133,7 +140,12 @@ class Attention(nn.Module):
         q, k, v = (part.unflatten(-1, (-1, config.head_width)) for part in (q, k, v))
         if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        out_THC = quadrants.attention(layer, rope.rotate(q), rope.rotate(k), v)
+        return self._attend(rope.rotate(q), rope.rotate(k), v, layer, quadrants)
+
+    def _attend(
+        self, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, layer: int, quadrants: Quadrants
+    ) -> Tensor:
+        out_THC = quadrants.attention(layer, q_THC, k_TGC, v_TGC)
         out_TD: Tensor = self.output(out_THC.flatten(1))
         return out_TD
 

@@ -26,12 +26,12 @@ _GROUP_COST_TOKENS = 2048
 class DecodeGroup:
     """Sequences attended to together. Tensors live on the device of the pages.
 
-    `rows_B` are their rows of the step (None: rows 0..B-1 in order); `head_rows` names each
-    (sequence, KV head, page) run of the page memory; `mask` is 0 or -inf, [B, 1, 1, S].
+    `rows_B` are their rows of the step (None: rows 0..B-1 in order); `runs` names their keys and
+    values in the page memory; `mask` is 0 or -inf, [B, 1, 1, S].
     """
 
     rows_B: Tensor | None
-    head_rows: Tensor
+    runs: Tensor
     mask: Tensor
 
 
@@ -56,13 +56,10 @@ def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
 
 def describe_decode(
     lengths: Sequence[int],
-    pages: Sequence[Sequence[int]],
-    *,
-    kv_heads: int,
-    dtype: torch.dtype,
-    device: torch.device,
+    tables: Sequence[Sequence[int]],
+    pages: KVPages,
 ) -> tuple[DecodeGroup, ...]:
-    """The groups for sequences of `lengths` tokens (the new one included) held in `pages`."""
+    """The groups for sequences of `lengths` tokens, new ones included, in the pages of `tables`."""
     groups = group_by_length(lengths)
     described = []
     for group in groups:
@@ -70,20 +67,19 @@ def describe_decode(
         used = [-(-lengths[index] // PAGE_TOKENS) for index in group]
         longest = max(used)
         table = [
-            [*pages[i][:n], *([pages[i][0]] * (longest - n))]
+            [*tables[i][:n], *([tables[i][0]] * (longest - n))]
             for i, n in zip(group, used, strict=True)
         ]
-        table_BM = torch.tensor(table, dtype=torch.int64)
-        heads_G = torch.arange(kv_heads)
-        head_rows = table_BM[:, None, :] * kv_heads + heads_G[None, :, None]
         length_B = torch.tensor([lengths[index] for index in group])
         beyond = torch.arange(longest * PAGE_TOKENS)[None] >= length_B[:, None]
-        mask = torch.zeros(beyond.shape, dtype=dtype).masked_fill_(beyond, float("-inf"))
+        mask = torch.zeros(beyond.shape, dtype=pages.shape.dtype).masked_fill_(
+            beyond, float("-inf")
+        )
         described.append(
             DecodeGroup(
-                rows_B=None if len(groups) == 1 else torch.tensor(group).to(device),
-                head_rows=head_rows.flatten().to(device, non_blocking=True),
-                mask=mask[:, None, None, :].to(device, non_blocking=True),
+                rows_B=None if len(groups) == 1 else torch.tensor(group).to(pages.device),
+                runs=pages.runs(torch.tensor(table)),
+                mask=mask[:, None, None, :].to(pages.device, non_blocking=True),
             )
         )
     return tuple(described)
@@ -104,14 +100,11 @@ def decode_attention(
 
 def _attend(q_BHC: Tensor, pages: KVPages, layer: int, group: DecodeGroup) -> Tensor:
     batch, heads, width = q_BHC.shape
-    shared = heads // pages.kv_heads
-    k, v = pages.gather(layer, group.head_rows)
-    tokens = group.mask.shape[-1]
-    k = k.view(batch * pages.kv_heads, tokens, width)
-    v = v.view(batch * pages.kv_heads, tokens, width)
-    q = q_BHC.to(k.dtype).reshape(batch * pages.kv_heads, shared, width)
-    scores = torch.bmm(q, k.transpose(1, 2)).view(batch, pages.kv_heads, shared, tokens)
-    scores = torch.add(group.mask, scores, alpha=width**-0.5)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype)
-    out = torch.bmm(weights.view(batch * pages.kv_heads, shared, tokens), v)
+    kv_heads, tokens = pages.shape.kv_heads, group.mask.shape[-1]
+    shared = heads // kv_heads
+    k, v = pages.gather(layer, group.runs).view(2, batch * kv_heads, tokens, width)
+    q = q_BHC.to(k.dtype).reshape(batch * kv_heads, shared, width)
+    scores = torch.bmm(q, k.transpose(1, 2)).view(batch, kv_heads, shared, tokens)
+    weights = torch.add(group.mask, scores, alpha=width**-0.5).softmax(-1)
+    out = torch.bmm(weights.view(batch * kv_heads, shared, tokens), v)
     return out.view(batch, heads, width).to(q_BHC.dtype)

@@ -32,33 +32,36 @@ class PageShape:
 
 
 class KVPages:
-    """Keys and values `[L, P, G, N, C]`.
+    """Keys and values in one tensor `[L, P, 2, G, N, C]`, so a page of a layer is one piece.
 
     Who may use which page is decided elsewhere (`engine.page_pool`); this only stores.
     """
 
     def __init__(self, shape: PageShape, pages: int, device: torch.device) -> None:
-        size = (shape.layers, pages, shape.kv_heads, PAGE_TOKENS, shape.head_width)
+        size = (shape.layers, pages, 2, shape.kv_heads, PAGE_TOKENS, shape.head_width)
+        self.shape = shape
         # Zeros, not garbage: masked positions of a fresh page are multiplied by zero, and a NaN
         # would survive that. On a CPU untouched zeros take no memory.
-        self.keys = torch.zeros(size, dtype=shape.dtype, device=device)
-        self.values = torch.zeros(size, dtype=shape.dtype, device=device)
+        self.data = torch.zeros(size, dtype=shape.dtype, device=device)
 
     @property
-    def kv_heads(self) -> int:
-        return self.keys.shape[2]
+    def device(self) -> torch.device:
+        return self.data.device
 
     def write(
         self, layer: int, page_T: Tensor, offset_T: Tensor, k_TGC: Tensor, v_TGC: Tensor
     ) -> None:
         """Stores row t at `offset_T[t]` of page `page_T[t]`."""
-        self.keys[layer][page_T, :, offset_T] = k_TGC.to(self.keys.dtype)
-        self.values[layer][page_T, :, offset_T] = v_TGC.to(self.values.dtype)
+        kv = torch.stack((k_TGC, v_TGC), dim=1).to(self.shape.dtype)
+        self.data[layer][page_T, :, :, offset_T] = kv
 
-    def gather(self, layer: int, head_rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Copies of the runs `page * G + head` for each entry; two tensors [len, N, C]."""
-        rows = (-1, PAGE_TOKENS * self.keys.shape[4])
-        k = self.keys[layer].view(rows).index_select(0, head_rows)
-        v = self.values[layer].view(rows).index_select(0, head_rows)
-        shape = (-1, PAGE_TOKENS, self.keys.shape[4])
-        return k.view(shape), v.view(shape)
+    def runs(self, pages: Tensor) -> Tensor:
+        """Names the runs of `pages` [B, M] for `gather`: int64 [2, B, G, M], flattened."""
+        heads = torch.arange(2 * self.shape.kv_heads).view(2, 1, -1, 1)
+        runs = pages[None, :, None, :] * (2 * self.shape.kv_heads) + heads
+        return runs.flatten().to(self.device, non_blocking=True)
+
+    def gather(self, layer: int, runs: Tensor) -> Tensor:
+        """Copies of the named runs: keys and values [2, B * G, M * N, C] for one B."""
+        run = PAGE_TOKENS * self.shape.head_width
+        return self.data[layer].view(-1, run).index_select(0, runs)

@@ -22,40 +22,27 @@ from fourfold.quadrants.kv_pages import PAGE_TOKENS, KVPages
 class PrefillChunk:
     """Rows `start : start + rows` of a step: the tokens after the first `prefix` of a sequence.
 
-    `head_rows` names the runs [G, pages] of the page memory that hold prefix and chunk; `mask`
-    [rows, prefix + rows] is true where a row may look, None when there is no prefix (plain causal).
+    `runs` names keys and values of prefix and chunk in the page memory; `mask` is true where a row
+    may look, [rows, prefix + rows]. Both are None where there is no prefix (plain causal).
     """
 
     start: int
     rows: int
     prefix: int
-    head_rows: Tensor | None
+    runs: Tensor | None
     mask: Tensor | None
 
 
 def describe_chunk(
-    start: int,
-    rows: int,
-    prefix: int,
-    pages: Sequence[int],
-    *,
-    kv_heads: int,
-    device: torch.device,
+    start: int, rows: int, prefix: int, table: Sequence[int], pages: KVPages
 ) -> PrefillChunk:
-    """The description of a chunk held in `pages`. Without a prefix nothing is read from pages."""
+    """The description of a chunk whose sequence's pages `table` lists."""
     if prefix == 0:
-        return PrefillChunk(start=start, rows=rows, prefix=0, head_rows=None, mask=None)
+        return PrefillChunk(start=start, rows=rows, prefix=0, runs=None, mask=None)
     total = prefix + rows
-    table_M = torch.tensor(pages[: -(-total // PAGE_TOKENS)], dtype=torch.int64)
-    head_rows = table_M[None] * kv_heads + torch.arange(kv_heads)[:, None]
-    mask = torch.ones(rows, total, dtype=torch.bool, device=device).tril_(prefix)
-    return PrefillChunk(
-        start=start,
-        rows=rows,
-        prefix=prefix,
-        head_rows=head_rows.flatten().to(device, non_blocking=True),
-        mask=mask,
-    )
+    used = torch.tensor([table[: -(-total // PAGE_TOKENS)]])
+    mask = torch.ones(rows, total, dtype=torch.bool, device=pages.device).tril_(prefix)
+    return PrefillChunk(start=start, rows=rows, prefix=prefix, runs=pages.runs(used), mask=mask)
 
 
 def prefill_attention(
@@ -63,15 +50,12 @@ def prefill_attention(
 ) -> Tensor:
     """Causal attention of one chunk; inputs are the chunk's rows alone. Returns [T, H, C]."""
     rows, heads, width = q_THC.shape
-    kv_heads = pages.kv_heads
-    dtype = pages.keys.dtype
-    if chunk.head_rows is None:
+    kv_heads, dtype = pages.shape.kv_heads, pages.shape.dtype
+    if chunk.runs is None:
         k_GSC, v_GSC = k_TGC.to(dtype).transpose(0, 1), v_TGC.to(dtype).transpose(0, 1)
     else:
-        k, v = pages.gather(layer, chunk.head_rows)
-        total = chunk.prefix + rows
-        k_GSC = k.view(kv_heads, -1, width)[:, :total]
-        v_GSC = v.view(kv_heads, -1, width)[:, :total]
+        kv = pages.gather(layer, chunk.runs).view(2, kv_heads, -1, width)
+        k_GSC, v_GSC = kv[:, :, : chunk.prefix + rows]
     shared = heads // kv_heads
     out_GRTC = F.scaled_dot_product_attention(
         q_THC.to(dtype).view(rows, kv_heads, shared, width).permute(1, 2, 0, 3),

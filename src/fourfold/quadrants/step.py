@@ -38,7 +38,7 @@ class QuadrantStep:
     """
 
     def __init__(self, pages: KVPages, decodes: Sequence[Span], prefills: Sequence[Span]) -> None:
-        device = pages.keys.device
+        device = pages.device
         self._pages = pages
         self._decode_rows = len(decodes)
         spans = [*decodes, *prefills]
@@ -54,25 +54,13 @@ class QuadrantStep:
         self._groups: tuple[DecodeGroup, ...] = ()
         if decodes:
             self._groups = describe_decode(
-                [span.start + 1 for span in decodes],
-                [span.pages for span in decodes],
-                kv_heads=pages.kv_heads,
-                dtype=pages.keys.dtype,
-                device=device,
+                [span.start + 1 for span in decodes], [span.pages for span in decodes], pages
             )
         self._chunks: list[PrefillChunk] = []
         row = len(decodes)
         for span in prefills:
-            self._chunks.append(
-                describe_chunk(
-                    row,
-                    span.length,
-                    span.start,
-                    span.pages,
-                    kv_heads=pages.kv_heads,
-                    device=device,
-                )
-            )
+            chunk = describe_chunk(row, span.length, span.start, span.pages, pages)
+            self._chunks.append(chunk)
             row += span.length
 
     def attention(self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ Shapes: T tokens, I input width, O output width; leading axes of a weight stack 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourfold.kernels.w8a8_gemm import LIMIT, quantize_per_token, w8a8_gemm
+from fourfold.kernels.w8a8_gemm import LIMIT, pack_weight, quantize_per_token, w8a8_gemm
 
 Encoded = tuple[Tensor, ...]
 """Activations as a weight's product wants them: tensors that all have the tokens as first axis."""
@@ -39,37 +41,37 @@ class DenseWeight(nn.Module):
 
 
 class W8A8Weight(nn.Module):
-    """Int8 codes [..., O, I] with float32 scales [..., O]; products are float32."""
+    """Int8 weights, one packed matrix a slot, with float32 scales [slots, O]; products are float32.
 
-    codes: Tensor
+    A weight that is not stacked has one slot.
+    """
+
     scale: Tensor
 
-    def __init__(self, codes: Tensor, scale: Tensor) -> None:
+    def __init__(self, packed: Sequence[Tensor], scale: Tensor) -> None:
         super().__init__()
-        self.register_buffer("codes", codes)
+        self.packed = tuple(packed)
         self.register_buffer("scale", scale)
 
     @classmethod
     def quantize(cls, weight: Tensor) -> W8A8Weight:
-        """The nearest codes of a floating-point weight; an all-zero channel has scale 0."""
-        weight = weight.float()
-        scale = weight.abs().amax(-1) / LIMIT
-        codes = weight / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-        return cls(codes.round_().to(torch.int8), scale)
+        """The nearest codes of a floating-point weight [..., O, I]; a channel of zeros has scale 0."""
+        stack = weight.float().view(-1, *weight.shape[-2:])
+        scale = stack.abs().amax(-1) / LIMIT
+        codes = stack / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
+        return cls([pack_weight(slot) for slot in codes.round_().to(torch.int8)], scale)
 
     def stacked(self) -> W8A8Weight:
-        """The same storage with one leading axis more, as a stack of one."""
-        return W8A8Weight(self.codes[None], self.scale[None])
+        """The same storage as a stack of one."""
+        return self
 
     def encode(self, x_TI: Tensor) -> Encoded:
         return quantize_per_token(x_TI)
 
-    def product(self, encoded: Encoded, slot: int | None = None) -> Tensor:
+    def product(self, encoded: Encoded, slot: int = 0) -> Tensor:
         """`x @ weight.T`, float32 [T, O]; `slot` picks one of stacked weights."""
         codes_TI, scale_T1 = encoded
-        if slot is None:
-            return w8a8_gemm(codes_TI, scale_T1, self.codes, self.scale)
-        return w8a8_gemm(codes_TI, scale_T1, self.codes[slot], self.scale[slot])
+        return w8a8_gemm(codes_TI, scale_T1, self.packed[slot], self.scale[slot])
 
 
 Weight = DenseWeight | W8A8Weight

@@ -1,0 +1,136 @@
+"""The response that generates: one place where a request's generations are admitted and ended.
+
+Nothing is sent before the first token is there, so that a request which fails early (refused, out
+of time in the queue, broken engine) still gets its proper status. After that a failure can only be
+told inside the stream.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from fastapi import Response
+from starlette.types import Message, Receive, Scope, Send
+
+from fourfold.api.errors import to_http_error
+from fourfold.api.following import (
+    Admission,
+    ClientGoneError,
+    Following,
+    merge,
+    while_connected,
+)
+from fourfold.api.metrics import Outcome, RequestRecord, record_of
+from fourfold.api.replies import DONE, Reply
+from fourfold.errors import FourfoldError
+from fourfold.gateway.generation import Delta, Generation
+
+_STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
+
+logger = logging.getLogger(__name__)
+
+
+class Answer(Response):
+    """Admits generations, follows them and sends what they say, whole or as events."""
+
+    def __init__(
+        self,
+        admissions: Sequence[Admission],
+        *,
+        n: int,
+        reply: Callable[[Sequence[Generation]], Reply],
+        stream: bool,
+        include_usage: bool,
+    ) -> None:
+        media_type = "text/event-stream" if stream else "application/json"
+        super().__init__(media_type=media_type, headers=_STREAM_HEADERS if stream else None)
+        del self.headers["content-length"]
+        self._admissions = admissions
+        self._n = n
+        self._reply = reply
+        self._stream = stream
+        self._include_usage = include_usage
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers; when the client goes away at any stage, the generations are cancelled."""
+        record = record_of(scope)
+        answering = self._send_events if self._stream else self._send_whole
+        stayed = await while_connected(receive, answering(record, _telling_when_gone(send)))
+        if not stayed and record.outcome is Outcome.REFUSED:
+            record.outcome = Outcome.CANCELLED
+
+    @asynccontextmanager
+    async def _follow(self, record: RequestRecord) -> AsyncIterator[Following]:
+        async with Following(self._admissions, self._n) as following:
+            outcome = Outcome.CANCELLED
+            try:
+                yield following
+                outcome = Outcome.FINISHED
+            except ClientGoneError:
+                raise
+            except Exception:
+                outcome = Outcome.FAILED
+                raise
+            finally:
+                record.ended(following.usage, outcome)
+
+    async def _send_whole(self, record: RequestRecord, send: Send) -> None:
+        deltas: list[Delta] = []
+        async with self._follow(record) as following:
+            reply = self._reply(following.generations)
+            async for batch in following:
+                record.tokens_came(batch)
+                deltas += batch
+        body = reply.whole(merge(deltas), following.usage)
+        self.headers["content-length"] = str(len(body))
+        await self._start(send)
+        await _send_body(send, body, more=False)
+
+    async def _send_events(self, record: RequestRecord, send: Send) -> None:
+        started = False
+        try:
+            async with self._follow(record) as following:
+                reply = self._reply(following.generations)
+                async for batch in following:
+                    record.tokens_came(batch)
+                    if not started:
+                        started = True
+                        await self._start(send)
+                    if events := b"".join(map(reply.events, batch)):
+                        await _send_body(send, events, more=True)
+        except Exception as error:
+            if not started or isinstance(error, ClientGoneError):
+                raise
+            if not isinstance(error, FourfoldError):
+                logger.exception("A stream failed after it had begun")
+            await _send_body(send, to_http_error(error).event(), more=False)
+            return
+        usage = reply.usage_event(following.usage) if self._include_usage else b""
+        await _send_body(send, usage + DONE, more=False)
+
+    async def _start(self, send: Send) -> None:
+        await send(
+            {
+                "type": "http.response.start",
+                "status": self.status_code,
+                "headers": self.raw_headers,
+            }
+        )
+
+
+def _telling_when_gone(send: Send) -> Send:
+    """`send`, with one error for the moment in which a connection is closed but not yet lost."""
+
+    async def tell(message: Message) -> None:
+        try:
+            await send(message)
+        except (OSError, RuntimeError) as error:
+            raise ClientGoneError from error
+
+    return tell
+
+
+async def _send_body(send: Send, body: bytes, *, more: bool) -> None:
+    await send({"type": "http.response.body", "body": body, "more_body": more})

@@ -1,0 +1,227 @@
+"""The one schema of all benchmark records: what was run, on what, and the figures it gave.
+
+A record is a JSON file under `benchmarks/results/` that anybody can make again with the `command`
+it holds. What is not known is left out: a field is absent, never null or zero, so that a missing
+figure cannot be mistaken for a measured one. Figures are finite and in the unit they name.
+
+    results = [Result(case="batch 1", metric="tpot", value=0.0048, unit="s")]
+    write(new_record("decode", "fourfold bench decode", results), "benchmarks/results/decode.json")
+"""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import math
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+from fourfold.errors import ConfigError
+
+DEFAULT_PACKAGES = ("fourfold", "torch", "triton", "transformers")
+
+
+class Result(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """One figure. `limit` and `peer_value` are in the unit of `value`, each with its name.
+
+    `limit` is the ceiling measured in the same run (`limit_name`: "copy bandwidth"), `peer_value`
+    what `peer` ("vLLM 0.23.0") reached on the same case. ValueError for a figure that is not
+    finite, or a `limit` or `peer_value` without its name.
+    """
+
+    case: str
+    metric: str
+    value: float
+    unit: str
+    limit: float | UnsetType = UNSET
+    limit_name: str | UnsetType = UNSET
+    peer: str | UnsetType = UNSET
+    peer_value: float | UnsetType = UNSET
+
+    def __post_init__(self) -> None:
+        for field in ("value", "limit", "peer_value"):
+            figure = getattr(self, field)
+            if figure is not UNSET and not math.isfinite(figure):
+                raise ValueError(f"{field} of {self.metric} ({self.case}) is {figure}, not finite")
+        if (self.limit is UNSET) != (self.limit_name is UNSET):
+            raise ValueError(f"{self.metric} ({self.case}) needs both limit and limit_name")
+        if (self.peer is UNSET) != (self.peer_value is UNSET):
+            raise ValueError(f"{self.metric} ({self.case}) needs both peer and peer_value")
+
+
+class Hardware(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """The machine that ran the command: `cores` usable by this process, `memory_gib` of RAM."""
+
+    cpu: str
+    cores: int
+    memory_gib: float
+    gpus: tuple[str, ...] = ()
+
+
+class Record(
+    msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
+    """One run of one benchmark. `commit` ends in "-dirty" where the working tree differed.
+
+    ValueError where one figure is given twice: same case, metric and peer.
+    """
+
+    name: str
+    command: str
+    commit: str | UnsetType = UNSET
+    date: Annotated[datetime.datetime, msgspec.Meta(tz=True)]
+    hardware: Hardware
+    software: dict[str, str]
+    results: tuple[Result, ...]
+
+    def __post_init__(self) -> None:
+        seen: set[tuple[str, str, str | UnsetType]] = set()
+        for result in self.results:
+            key = (result.case, result.metric, result.peer)
+            if key in seen:
+                raise ValueError(f"{result.metric} ({result.case}) appears twice in {self.name}")
+            seen.add(key)
+
+
+def new_record(
+    name: str,
+    command: str,
+    results: Iterable[Result],
+    *,
+    packages: Sequence[str] = DEFAULT_PACKAGES,
+) -> Record:
+    """A record of figures measured just now: fills in commit, date, hardware and software."""
+    return Record(
+        name=name,
+        command=command,
+        commit=source_commit(),
+        date=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
+        hardware=this_hardware(),
+        software=software_versions(packages),
+        results=tuple(results),
+    )
+
+
+def write(record: Record, path: str | Path) -> None:
+    """Writes a record that `load` accepts, atomically. ValidationError for any other."""
+    data = msgspec.json.encode(record)
+    msgspec.json.decode(data, type=Record)  # structs do not check types when built in Python
+    write_atomically(Path(path), msgspec.json.format(data, indent=2) + b"\n")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Writes a file of which a reader finds the old content or the new, never a part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load(path: str | Path) -> Record:
+    """Reads a record strictly: ConfigError for an unknown, missing, null or mistyped field."""
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=Record)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(
+            f"{path} is not a benchmark record ({error}); run its benchmark again"
+        ) from error
+
+
+def with_peer(results: Iterable[Result], peer: str, record: Record) -> list[Result]:
+    """The results with `peer`'s figures beside them, where its record has the same case, metric
+    and unit. ConfigError where it has none of them: then it ran another workload."""
+    figures = {(r.case, r.metric, r.unit): r.value for r in record.results}
+    joined = []
+    for result in results:
+        figure = figures.get((result.case, result.metric, result.unit))
+        if figure is not None:
+            result = msgspec.structs.replace(result, peer=peer, peer_value=figure)
+        joined.append(result)
+    if all(result.peer is UNSET for result in joined):
+        raise ConfigError(
+            f"the record of {peer} shares no figure with this one; run it with the same options"
+        )
+    return joined
+
+
+def source_commit() -> str | UnsetType:
+    """The commit of the checkout this package runs from; absent where it is not a checkout.
+
+    Records themselves do not make a tree dirty, so that several benchmarks can run in a row.
+    """
+    here = Path(__file__)
+
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(here.parent), *arguments],
+                capture_output=True,
+                text=True,
+                timeout=30,
+                check=False,
+            )
+        except (FileNotFoundError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    # An installed package may lie inside somebody else's repository, which then does not track it.
+    if git("ls-files", "--error-unmatch", here.name) is None:
+        return UNSET
+    commit = git("rev-parse", "HEAD")
+    changes = git("status", "--porcelain", "--", ":(top)", ":(top,exclude)benchmarks/results")
+    if commit is None or changes is None:
+        return UNSET
+    return f"{commit}-dirty" if changes else commit
+
+
+def this_hardware() -> Hardware:
+    """This machine. GPUs are named only where torch is imported already and sees them."""
+    torch = sys.modules.get("torch")
+    gpus: tuple[str, ...] = ()
+    if torch is not None and torch.cuda.is_available():
+        gpus = tuple(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Hardware(
+        cpu=_cpu_model(), cores=_usable_cores(), memory_gib=round(memory / 2**30, 1), gpus=gpus
+    )
+
+
+def _cpu_model() -> str:
+    listing = Path("/proc/cpuinfo")
+    if listing.exists():
+        for line in listing.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def software_versions(packages: Sequence[str] = DEFAULT_PACKAGES) -> dict[str, str]:
+    """Versions of Python and of those `packages` that are installed."""
+    versions = {"python": platform.python_version()}
+    for package in packages:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

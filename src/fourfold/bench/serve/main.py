@@ -1,0 +1,196 @@
+"""`fourfold bench serve`: prepares a load, runs it, shows and records what it found."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import resource
+import signal
+import sys
+import time
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+
+import uvloop
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from fourfold.bench.record import Record, load, write
+from fourfold.bench.serve.config import ServeBenchConfig
+from fourfold.bench.serve.endpoint import Endpoint
+from fourfold.bench.serve.http_client import HttpClient
+from fourfold.bench.serve.load import arrival_times, closed_loop, open_loop, unless
+from fourfold.bench.serve.measure import Outcome
+from fourfold.bench.serve.prompts import make_requests
+from fourfold.bench.serve.report import Report
+from fourfold.errors import ConfigError
+
+INTERRUPTED = 130
+"""Exit code of a run ended by Ctrl-C, as shells have it."""
+
+
+async def run(
+    config: ServeBenchConfig,
+    *,
+    stop: asyncio.Event | None = None,
+    on_outcome: Callable[[Outcome], None] | None = None,
+) -> Report:
+    """Loads the server and reports. Setting `stop` ends the load early with a partial report;
+    `on_outcome` hears of each measured request as it ends.
+
+    ConfigError where the server cannot be reached or refuses a first request, or a file given is
+    not what it should be. Failures under load are not errors but part of the report.
+    """
+    peer = _load_peer(config)
+    http = HttpClient(config.base_url, api_key=config.api_key)
+    try:
+        endpoint = Endpoint(config, http)
+        server = await endpoint.identify()
+        requests = await make_requests(config, endpoint, server.model)
+        measured = requests.bodies[: config.num_requests]
+        notes = requests.notes + await _warm_up(config, endpoint, requests.bodies)
+        outcomes: list[Outcome] = []
+
+        def record(outcome: Outcome) -> None:
+            outcomes.append(outcome)
+            if on_outcome is not None:
+                on_outcome(outcome)
+
+        work = _load(config, endpoint, measured, record)
+        started, cpu_started = time.perf_counter(), time.thread_time()
+        await unless(stop or asyncio.Event(), work)
+        duration = time.perf_counter() - started
+        return Report(
+            config=config,
+            server=server,
+            outcomes=tuple(outcomes),
+            duration=duration,
+            busy=(time.thread_time() - cpu_started) / duration,
+            unfinished=len(measured) - len(outcomes),
+            notes=notes,
+            peer=peer,
+        )
+    finally:
+        http.close()
+
+
+def main(config: ServeBenchConfig) -> int:
+    """Runs, prints the table on stdout and writes what was asked for.
+
+    Returns 0, 1 where a request failed, or 130 after Ctrl-C. A second Ctrl-C leaves at once.
+    """
+    for path in (config.out, config.details):
+        _check_writable(path)
+    _allow_many_connections()
+    report = uvloop.run(_interruptible(config))
+    if not report.outcomes:
+        print("interrupted before a request was measured", file=sys.stderr)
+        return INTERRUPTED
+    report.show(Console())
+    if config.out is not None:
+        write(report.record(), config.out)
+    if config.details is not None:
+        report.write_details(config.details)
+    if report.unfinished:
+        return INTERRUPTED
+    return 1 if report.failed else 0
+
+
+async def _interruptible(config: ServeBenchConfig) -> Report:
+    """`run` with a progress bar on stderr, ended early by Ctrl-C."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def interrupt() -> None:
+        stop.set()
+        loop.remove_signal_handler(signal.SIGINT)
+
+    loop.add_signal_handler(signal.SIGINT, interrupt)
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+        refresh_per_second=2,  # drawing takes about a millisecond away from measuring
+        disable=not console.is_terminal,
+    )
+    with bar:
+        task = bar.add_task("preparing", total=config.num_requests)
+        failed = 0
+
+        def advance(outcome: Outcome) -> None:
+            nonlocal failed
+            failed += outcome.failure is not None
+            bar.update(task, advance=1, description=f"{failed} failed" if failed else "measuring")
+
+        return await run(config, stop=stop, on_outcome=advance)
+
+
+def _load(
+    config: ServeBenchConfig,
+    endpoint: Endpoint,
+    bodies: tuple[bytes, ...],
+    record: Callable[[Outcome], None],
+) -> Coroutine[None, None, None]:
+    if config.concurrency is not None:
+        return closed_loop(endpoint.ask, bodies, config.concurrency, record)
+    rng = random.Random(f"arrivals {config.seed}")
+    times = arrival_times(len(bodies), config.request_rate, config.burstiness, rng)
+    return open_loop(endpoint.ask, bodies, times, record)
+
+
+async def _warm_up(
+    config: ServeBenchConfig, endpoint: Endpoint, bodies: tuple[bytes, ...]
+) -> tuple[str, ...]:
+    """Sends the warm-up's requests; says so where some of them failed."""
+    bodies = bodies[config.num_requests :]
+    outcomes: list[Outcome] = []
+    if bodies:
+        await closed_loop(endpoint.ask, bodies, config.concurrency or len(bodies), outcomes.append)
+    failures = [outcome.failure for outcome in outcomes if outcome.failure is not None]
+    if not failures:
+        return ()
+    first = failures[0]
+    return (f"{len(failures)} warm-up requests failed, the first by {first.kind}: {first.detail}",)
+
+
+def _load_peer(config: ServeBenchConfig) -> tuple[str, Record] | None:
+    """The peer's record. ConfigError where it is of another load than this run's."""
+    if config.peer is None:
+        return None
+    name, _, path = config.peer.partition("=")
+    record = load(path)
+    cases = sorted({result.case for result in record.results})
+    if config.describe() not in cases:
+        raise ConfigError(
+            f"--peer {path} holds {', '.join(cases)}, not {config.describe()}; "
+            "give both runs the same load, or the same --case"
+        )
+    return name, record
+
+
+def _check_writable(path: Path | None) -> None:
+    """Finds out before the run, not after it, that its result cannot be kept."""
+    if path is None:
+        return
+    folder = path.parent
+    while not folder.exists():
+        folder = folder.parent
+    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"{path} cannot be written; give another file")
+
+
+def _allow_many_connections() -> None:
+    """Raises this process's limit on open files as far as it may."""
+    limit, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if resource.RLIM_INFINITY not in (limit, most):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))

@@ -1,0 +1,163 @@
+"""Writes the README's tables from the records under `benchmarks/results/`.
+
+    python -m fourfold.bench.tables README.md            # rewrite the tables
+    python -m fourfold.bench.tables README.md --check    # exit 1 where they are not up to date
+
+A table stands between two comments and shows every record of that name, or only some metrics of
+it. What a person writes between them is replaced, so a figure in the README cannot drift from the
+run that gave it.
+
+    <!-- table:serve only: ttft_p50, output_rate -->
+    <!-- /table:serve -->
+
+A ratio says how many times *better* than the peer the figure is, whether it is a time or a size
+(less is better) or a rate (more is better); it is left out for units that are neither.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+from msgspec import UNSET
+
+from fourfold.bench.figures import format_figure, ratio, significant
+from fourfold.bench.record import Record, Result, load, write_atomically
+from fourfold.errors import ConfigError
+
+_TABLE = re.compile(
+    r"(?P<opening><!-- table:(?P<name>[\w.-]+)(?: only: (?P<only>[^>]+?))? -->)"
+    r".*?"
+    r"(?P<closing><!-- /table:(?P=name) -->)",
+    re.DOTALL,
+)
+_MARKER = re.compile(r"<!-- /?table:[^>]*>")
+
+
+def render(readme: str, records: Sequence[Record]) -> str:
+    """The README with every table made anew from `records`.
+
+    ConfigError for a marker without its pair, or one that asks for what no record holds.
+    """
+    if stray := _MARKER.search(_TABLE.sub("", readme)):
+        raise ConfigError(
+            f"{stray[0]} is not a pair of <!-- table:NAME --> and <!-- /table:NAME --> markers"
+        )
+
+    def fill(match: re.Match[str]) -> str:
+        metrics = [metric.strip() for metric in match["only"].split(",")] if match["only"] else []
+        tables = make_tables(match["name"], metrics, records)
+        return f"{match['opening']}\n{tables}\n{match['closing']}"
+
+    return _TABLE.sub(fill, readme)
+
+
+def make_tables(name: str, metrics: Sequence[str], records: Sequence[Record]) -> str:
+    """A Markdown table for each record called `name`: all its metrics, or those listed."""
+    chosen = [record for record in records if record.name == name]
+    if not chosen:
+        known = ", ".join(sorted({record.name for record in records})) or "none"
+        raise ConfigError(f"no benchmark record is called {name!r} (there are: {known})")
+    return "\n\n".join(_make_table(record, metrics) for record in chosen)
+
+
+def _make_table(record: Record, metrics: Sequence[str]) -> str:
+    results = [r for r in record.results if not metrics or r.metric in metrics]
+    if missing := set(metrics) - {result.metric for result in results}:
+        raise ConfigError(f"the record {record.name!r} holds no {', '.join(sorted(missing))}")
+    columns = {
+        "case": [result.case for result in results],
+        "metric": [result.metric for result in results],
+        "value": [format_figure(result.value, result.unit) for result in results],
+        "of the limit": [_of_limit(result) for result in results],
+        "peer": [_peer(result) for result in results],
+        "vs peer (>1 is better)": [_versus(result) for result in results],
+    }
+    used = {heading: cells for heading, cells in columns.items() if any(cells)}
+    lines = [tuple(used), ("---",) * len(used), *zip(*used.values(), strict=True)]
+    table = "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines)
+    return f"{table}\n\n{_origin(record)}"
+
+
+def _of_limit(result: Result) -> str:
+    if result.limit is UNSET:
+        return ""
+    share = ratio(result.value, result.limit, result.unit)
+    limit = f"{format_figure(result.limit, result.unit)} ({result.limit_name})"
+    return limit if share is None else f"{share:.0%} of {limit}"
+
+
+def _peer(result: Result) -> str:
+    if result.peer_value is UNSET:
+        return ""
+    return f"{format_figure(result.peer_value, result.unit)} ({result.peer})"
+
+
+def _versus(result: Result) -> str:
+    if result.peer_value is UNSET:
+        return ""
+    times = ratio(result.value, result.peer_value, result.unit)
+    return "" if times is None else f"{significant(times)}x"
+
+
+def _origin(record: Record) -> str:
+    hardware = record.hardware
+    machine = f"{hardware.cpu}, {hardware.cores} cores, {hardware.memory_gib:g} GiB"
+    devices = ", ".join([*hardware.gpus, machine])
+    commit = "" if record.commit is UNSET else f" at commit `{_short(record.commit)}`"
+    return f"`{record.command}`<br>{record.date:%Y-%m-%d}{commit} on {devices}."
+
+
+def _short(commit: str) -> str:
+    digits, dash, dirty = commit.partition("-")
+    return digits[:10] + dash + dirty
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("|", "\\|")
+
+
+def load_records(folder: Path) -> list[Record]:
+    """Every record in `folder`, in the order of their file names."""
+    return [load(path) for path in sorted(folder.glob("*.json"))]
+
+
+def main(
+    readme: Annotated[Path, tyro.conf.Positional],
+    check: bool = False,
+    results: Path | None = None,
+) -> int:
+    """Rewrites the tables of a README from its benchmark records.
+
+    Args:
+        readme: The Markdown file.
+        check: Write nothing; exit 1 where the file is not what the records say.
+        results: The folder of records; by default benchmarks/results beside the README.
+    """
+    try:
+        before = readme.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{readme} cannot be read: {error}") from error
+    after = render(before, load_records(results or readme.parent / "benchmarks" / "results"))
+    if before == after:
+        return 0
+    if check:
+        print(
+            f"{readme} is not what its benchmark records say; "
+            f"run python -m fourfold.bench.tables {readme}",
+            file=sys.stderr,
+        )
+        return 1
+    write_atomically(readme, after.encode())
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(tyro.cli(main, config=(tyro.conf.FlagCreatePairsOff,)))
+    except ConfigError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,139 @@
+"""From a bound port to a clean exit: readiness, draining, signals, and what an import costs."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from fourfold.api.config import ApiConfig
+from fourfold.api.server import bind
+from fourfold.errors import ConfigError
+from tests.cpu.api.conftest import Server, eventually
+from tests.cpu.api.test_bad_input import CHAT, chat
+
+ROOT = Path(__file__).parents[3]
+
+
+@contextlib.contextmanager
+def process(drain_timeout: float, words: int) -> Iterator[tuple[subprocess.Popen[str], str]]:
+    """A server with a slow gateway, and its URL; it must end by returning."""
+    command = [sys.executable, "-m", "tests.cpu.api.serve_fake", str(drain_timeout), str(words)]
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as server:
+        assert server.stdout
+        try:
+            yield server, server.stdout.readline().strip()
+            assert server.stdout.read().endswith("ended\n")
+        finally:
+            server.kill()
+
+
+@contextlib.contextmanager
+def begun_stream(url: str, words: int) -> Iterator[Iterator[str]]:
+    """The lines of a stream of which the first has arrived."""
+    body = chat(stream=True, max_tokens=words)
+    with httpx.stream("POST", url + CHAT, json=body, timeout=30) as response:
+        lines = response.iter_lines()
+        assert "assistant" in next(lines)
+        yield lines
+
+
+def test_sigterm_finishes_what_runs_and_refuses_what_comes() -> None:
+    with process(drain_timeout=20, words=12) as (server, url), begun_stream(url, 12) as lines:
+        server.send_signal(signal.SIGTERM)
+        assert eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        assert httpx.get(f"{url}/health").status_code == 200
+        refused = httpx.post(url + CHAT, json=chat())
+        assert refused.status_code == 503
+        assert int(refused.headers["retry-after"]) > 0
+        assert refused.json()["error"]["code"] == "server_unavailable"
+        rest = list(lines)
+        assert rest[-2:] == ["data: [DONE]", ""]
+        assert sum('"content":"word "' in line for line in rest) == 12
+        assert server.wait(5) == 0
+
+
+def test_a_drain_that_takes_too_long_ends_with_an_error_event() -> None:
+    with process(drain_timeout=0.3, words=300) as (server, url), begun_stream(url, 300) as lines:
+        server.send_signal(signal.SIGINT)
+        *_, last, empty = lines
+        assert empty == ""
+        assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+        assert server.wait(5) == 0
+
+
+def test_a_second_sigint_aborts_at_once() -> None:
+    with process(drain_timeout=60, words=300) as (server, url), begun_stream(url, 300):
+        server.send_signal(signal.SIGTERM)
+        assert eventually(lambda: httpx.get(f"{url}/ready").status_code == 503)
+        began = time.monotonic()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(5) == 0
+        assert time.monotonic() - began < 3
+
+
+def test_an_idle_server_ends_at_once(start: Callable[..., Server]) -> None:
+    server = start()
+    with httpx.Client(base_url=server.base_url) as client:
+        assert client.get("/ready").json() == {"status": "ready"}
+        began = time.monotonic()
+        server.stop()  # with the client's connection still open
+        server.thread.join(5)
+        assert time.monotonic() - began < 3
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(f"{server.base_url}/health")
+
+
+def test_a_half_sent_request_does_not_hold_up_the_end(start: Callable[..., Server]) -> None:
+    from tests.cpu.api.test_bad_input import connected, head
+
+    server = start(drain_timeout=0.1)
+    with connected(server) as connection:
+        connection.sendall(head(1000) + b"{")
+        time.sleep(0.1)
+        server.stop()
+        server.thread.join(3)
+        assert not server.thread.is_alive()
+
+
+def test_a_taken_port_is_one_line_with_the_remedy(server: Server) -> None:
+    _, port = server.address
+    with pytest.raises(ConfigError) as error:
+        bind(ApiConfig(port=port))
+    assert str(error.value).startswith(f"port {port} on 127.0.0.1 is taken; ")
+    assert "--port" in str(error.value)
+
+
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7"])
+def test_a_host_that_is_not_here_is_one_line_with_the_remedy(host: str) -> None:
+    with pytest.raises(ConfigError, match="--host"):
+        bind(ApiConfig(host=host, port=0))
+
+
+def test_models_health_and_version(http: httpx.Client) -> None:
+    assert http.get("/health").json() == {"status": "ok"}
+    assert set(http.get("/version").json()) == {"version"}
+    assert http.head("/ready").status_code == 200
+    names = [model["id"] for model in http.get("/v1/models").json()["data"]]
+    assert names == ["org/fake-moe", "default"]
+    for path in ("/v1/models/org/fake-moe", "/v1/models/org%2Ffake-moe"):
+        assert http.get(path).json()["max_model_len"] == 4096
+    assert http.get("/v1/models/").status_code == 404
+
+
+def test_the_options_cost_no_web_framework() -> None:
+    code = (
+        "import sys, fourfold.api, fourfold.api.config; "
+        "assert not {'fastapi', 'uvicorn', 'pydantic', 'torch'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
