@@ -73,14 +73,12 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
 
 
 def _sizes(options: ModelOptions, config: ModelConfig, *, experts_share_storage: bool) -> Table:
-    import torch
     from rich.table import Table
 
     from fourfold.models.footprint import EXPERTS, bytes_per_parameter, footprint
     from fourfold.models.loading import choose_precision, resolve_device
 
-    device = torch.device(resolve_device(options.device))
-    precision = choose_precision(options.precision, device)
+    precision = choose_precision(options.precision, resolve_device(options.device))
     table = Table("part", "parameters", "active per token", f"GiB as {precision}", box=None)
     total = active = stored = 0
     for part in footprint(config):

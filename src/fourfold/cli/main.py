@@ -25,6 +25,8 @@ COMMANDS = {
     "generate": "answer a JSONL file of prompts, in order and resumable",
     "inspect": "show what a checkpoint holds, needs, and whether it would be served",
     "bench serve": "load an OpenAI-compatible server and measure it",
+    "bench offline": "measure the engine alone, beside other engines",
+    "bench quality": "what a precision costs in perplexity and agreement on a text",
 }
 _INTERRUPTED = 130
 
@@ -58,7 +60,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<12} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<14} {what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
             "usage: fourfold COMMAND [OPTIONS]",

@@ -64,9 +64,9 @@ class Runner:
             raise ConfigError(
                 f"{count} KV pages of {page_bytes / 2**20:.1f} MiB fit; raise --kv-memory-gib"
             )
+        self.pages = KVPages(shape, count, self.device)
         if self.device.type == "cpu":
             _keep_freed_memory()
-        self.pages = KVPages(shape, count, self.device)
         self.page_count = count
         self._last_token = torch.zeros(config.max_running, dtype=torch.int64, device=self.device)
         self._counts = TokenCounts(config.max_running, model.config.vocabulary, self.device)

@@ -11,7 +11,8 @@ from fourfold.gateway.config import GatewayLimits
 from fourfold.gateway.gateway import Gateway
 from fourfold.gateway.tokenizer import load_tokenizer
 from fourfold.models.checkpoint.source import Source
-from fourfold.models.loading import LoadOptions, Progress, kv_dtype, load_model
+from fourfold.models.filling import Progress
+from fourfold.models.loading import LoadOptions, kv_dtype, load_model
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,8 @@ Shapes: T tokens of a step, D model width, S rows whose next token is wanted, V 
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -62,11 +64,16 @@ class Decoder(nn.Module):
             frequencies = rope_frequencies(config.rope, config.head_width)
         self.register_buffer("frequencies", frequencies, persistent=False)
 
+    @property
+    def blocks(self) -> list[Block]:
+        """The layers, first to last."""
+        return cast(list[Block], list(self.layers))
+
     def forward(self, tokens_T: Tensor, positions_T: Tensor, quadrants: Quadrants) -> Tensor:
         """Normed hidden states [T, D] of the rows of one step."""
         x_TD = F.embedding(tokens_T, self.embedding.weight)
         rope = Rope.at(positions_T, self.frequencies, x_TD.dtype)
-        for block in self.layers:
+        for block in self.blocks:
             x_TD = block(x_TD, rope, quadrants)
         hidden_TD: Tensor = self.norm(x_TD)
         return hidden_TD

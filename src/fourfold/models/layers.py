@@ -113,7 +113,7 @@ class Attention(nn.Module):
         self.config = config
         queries = config.query_heads * config.head_width
         keys = config.kv_heads * config.head_width
-        self.widths = (queries, keys, keys)
+        self.widths = [queries, keys, keys]
         self.qkv = Linear(config.width, sum(self.widths), bias=config.qkv_bias)
         self.output = Linear(queries, config.width, bias=config.output_bias)
         if config.qk_norm == "head":
@@ -127,9 +127,9 @@ class Attention(nn.Module):
         config = self.config
         qkv = self.qkv(x_TD)
         if config.qk_norm == "none" and config.qkv_clip is None:
-            heads = (config.query_heads, config.kv_heads)
-            qkv = qkv.unflatten(-1, (-1, config.head_width))
-            qk, v = torch.split(qkv, (sum(heads), config.kv_heads), dim=1)
+            heads = [config.query_heads, config.kv_heads]
+            qkv = torch.unflatten(qkv, -1, (-1, config.head_width))
+            qk, v = torch.split(qkv, [sum(heads), config.kv_heads], dim=1)
             q, k = torch.split(rope.rotate(qk), heads, dim=1)
             return self._attend(q, k, v, layer, quadrants)
         q, k, v = torch.split(qkv, self.widths, dim=-1)
@@ -137,7 +137,8 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         if config.qkv_clip is not None:
             q, k, v = (part.clamp(-config.qkv_clip, config.qkv_clip) for part in (q, k, v))
-        q, k, v = (part.unflatten(-1, (-1, config.head_width)) for part in (q, k, v))
+        shape = (-1, config.head_width)
+        q, k, v = (torch.unflatten(part, -1, shape) for part in (q, k, v))
         if config.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         return self._attend(rope.rotate(q), rope.rotate(k), v, layer, quadrants)

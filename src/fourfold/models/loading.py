@@ -1,18 +1,16 @@
 """Builds a `Decoder` and fills it from a checkpoint, straight to its device and precision.
 
-Memory stays bounded: tensors are memory-mapped and copied one by one into their place, and a
-parameter is quantised as soon as its last part has arrived.
+Memory stays bounded: tensors are memory-mapped, and a layer is quantised as soon as it is filled.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fourfold.errors import CheckpointError, ConfigError
 from fourfold.kernels.w8a8_gemm import exact_on_cpu
@@ -20,23 +18,23 @@ from fourfold.models.checkpoint.source import Source, SourceKind
 from fourfold.models.checkpoint.tensors import Checkpoint
 from fourfold.models.config import ConfigReader, ModelConfig
 from fourfold.models.decoder import Decoder
-from fourfold.models.family import Family, Placement, Placements
-from fourfold.models.layers import SparseFFN
+from fourfold.models.family import Family, Placements
+from fourfold.models.filling import CheckpointFiller, Filler, Progress, RandomFiller
+from fourfold.models.layers import Linear, SparseFFN
 from fourfold.models.precision import Precision
 from fourfold.models.registry import find_family
-from fourfold.models.router import Router, UniformRouter
+from fourfold.models.rotation import Rotation, input_turn
+from fourfold.models.router import UniformRouter
 from fourfold.models.upcycle import upcycle
+from fourfold.quadrants.experts import ExpertWeights
 from fourfold.quantize.weights import DenseWeight, W8A8Weight
-
-Progress = Callable[[int, int], None]
-"""Called with (bytes read so far, bytes in all)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadOptions:
-    """Where and how a model is loaded. `device` as torch spells it, for instance `cuda:0`."""
+    """Where and how a model is loaded."""
 
-    device: str = "cpu"
+    device: torch.device = torch.device("cpu")
     precision: Precision = Precision.AUTO
     dummy: bool = False
     """Random weights instead of the checkpoint's; only its configuration is read."""
@@ -50,11 +48,11 @@ class LoadOptions:
             )
 
 
-def resolve_device(device: str) -> str:
+def resolve_device(device: str) -> torch.device:
     """The device that was named, or for `auto` the first GPU if there is one. `ConfigError` where
     it does not exist."""
     if device == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         wanted = torch.device(device)
     except RuntimeError:
@@ -64,7 +62,7 @@ def resolve_device(device: str) -> str:
         raise ConfigError(f"device {device!r} does not exist; this machine has {count} GPUs")
     if wanted.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {device!r} is not supported; use cpu, cuda or cuda:N")
-    return device
+    return wanted
 
 
 def choose_precision(asked: Precision, device: torch.device) -> Precision:
@@ -146,99 +144,62 @@ def load_model(
     source: Source, options: LoadOptions, progress: Progress = lambda done, total: None
 ) -> Decoder:
     """The model, ready to compute. Raises `CheckpointError` or `ConfigError`."""
-    device = torch.device(options.device)
-    precision = choose_precision(options.precision, device)
+    precision = choose_precision(options.precision, options.device)
     checkpoint = open_checkpoint(source)
     family, config = read_model_config(checkpoint.fields(), checkpoint.where)
     with torch.device("meta"):
         model = Decoder(config)
-    filler = _Filler(model, family.place(config), device, precision)
+    placements = family.place(config)
+    dtype = activation_dtype(precision)
     if options.dummy:
-        filler.fill_randomly()
+        filler: Filler = RandomFiller(model, placements, options.device, dtype)
     else:
-        check_tensors(checkpoint, config, filler.placements)
-        filler.fill(checkpoint, progress)
+        check_tensors(checkpoint, config, placements)
+        filler = CheckpointFiller(model, placements, options.device, dtype, checkpoint, progress)
+    rotation = Rotation(config) if precision is Precision.W8A8 else None
+    for layer, block in enumerate(model.blocks):
+        filler.fill(f"layers.{layer}.")
+        if rotation is not None:
+            rotation.rotate_block(block)
+            quantize_weights(block)
+    filler.fill("")
+    if config.tied_embeddings:
+        model.head.weight = DenseWeight(model.embedding.weight)
+    if rotation is not None:
+        rotation.rotate_ends(model)
+        quantize_weights(model.head)
     if source.kind is SourceKind.EMBEDDED:
         upcycle(model)
     if options.uniform_routing:
         route_uniformly(model)
-    model.frequencies = model.frequencies.to(device)
+    model.frequencies = model.frequencies.to(options.device)
     return model.eval()
+
+
+def quantize_weights(part: nn.Module) -> None:
+    """Makes every dense weight of a part of the model int8, in place.
+
+    What a gated FFN's last product reads has outliers of its own, so it is turned on the way.
+    """
+    for name, module in list(part.named_modules()):
+        if isinstance(module, Linear):
+            assert isinstance(module.weight, DenseWeight)
+            weight = module.weight.weight
+            turn = input_turn(weight.shape[-1]) if name.endswith("ffn.down") else None
+            module.weight = W8A8Weight.quantize(weight, turn)
+        elif isinstance(module, ExpertWeights):
+            assert isinstance(module.gate_up, DenseWeight)
+            assert isinstance(module.down, DenseWeight)
+            down = module.down.weight
+            module.gate_up = W8A8Weight.quantize(module.gate_up.weight)
+            module.down = W8A8Weight.quantize(down, input_turn(down.shape[-1]))
 
 
 def route_uniformly(model: Decoder) -> None:
     """Replaces every router by one that spreads tokens evenly over the experts."""
-    for layer, block in enumerate(model.layers):
+    for layer, block in enumerate(model.blocks):
         if isinstance(block.ffn, SparseFFN):
             router = block.ffn.router
             even = UniformRouter(router.config, model.config.width, layer)
             even.weight, even.selection_bias = router.weight, router.selection_bias
             block.ffn.router = even
-
-
-class _Filler:
-    """Puts tensors where they belong and finishes each parameter when it is complete."""
-
-    def __init__(
-        self, model: Decoder, placements: Placements, device: torch.device, precision: Precision
-    ) -> None:
-        self.placements = placements
-        self._model = model
-        self._device = device
-        self._precision = precision
-        self._dtype = activation_dtype(precision)
-        self._parts = Counter(place.parameter for place in placements.values())
-        self._data: dict[str, Tensor] = {}
-
-    def fill(self, checkpoint: Checkpoint, progress: Progress) -> None:
-        done, total = 0, checkpoint.nbytes()
-        for name, tensor, read in checkpoint.tensors(set(self.placements)):
-            self._put(self.placements[name], tensor)
-            done += read
-            progress(done, total)
-
-    def fill_randomly(self) -> None:
-        """Normal weights of deviation 0.02, norms of one, the same on every start."""
-        generator = torch.Generator(self._device).manual_seed(0)
-        for place in self.placements.values():
-            tensor = torch.empty(place.shape, dtype=self._dtype, device=self._device)
-            if len(place.shape) == 1 and place.parameter.endswith("norm.weight"):
-                tensor.fill_(1.0)
-            else:
-                tensor.normal_(0.0, 0.02, generator=generator)
-            self._put(place, tensor)
-
-    def _put(self, place: Placement, tensor: Tensor) -> None:
-        data = self._data.get(place.parameter)
-        if data is None:
-            owner, attribute = self._find(place.parameter)
-            shape = getattr(owner, attribute).shape
-            dtype = torch.float32 if isinstance(owner, Router) else self._dtype
-            data = torch.empty(shape, dtype=dtype, device=self._device)
-            self._data[place.parameter] = data
-        target = data if place.expert is None else data[place.expert]
-        target[place.start : place.start + place.shape[0]].copy_(tensor)
-        self._parts[place.parameter] -= 1
-        if not self._parts[place.parameter]:
-            self._finish(place.parameter, self._data.pop(place.parameter))
-
-    def _finish(self, name: str, data: Tensor) -> None:
-        owner, attribute = self._find(name)
-        if isinstance(owner, DenseWeight) and self._precision is Precision.W8A8:
-            holder, slot = self._parent_of(name)
-            setattr(holder, slot, W8A8Weight.quantize(data))
-        else:
-            setattr(owner, attribute, nn.Parameter(data, requires_grad=False))
-        if name == "embedding.weight" and self._model.config.tied_embeddings:
-            quantised = self._precision is Precision.W8A8
-            self._model.head.weight = W8A8Weight.quantize(data) if quantised else DenseWeight(data)
-
-    def _find(self, name: str) -> tuple[nn.Module, str]:
-        """The module and attribute that hold a parameter, inside its `Weight` if it is one."""
-        holder, attribute = self._parent_of(name)
-        value = getattr(holder, attribute)
-        return (value, "weight") if isinstance(value, DenseWeight) else (holder, attribute)
-
-    def _parent_of(self, name: str) -> tuple[nn.Module, str]:
-        path, attribute = name.rsplit(".", 1)
-        return self._model.get_submodule(path), attribute

@@ -34,7 +34,7 @@ def upcycle(model: Decoder) -> None:
     """Replaces every dense FFN in place; no weight is copied. Routers are the same every time."""
     model.config = config = upcycled_config(model.config)
     device = model.embedding.weight.device
-    for layer, block in enumerate(model.layers):
+    for layer, block in enumerate(model.blocks):
         dense = block.ffn
         assert isinstance(dense, DenseFFN)
         with torch.device("meta"):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,8 +42,12 @@ class KVPages:
         size = (shape.layers, pages, 2, shape.kv_heads, PAGE_TOKENS, shape.head_width)
         self.shape = shape
         # Zeros, not garbage: masked positions of a fresh page are multiplied by zero, and a NaN
-        # would survive that. On a CPU untouched zeros take no memory.
-        self.data = torch.zeros(size, dtype=shape.dtype, device=device)
+        # would survive that. numpy's zeros take no time and no memory until they are written.
+        if device.type == "cpu":
+            raw = np.zeros(pages * shape.page_bytes, dtype=np.uint8)
+            self.data = torch.from_numpy(raw).view(shape.dtype).view(size)
+        else:
+            self.data = torch.zeros(size, dtype=shape.dtype, device=device)
 
     @property
     def device(self) -> torch.device:

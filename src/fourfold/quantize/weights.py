@@ -43,35 +43,46 @@ class DenseWeight(nn.Module):
 class W8A8Weight(nn.Module):
     """Int8 weights, one packed matrix a slot, with float32 scales [slots, O]; products are float32.
 
-    A weight that is not stacked has one slot.
+    A weight that is not stacked has one slot. With `turn`, an orthogonal matrix [b, b], activations
+    are turned in blocks of b channels before they are quantised, and the weights were too: that
+    spreads outliers which only appear in an activation, where no weight before it can.
     """
 
     scale: Tensor
+    turn: Tensor | None
 
-    def __init__(self, packed: Sequence[Tensor], scale: Tensor) -> None:
+    def __init__(self, packed: Sequence[Tensor], scale: Tensor, turn: Tensor | None) -> None:
         super().__init__()
         self.packed = tuple(packed)
         self.register_buffer("scale", scale)
+        self.register_buffer("turn", turn)
 
     @classmethod
-    def quantize(cls, weight: Tensor) -> W8A8Weight:
-        """The nearest codes of a floating-point weight [..., O, I]; a channel of zeros has scale 0."""
+    def quantize(cls, weight: Tensor, turn: Tensor | None = None) -> W8A8Weight:
+        """The nearest codes of a floating-point weight [..., O, I]; zero channels have scale 0."""
         stack = weight.float().view(-1, *weight.shape[-2:])
+        if turn is not None:
+            stack = _turned(stack, turn)
         scale = stack.abs().amax(-1) / LIMIT
         codes = stack / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-        return cls([pack_weight(slot) for slot in codes.round_().to(torch.int8)], scale)
+        return cls([pack_weight(slot) for slot in codes.round_().to(torch.int8)], scale, turn)
 
     def stacked(self) -> W8A8Weight:
         """The same storage as a stack of one."""
         return self
 
     def encode(self, x_TI: Tensor) -> Encoded:
-        return quantize_per_token(x_TI)
+        return quantize_per_token(x_TI if self.turn is None else _turned(x_TI, self.turn))
 
     def product(self, encoded: Encoded, slot: int = 0) -> Tensor:
         """`x @ weight.T`, float32 [T, O]; `slot` picks one of stacked weights."""
         codes_TI, scale_T1 = encoded
         return w8a8_gemm(codes_TI, scale_T1, self.packed[slot], self.scale[slot])
+
+
+def _turned(x: Tensor, turn: Tensor) -> Tensor:
+    """The last axis turned in blocks of the matrix's width."""
+    return (x.view(-1, turn.shape[0]) @ turn).view(x.shape)
 
 
 Weight = DenseWeight | W8A8Weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fourfold.errors import CheckpointError
+
+_BITS = {"F64": 64, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8}
 
 
 class DirectoryCheckpoint:
@@ -32,27 +35,30 @@ class DirectoryCheckpoint:
         return fields
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: shape for name, (_, shape) in self._index.items()}
+        return {name: shape for name, (_, shape, _) in self._index.items()}
 
-    def nbytes(self) -> int:
-        return sum(file.stat().st_size for file in self._files())
+    def nbytes(self, name: str) -> int:
+        return self._index[name][2]
 
-    def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor, int]]:
-        for file in self._files():
+    def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+        for file in sorted({self._index[name][0] for name in names}):
             with safe_open(file, framework="pt") as opened:
                 for name in opened.keys():  # noqa: SIM118 (safe_open is not iterable)
                     if name in names:
-                        tensor = opened.get_tensor(name)
-                        yield name, tensor, tensor.nbytes
+                        yield name, opened.get_tensor(name)
 
     @functools.cached_property
-    def _index(self) -> dict[str, tuple[Path, tuple[int, ...]]]:
+    def _index(self) -> dict[str, tuple[Path, tuple[int, ...], int]]:
+        """File, shape and bytes of every tensor."""
         index = {}
         for file in self._files():
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118
-                        index[name] = file, tuple(opened.get_slice(name).get_shape())
+                        stored = opened.get_slice(name)
+                        shape = tuple(stored.get_shape())
+                        bits = _BITS.get(stored.get_dtype(), 32)
+                        index[name] = file, shape, math.prod(shape) * bits // 8
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
         return index

@@ -141,18 +141,18 @@ class GGUFCheckpoint:
             for name, entry in self._tensors.items()
         }
 
-    def nbytes(self) -> int:
-        return sum(int(entry.n_bytes) for entry in self._reader.tensors)
+    def nbytes(self, name: str) -> int:
+        entry = self._tensors[name]
+        return int(entry.n_bytes) // len(self._name(entry))
 
-    def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor, int]]:
+    def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
         for entry in self._reader.tensors:
             wanted = [(i, name) for i, name in enumerate(self._name(entry)) if name in names]
             if not wanted:
                 continue
             whole = self._dequantize(entry)
             for index, name in wanted:
-                tensor = whole[index] if _is_stack(entry) else whole
-                yield name, tensor, int(entry.n_bytes) // len(wanted)
+                yield name, whole[index] if _is_stack(entry) else whole
 
     def _name(self, entry: gguf.ReaderTensor) -> list[str]:
         if entry.name in _NAMES:

@@ -22,10 +22,10 @@ class Checkpoint(Protocol):
         """Every tensor it holds."""
         ...
 
-    def nbytes(self) -> int:
-        """Bytes of all tensors as stored."""
+    def nbytes(self, name: str) -> int:
+        """Bytes of one tensor as stored."""
         ...
 
-    def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor, int]]:
-        """(name, CPU tensor, bytes read for it) of the named tensors; memory-mapped if possible."""
+    def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors on the CPU, memory-mapped if possible, in the order of the file."""
         ...

@@ -1,0 +1,61 @@
+"""The options of `fourfold bench offline`. Imports nothing heavy, for the CLI is built from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fourfold.errors import ConfigError
+from fourfold.models.precision import Precision
+
+Peer = Literal["transformers", "llama.cpp"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OfflineBenchConfig:
+    """Measures prefill and decode of the engine alone, in turns with other engines.
+
+    Every figure is the median over the rounds. `transformers` computes the same weights dense and
+    dequantised in float32; `llama.cpp` (llama-cpp-python) computes the GGUF file as it is.
+    """
+
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """A directory, a .gguf file or a hub id; without it, the embedded default. Peers need GGUF."""
+    precision: Annotated[Precision, tyro.conf.EnumChoicesFromValues] = Precision.AUTO
+    """What we compute in."""
+    peers: tuple[Peer, ...] = ()
+    """Engines to measure beside ours; they must be installed."""
+    prompt_tokens: int = 512
+    """Prompt of the prefill and the batch-1 decode figures."""
+    batch: int = 16
+    """Requests of the concurrent decode figure."""
+    batch_prompt_tokens: int = 128
+    """Their prompts."""
+    output_tokens: int = 64
+    """Tokens decoded for each decode figure."""
+    rounds: int = 3
+    """Turns; each engine starts anew in each."""
+    out: Path | None = None
+    """Where the JSON record goes."""
+
+    def __post_init__(self) -> None:
+        numbers = ("prompt_tokens", "batch", "batch_prompt_tokens", "output_tokens", "rounds")
+        for name in numbers:
+            if getattr(self, name) < (2 if name == "output_tokens" else 1):
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small")
+
+    def command(self) -> str:
+        """The command line that repeats this run."""
+        words = ["fourfold bench offline"]
+        if self.model is not None:
+            words.append(self.model)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("model", "out") or value == field.default:
+                continue
+            shown = " ".join(value) if isinstance(value, tuple) else str(value)
+            words.append(f"--{field.name.replace('_', '-')} {shown}")
+        return " ".join(words)

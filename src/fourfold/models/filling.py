@@ -1,0 +1,96 @@
+"""Puts tensors where they belong in a `Decoder` built without storage."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fourfold.models.checkpoint.tensors import Checkpoint
+from fourfold.models.decoder import Decoder
+from fourfold.models.family import Placements
+from fourfold.models.router import Router
+from fourfold.quantize.weights import DenseWeight
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read so far, bytes in all)."""
+
+
+class Filler(abc.ABC):
+    """Fills a model part by part; `placements` are what is still to be placed."""
+
+    def __init__(
+        self, model: Decoder, placements: Placements, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self._model = model
+        self._left = dict(placements)
+        self._device = device
+        self._dtype = dtype
+
+    @abc.abstractmethod
+    def _tensors(self, placements: Placements) -> Iterator[tuple[str, Tensor]]:
+        """The tensors to place, by their names in the checkpoint."""
+
+    def fill(self, prefix: str) -> None:
+        """Gives every parameter whose name begins so its storage and its values."""
+        part = {n: place for n, place in self._left.items() if place.parameter.startswith(prefix)}
+        self._left = {n: place for n, place in self._left.items() if n not in part}
+        storage = {place.parameter: None for place in part.values()}
+        data = {parameter: self._allocate(parameter) for parameter in storage}
+        for name, tensor in self._tensors(part):
+            place = part[name]
+            target = data[place.parameter]
+            if place.expert is not None:
+                target = target[place.expert]
+            target[place.start : place.start + place.shape[0]].copy_(tensor)
+
+    def _allocate(self, parameter: str) -> Tensor:
+        path, attribute = parameter.rsplit(".", 1)
+        owner: nn.Module = self._model.get_submodule(path)
+        if isinstance(getattr(owner, attribute), DenseWeight):
+            owner, attribute = getattr(owner, attribute), "weight"
+        shape = getattr(owner, attribute).shape
+        dtype = torch.float32 if isinstance(owner, Router) else self._dtype
+        data = torch.empty(shape, dtype=dtype, device=self._device)
+        setattr(owner, attribute, nn.Parameter(data, requires_grad=False))
+        return data
+
+
+class CheckpointFiller(Filler):
+    """Fills from a checkpoint's tensors and tells how far it is."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        placements: Placements,
+        device: torch.device,
+        dtype: torch.dtype,
+        checkpoint: Checkpoint,
+        progress: Progress,
+    ) -> None:
+        super().__init__(model, placements, device, dtype)
+        self._checkpoint = checkpoint
+        self._progress = progress
+        self._done = 0
+        self._total = sum(checkpoint.nbytes(name) for name in placements)
+
+    def _tensors(self, placements: Placements) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self._checkpoint.tensors(set(placements)):
+            yield name, tensor
+            self._done += self._checkpoint.nbytes(name)
+            self._progress(self._done, self._total)
+
+
+class RandomFiller(Filler):
+    """Normal weights of deviation 0.02, norms of one, the same on every start."""
+
+    def _tensors(self, placements: Placements) -> Iterator[tuple[str, Tensor]]:
+        for number, (name, place) in enumerate(placements.items()):
+            tensor = torch.empty(place.shape, dtype=self._dtype, device=self._device)
+            if place.parameter.endswith("norm.weight"):
+                yield name, tensor.fill_(1.0)
+            else:
+                generator = torch.Generator(self._device).manual_seed(number)
+                yield name, tensor.normal_(0.0, 0.02, generator=generator)

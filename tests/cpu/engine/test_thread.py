@@ -1,0 +1,106 @@
+"""The engine on its own thread, fed and interrupted from others."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+from fourfold.engine.engine import Engine
+from fourfold.engine.messages import Abort, FinishReason, SamplingParams, TokenOutput
+from tests.cpu.driving import load_tiny, make_engine, submit
+
+Find = Callable[[str], Path]
+REQUESTS = 64
+
+
+class Listener:
+    """Collects news; `done` is set when `expected` samples have ended."""
+
+    def __init__(self, expected: int) -> None:
+        self.news: dict[tuple[int, int], list[TokenOutput]] = defaultdict(list)
+        self.done = threading.Event()
+        self._left = expected
+
+    def __call__(self, outputs: list[TokenOutput]) -> None:
+        assert outputs, "news without anything new"
+        for output in outputs:
+            self.news[output.request_id, output.index].append(output)
+            self._left -= output.finish is not None
+        if not self._left:
+            self.done.set()
+
+
+def wait_until_idle(engine: Engine) -> None:
+    """The last news is emitted before the engine looks at its inbox and notes what is in use."""
+    deadline = time.monotonic() + 10
+    while engine.stats.pages_in_use or engine.stats.running or engine.stats.waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_every_request_ends_once_while_others_are_aborted(checkpoint: Find) -> None:
+    random = Random(0)
+    engine = make_engine(
+        load_tiny(checkpoint("mixtral")), pages=24, max_running=12, step_tokens=120
+    )
+    lengths = {request_id: random.randint(1, 30) for request_id in range(REQUESTS)}
+    samples = {request_id: random.choice([1, 1, 2]) for request_id in lengths}
+    requests = [
+        submit(
+            request_id,
+            [request_id % 5 + 3] * random.randint(1, 150),
+            SamplingParams(max_tokens=lengths[request_id], seed=request_id),
+            n=samples[request_id],
+        )
+        for request_id in lengths
+    ]
+    doomed = random.sample(range(REQUESTS), 20)
+    listener = Listener(sum(samples.values()))
+
+    def abort() -> None:
+        for request_id in [*doomed, *doomed]:
+            time.sleep(random.random() / 100)
+            engine.abort(Abort(request_id=request_id))
+
+    aborter = threading.Thread(target=abort)
+    engine.start(listener)
+    try:
+        for request in requests[: REQUESTS // 2]:
+            engine.submit(request)
+        aborter.start()
+        for request in requests[REQUESTS // 2 :]:
+            engine.submit(request)
+            time.sleep(0.002)
+        assert listener.done.wait(60)
+        aborter.join()
+        wait_until_idle(engine)
+    finally:
+        engine.stop()
+    for request_id, count in samples.items():
+        for index in range(count):
+            outputs = listener.news[request_id, index]
+            finishes = [output.finish for output in outputs]
+            assert finishes[:-1] == [None] * (len(outputs) - 1)
+            if finishes[-1] is FinishReason.CANCELLED:
+                assert request_id in doomed
+            else:
+                assert finishes[-1] is FinishReason.LENGTH
+                assert len(outputs) == lengths[request_id]
+    assert engine.scheduler.pool.in_use == 0
+
+
+def test_stop_ends_the_thread_while_requests_run(checkpoint: Find) -> None:
+    engine = make_engine(load_tiny(checkpoint("llama")))
+    heard = threading.Event()
+    engine.start(lambda outputs: heard.set())
+    engine.submit(submit(0, [5] * 10, SamplingParams(max_tokens=10_000, temperature=0.0)))
+    assert heard.wait(10)
+    engine.stop()
+    heard.clear()
+    assert not heard.wait(0.05)
+    assert threading.active_count() == len(threading.enumerate())
+    assert "engine" not in {thread.name for thread in threading.enumerate()}
