@@ -21,7 +21,7 @@ test: $(VENV)/.tested-with
 
 # The tests that need a GPU; on a machine without one they say so and pass nothing.
 check-gpu: $(VENV)/.tested-with
-	$(BIN)/python -m pytest tests/gpu tests/multi_gpu $(ARGS)
+	$(BIN)/python -m pytest tests/gpu $(ARGS)
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Fourfold needs Python 3.11 or newer")'

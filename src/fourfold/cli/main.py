@@ -44,6 +44,10 @@ def run(arguments: Sequence[str]) -> int:
     if arguments[0] in ("-V", "--version", "version"):
         print(f"fourfold {__version__}")
         return 0
+    # Idle OpenMP threads spin before they sleep. libgomp's default, some milliseconds, takes the
+    # core from whoever else wants it (our own HTTP thread for one); this is long enough to bridge
+    # the gaps inside a step (measured, docs/experiments.md). Read when torch is imported.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         name, rest = _command(arguments)
         module = importlib.import_module(f"fourfold.cli.{name.replace(' ', '_')}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import sys
 import time
 
@@ -25,6 +26,13 @@ class Options:
     api: ApiConfig = ApiConfig()
 
 
+def _leave_a_core(engine: EngineConfig) -> EngineConfig:
+    if engine.decode_threads is not None:
+        return engine
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return dataclasses.replace(engine, decode_threads=max(1, (cores or 1) - 1))
+
+
 def run(options: Options) -> int:
     from fourfold.api import server
     from fourfold.api.app import create_app
@@ -34,7 +42,9 @@ def run(options: Options) -> int:
     source = options.model.source()
     listener = server.bind(options.api)  # a taken port is known before the model is loaded
     names = options.served_name or (("default",) if options.model.model is None else ())
-    gateway = start_model(options.model, source, options.engine, options.limits, names)
+    gateway = start_model(
+        options.model, source, _leave_a_core(options.engine), options.limits, names
+    )
 
     def announce(url: str) -> None:
         seconds = time.perf_counter() - started

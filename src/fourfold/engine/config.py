@@ -21,6 +21,9 @@ class EngineConfig:
     """Prompt plus answer at most, in tokens. Default: what the model and the KV pages allow."""
     prefix_cache: bool = True
     """Keep finished pages and reuse them for prompts that begin alike."""
+    decode_threads: int | None = None
+    """CPU threads of a step without prompts; prompts use all cores. Default: all cores, but when
+    serving one less, so that HTTP does not stop the others at every barrier."""
 
     def __post_init__(self) -> None:
         if self.max_running < 1:
@@ -32,5 +35,7 @@ class EngineConfig:
             )
         if self.kv_memory_gib is not None and self.kv_memory_gib <= 0:
             raise ConfigError(f"--kv-memory-gib {self.kv_memory_gib} must be positive")
+        if self.decode_threads is not None and self.decode_threads < 1:
+            raise ConfigError(f"--decode-threads {self.decode_threads} must be at least 1")
         if self.max_context is not None and self.max_context < 2:
             raise ConfigError(f"--max-context {self.max_context} must be at least 2")

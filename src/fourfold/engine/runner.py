@@ -68,6 +68,8 @@ class Runner:
         if self.device.type == "cpu":
             _keep_freed_memory()
         self.page_count = count
+        self._cores = torch.get_num_threads()
+        self._decode_threads = config.decode_threads or self._cores
         self._last_token = torch.zeros(config.max_running, dtype=torch.int64, device=self.device)
         self._counts = TokenCounts(config.max_running, model.config.vocabulary, self.device)
         self._counted: dict[int, tuple[int, int, int]] = {}
@@ -80,6 +82,8 @@ class Runner:
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
         """Enqueues one step."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(self._cores if plan.prefills else self._decode_threads)
         step = QuadrantStep(
             self.pages,
             [_span(work) for work in plan.decodes],

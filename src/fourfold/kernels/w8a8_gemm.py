@@ -18,17 +18,19 @@ from torch import Tensor
 
 LIMIT = 127
 ZERO_POINT = 128
+_SMALLEST = 1e-30
 
 
 def quantize_per_token(x_TI: Tensor) -> tuple[Tensor, Tensor]:
     """Symmetric codes with one float32 scale a row: `x ~ (codes - 128) * scale`.
 
-    Returns codes uint8 [T, I] in 1..255 and scale float32 [T, 1]; a row of zeros has scale 0.
+    Returns codes uint8 [T, I] in 1..255 and scale float32 [T, 1]; a row of zeros has codes 128.
     """
     x_TI = x_TI.float()
-    scale_T1 = x_TI.abs().amax(-1, keepdim=True).div_(LIMIT)
-    codes_TI = x_TI / scale_T1.clamp_min(torch.finfo(torch.float32).tiny)
-    return codes_TI.round_().add_(ZERO_POINT).to(torch.uint8), scale_T1
+    scale_T1 = x_TI.abs().amax(-1, keepdim=True).div_(LIMIT).clamp_min_(_SMALLEST)
+    # Adding a half and cutting off rounds to the nearest code, in one pass less.
+    codes_TI = torch.addcmul(_half_up(), x_TI, scale_T1.reciprocal())
+    return codes_TI.to(torch.uint8), scale_T1
 
 
 def pack_weight(weight_OI: Tensor) -> Tensor:
@@ -57,6 +59,11 @@ def w8a8_gemm(codes_TI: Tensor, scale_T1: Tensor, packed: Tensor, scale_O: Tenso
         "",
     )
     return y_TO.mul_(scale_T1)
+
+
+@functools.cache
+def _half_up() -> Tensor:
+    return torch.tensor(ZERO_POINT + 0.5)
 
 
 @functools.cache

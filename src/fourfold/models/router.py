@@ -39,6 +39,10 @@ class Router(nn.Module):
     def route(self, logits_TE: Tensor) -> Routing:
         """The routing for given float32 logits."""
         config = self.config
+        if config.score == "softmax" and config.normalise and self.selection_bias is None:
+            # The chosen scores over their sum: the softmax of the chosen logits alone.
+            chosen = logits_TE.topk(config.experts_per_token, dim=-1)
+            return Routing(chosen.values.softmax(-1) * config.scale, chosen.indices)
         scores_TE = logits_TE.softmax(-1) if config.score == "softmax" else logits_TE.sigmoid()
         if self.selection_bias is None:
             gates_TK, experts_TK = scores_TE.topk(config.experts_per_token, dim=-1)

@@ -41,21 +41,20 @@ class DenseWeight(nn.Module):
 
 
 class W8A8Weight(nn.Module):
-    """Int8 weights, one packed matrix a slot, with float32 scales [slots, O]; products are float32.
+    """Int8 weights, for each slot one packed matrix and float32 scales [O]; products are float32.
 
     A weight that is not stacked has one slot. With `turn`, an orthogonal matrix [b, b], activations
     are turned in blocks of b channels before they are quantised, and the weights were too: that
     spreads outliers which only appear in an activation, where no weight before it can.
     """
 
-    scale: Tensor
-    turn: Tensor | None
-
-    def __init__(self, packed: Sequence[Tensor], scale: Tensor, turn: Tensor | None) -> None:
+    def __init__(
+        self, packed: Sequence[Tensor], scales: Sequence[Tensor], turn: Tensor | None
+    ) -> None:
         super().__init__()
         self.packed = tuple(packed)
-        self.register_buffer("scale", scale)
-        self.register_buffer("turn", turn)
+        self.scales = tuple(scales)
+        self.turn = turn
 
     @classmethod
     def quantize(cls, weight: Tensor, turn: Tensor | None = None) -> W8A8Weight:
@@ -65,7 +64,8 @@ class W8A8Weight(nn.Module):
             stack = _turned(stack, turn)
         scale = stack.abs().amax(-1) / LIMIT
         codes = stack / scale.clamp_min(torch.finfo(torch.float32).tiny)[..., None]
-        return cls([pack_weight(slot) for slot in codes.round_().to(torch.int8)], scale, turn)
+        packed = [pack_weight(slot) for slot in codes.round_().to(torch.int8)]
+        return cls(packed, scale.unbind(), turn)
 
     def stacked(self) -> W8A8Weight:
         """The same storage as a stack of one."""
@@ -77,7 +77,7 @@ class W8A8Weight(nn.Module):
     def product(self, encoded: Encoded, slot: int = 0) -> Tensor:
         """`x @ weight.T`, float32 [T, O]; `slot` picks one of stacked weights."""
         codes_TI, scale_T1 = encoded
-        return w8a8_gemm(codes_TI, scale_T1, self.packed[slot], self.scale[slot])
+        return w8a8_gemm(codes_TI, scale_T1, self.packed[slot], self.scales[slot])
 
 
 def _turned(x: Tensor, turn: Tensor) -> Tensor:

@@ -57,6 +57,8 @@ class Drive:
     config: EngineConfig
     pages: int
     depth: int = 1
+    failures: frozenset[int] = frozenset()
+    """Steps, counted from 0, whose results never come (with `depth` 1)."""
 
     def __post_init__(self) -> None:
         self.max_context = self.pages * PAGE_TOKENS
@@ -90,6 +92,9 @@ class Drive:
         if plan is not None:
             self.check_plan(plan, waited)
             self.plans.append(plan)
+            if len(self.plans) - 1 in self.failures:
+                self._fail(plan)
+                return plan
             self.under_way.append((plan, [self._compute(work) for work in plan.work]))
         if self.under_way and (plan is None or len(self.under_way) == self.depth):
             self._hear(self.scheduler.commit(*self.under_way.popleft()))
@@ -163,8 +168,11 @@ class Drive:
                 assert news[-1].finish is not None
                 answer = [output.token for output in news if output.token is not None]
                 wanted, reason = expected_answer(request, index, self.max_context)
-                if finishes == [FinishReason.CANCELLED]:
-                    assert request.request_id in aborted
+                if finishes[0] in (FinishReason.CANCELLED, FinishReason.FAILED):
+                    cancelled = finishes[0] is FinishReason.CANCELLED
+                    assert request.request_id in aborted if cancelled else self.failures
+                    assert news[-1].token is None
+                    assert news[-1].error == (None if cancelled else "rubbish")
                     assert answer == wanted[: len(answer)]
                 else:
                     assert (answer, finishes) == (wanted, [reason])
@@ -173,6 +181,15 @@ class Drive:
                     told = [entry.token for entry in news[0].prompt_logprobs]
                     assert told == list(request.prompt_ids[1:])
                 assert all(output.prompt_logprobs is None for output in news[1:])
+
+    def _fail(self, plan: StepPlan) -> None:
+        """The device has written rubbish where it should have written keys and values."""
+        for work in plan.work:
+            for position in range(work.start, work.start + work.length):
+                page = work.sequence.pages[position // PAGE_TOKENS]
+                self.memory[page][position % PAGE_TOKENS] = None
+        self._hear(self.scheduler.fail([work.sequence for work in plan.work], "rubbish"))
+        self.check_ownership()
 
     def _compute(self, work: Work) -> Sampled:
         """What the runner does with a work, on hashes instead of tensors."""

@@ -137,6 +137,15 @@ def test_idle_pages_go_deepest_and_longest_released_first() -> None:
     assert pool.find(chains[1]) == []
 
 
+def test_a_page_keeps_its_first_key() -> None:
+    pool = PagePool(2)
+    page = pool.allocate()
+    first, second = chain([1]), chain([2])
+    pool.publish(page, first[0])
+    pool.publish(page, second[0])
+    assert (pool.find(first), pool.find(second)) == ([page], [])
+
+
 def test_a_key_names_all_pages_before_it() -> None:
     keys = [
         page_key(previous, tokens)

@@ -195,18 +195,20 @@ def check_entries(
 
 @pytest.mark.parametrize("step_tokens", [70, 512])
 def test_prompt_logprobs(model: Decoder, hf: Reference, step_tokens: int) -> None:
-    """In chunks and whole; a second time too, when the prompt's pages could be found."""
+    """In chunks and whole, between others; a second time too, when its pages could be found."""
     prompt = prompt_of(300)
     engine = make_engine(model, step_tokens=step_tokens)
     params = with_(GREEDY, max_tokens=3, logprobs=2, prompt_logprobs=True)
     wanted = hf_logprobs(hf, prompt)[:-1]
     for _ in range(2):
-        first, *others = run(engine, [submit(0, prompt, params)])[0, 0]
+        around = [submit(i, prompt_of(40 + i, i), GREEDY) for i in (1, 3)]
+        news = run(engine, [around[0], submit(2, prompt, params), around[1]])
+        first, *others = news[2, 0]
         assert first.prompt_logprobs is not None
         check_entries(first.prompt_logprobs, wanted, prompt[1:], 2)
         assert all(output.prompt_logprobs is None for output in others)
         assert first.cached_tokens == 0
-    [plain, *_] = run(engine, [submit(1, prompt, GREEDY)])[1, 0]
+    [plain, *_] = run(engine, [submit(4, prompt, GREEDY)])[4, 0]
     assert plain.prompt_logprobs is None
     assert plain.cached_tokens == 256
 
@@ -301,6 +303,24 @@ def test_a_failed_step_fails_its_own_requests(
     assert set(news) == {(2, 0), (3, 0), (9, 0)}
     for request_id, prompt in ((2, prompts[2]), (3, prompts[3]), (9, prompts[0])):
         assert tokens(news[request_id, 0]) == hf_greedy(hf, prompt, GREEDY.max_tokens)
+
+
+@pytest.mark.xfail(strict=True, reason="only the gateway checks that prompts fit")
+@pytest.mark.parametrize("length", [0, 129, 1000])
+def test_a_prompt_that_cannot_be_computed_fails_alone(
+    model: Decoder, hf: Reference, length: int
+) -> None:
+    """An engine of 128 tokens; the gateway refuses such prompts, another peer might not."""
+    engine = make_engine(model, pages=2)
+    good = prompt_of(10)
+    engine.submit(submit(0, good, GREEDY))
+    engine.submit(submit(1, prompt_of(length), GREEDY))
+    engine.submit(submit(2, good, GREEDY))
+    news: list[TokenOutput] = []
+    for _ in range(60):
+        news += [*(engine.receive(wait=False) or ()), *(engine.step() or ())]
+    ends = {output.request_id: output.finish for output in news if output.finish is not None}
+    assert ends == {0: FinishReason.LENGTH, 1: FinishReason.FAILED, 2: FinishReason.LENGTH}
 
 
 @pytest.mark.xfail(strict=True, reason="news without a token is counted as a token")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -52,7 +53,7 @@ def test_logits_of_chunks_and_of_decoding(
     hidden = []
     cuts = [0, 70, 128, 148, 149, 150]  # chunks, then two tokens as decoding computes them
     with torch.inference_mode():
-        for start, end in zip(cuts, cuts[1:], strict=False):
+        for start, end in itertools.pairwise(cuts):
             span = [Span(start, end - start, table)]
             step = QuadrantStep(pages, *(([], span) if end - start > 1 else (span, [])))
             ids = torch.tensor(prompt[start:end])

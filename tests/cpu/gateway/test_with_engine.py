@@ -108,10 +108,10 @@ def test_a_stop_string_cuts_the_text_and_frees_the_pages(
 
 def test_many_clients_of_whom_some_leave(engine: Engine, tokenizer: Tokenizer) -> None:
     """More clients than the engine runs at once and than its pages hold."""
-    chance = random.Random(4)
     ended = {"served": 0, "left": 0}
 
     async def client(gateway: Gateway, number: int) -> None:
+        chance = random.Random(number)
         await asyncio.sleep(chance.random() * 0.2)
         prompt = "the rain in spain " * chance.randrange(1, 12) + str(number % 5)
         options = GenerationOptions(

@@ -96,7 +96,7 @@ def test_gates_of_extreme_logits_are_finite(score: Literal["softmax", "sigmoid"]
     assert bool(Router(config, WIDTH).route(logits).gates_TK.isfinite().all())
 
 
-@pytest.mark.parametrize(("experts", "chosen"), [(8, 2), (60, 4), (128, 8), (5, 5)])
+@pytest.mark.parametrize(("experts", "chosen"), [(8, 2), (60, 4), (128, 8), (6, 4), (5, 5)])
 def test_uniform_routing_is_even(experts: int, chosen: int) -> None:
     config = MoEConfig(experts=experts, experts_per_token=chosen, expert_width=4)
     tokens = 4000

@@ -26,6 +26,10 @@ class OfflineBenchConfig:
     """A directory, a .gguf file or a hub id; without it, the embedded default. Peers need GGUF."""
     precision: Annotated[Precision, tyro.conf.EnumChoicesFromValues] = Precision.AUTO
     """What we compute in."""
+    load: Literal["checkpoint", "dummy"] = "checkpoint"
+    """dummy: random weights; only the configuration is read. Peers then have nothing to load."""
+    routing: Literal["router", "uniform"] = "router"
+    """uniform: spread tokens evenly over the experts; only with --load dummy."""
     peers: tuple[Peer, ...] = ()
     """Engines to measure beside ours; they must be installed."""
     prompt_tokens: int = 512
@@ -38,10 +42,14 @@ class OfflineBenchConfig:
     """Tokens decoded for each decode figure."""
     rounds: int = 3
     """Turns; each engine starts anew in each."""
+    name: str = "offline"
+    """The record's name."""
     out: Path | None = None
     """Where the JSON record goes."""
 
     def __post_init__(self) -> None:
+        if self.peers and self.load == "dummy":
+            raise ConfigError("--load dummy gives peers nothing to load; leave out --peers")
         numbers = ("prompt_tokens", "batch", "batch_prompt_tokens", "output_tokens", "rounds")
         for name in numbers:
             if getattr(self, name) < (2 if name == "output_tokens" else 1):

@@ -26,6 +26,8 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     model: str | None
     precision: Precision
+    dummy: bool
+    uniform_routing: bool
     prompt_tokens: int
     batch: int
     batch_prompt_tokens: int
@@ -94,9 +96,17 @@ def _fourfold(source: Source, task: Task) -> Contestant:
     from fourfold.engine.runner import Runner
     from fourfold.models.loading import LoadOptions, kv_dtype, load_model, resolve_device
 
-    options = LoadOptions(device=resolve_device("auto"), precision=task.precision)
+    options = LoadOptions(
+        device=resolve_device("auto"),
+        precision=task.precision,
+        dummy=task.dummy,
+        uniform_routing=task.uniform_routing,
+    )
     model = load_model(source, options)
-    config = EngineConfig(prefix_cache=False)
+    longest = max(task.prompt_tokens, task.batch * task.batch_prompt_tokens)
+    config = EngineConfig(
+        prefix_cache=False, max_running=task.batch, step_tokens=max(longest, task.batch + 1)
+    )
     heart = Heart(Runner(model, config, kv_dtype(model)), config)
 
     def timed(prompts: list[list[int]], tokens: int) -> tuple[float, float]:

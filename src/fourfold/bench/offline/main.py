@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import msgspec
+import torch  # noqa: F401 (the record names the GPUs that an imported torch sees)
 
 from fourfold.bench.figures import format_figure
 from fourfold.bench.offline.config import OfflineBenchConfig
@@ -29,7 +30,7 @@ def main(config: OfflineBenchConfig) -> int:
     _show(results)
     if config.out is not None:
         packages = (*DEFAULT_PACKAGES, "llama-cpp-python")
-        record = new_record("offline", config.command(), results, packages=packages)
+        record = new_record(config.name, config.command(), results, packages=packages)
         write(record, config.out)
     return 0
 
@@ -39,6 +40,8 @@ def _run(engine: str, config: OfflineBenchConfig) -> Figures:
         engine=engine,
         model=config.model,
         precision=config.precision,
+        dummy=config.load == "dummy",
+        uniform_routing=config.routing == "uniform",
         prompt_tokens=config.prompt_tokens,
         batch=config.batch,
         batch_prompt_tokens=config.batch_prompt_tokens,

@@ -1,0 +1,82 @@
+"""Help and wrong arguments are answered at once, without the libraries that compute."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import fourfold
+from fourfold.cli.main import COMMANDS, run
+
+HEAVY = {"torch", "transformers", "gguf", "triton", "huggingface_hub"}
+PROGRAM = [sys.executable, "-c", "from fourfold.cli.main import main; main()"]
+
+
+@pytest.mark.parametrize("word", ["--help", "-h", "help"])
+def test_help_names_every_command(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([word]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    for name in COMMANDS:
+        assert f"  {name} " in said.out
+
+
+def test_no_command_shows_the_same_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([]) == 2
+    assert "usage: fourfold COMMAND" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("word", ["--version", "-V", "version"])
+def test_version(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run([word]) == 0
+    assert capsys.readouterr().out == f"fourfold {fourfold.__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"]])
+def test_help_takes_less_than_a_second(arguments: list[str]) -> None:
+    """The best of a few, because other programs want the machine too."""
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        done = subprocess.run([*PROGRAM, *arguments], capture_output=True, text=True, check=True)
+        seconds.append(time.perf_counter() - start)
+        assert "--port" in done.stdout or "usage: fourfold" in done.stdout
+        if seconds[-1] < 1:
+            return
+    raise AssertionError(f"help took {min(seconds):.2f} s")
+
+
+def test_nothing_heavy_is_loaded_for_help_and_for_mistakes(tmp_path: Path) -> None:
+    lines = [[*name.split(), "--help"] for name in COMMANDS]
+    lines += [
+        ["--help"],
+        ["nonsense"],
+        ["serve", "--prot", "1"],
+        ["serve", "--port", "one"],
+        ["serve", "--max-running", "0"],
+        ["serve", str(tmp_path / "no-model")],
+        ["chat", str(tmp_path)],
+        ["chat", "--precision", "int3"],
+        ["generate", str(tmp_path / "missing.jsonl")],
+    ]
+    script = f"""
+import sys
+from fourfold.cli.main import run
+codes = []
+for arguments in {lines!r}:
+    try:
+        codes.append(run(arguments))
+    except SystemExit as end:
+        codes.append(end.code)
+    loaded = sorted({HEAVY!r} & set(sys.modules))
+    assert not loaded, (arguments, loaded)
+print(codes, file=sys.stderr)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-600:]
+    codes = [0] * (len(COMMANDS) + 1) + [2] * 8
+    assert done.stderr.splitlines()[-1] == repr(codes)

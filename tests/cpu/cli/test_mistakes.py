@@ -1,0 +1,205 @@
+"""What a person types wrong is answered in one line with the remedy, and exit code 2."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from tests.cpu.cli.conftest import Command
+
+
+def assert_one_line(result: tuple[int, str, str], *fragments: str) -> None:
+    code, out, err = result
+    err = err.lstrip("\n")  # see test_a_progress_bar_leaves_no_trace_in_a_log
+    assert err.startswith("fourfold: "), err
+    assert err.count("\n") == 1, err
+    assert err.endswith("\n")
+    assert (code, out) == (2, "")
+    for fragment in fragments:
+        assert fragment in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("line", "fragments"),
+    [
+        ("srve", ["srve", "serve"]),
+        ("bench", ["bench", "bench serve"]),
+        ("bench nothing", ["bench serve"]),
+        ("--port 8000", ["--port"]),
+        ("serve --prot 8001", ["--prot", "serve --help"]),
+        ("serve --max-runing 8", ["--max-running"]),
+        ("serve --port many", ["many"]),
+        ("serve --port 99999", ["--port 99999", "65535"]),
+        ("serve --port", ["--port"]),
+        ("serve --max-running 0", ["--max-running 0"]),
+        ("serve --max-running 600", ["--step-tokens"]),
+        ("serve --step-tokens 64", ["--step-tokens 64"]),
+        ("serve --kv-memory-gib -1", ["--kv-memory-gib"]),
+        ("serve --max-context 1", ["--max-context"]),
+        ("serve --max-n 0", ["--max-n 0"]),
+        ("serve --drain-timeout -1", ["--drain-timeout"]),
+        ("serve --precision int3", ["int3", "w8a8"]),
+        ("serve --load random", ["random", "dummy"]),
+        ("serve one two three", ["two"]),
+        ("serve /no/such/folder", ["/no/such/folder", "not found"]),
+        ("serve no-such-model", ["no-such-model", "owner/name"]),
+        ("inspect /no/such/file.gguf", ["/no/such/file.gguf"]),
+        ("chat --temperature hot", ["hot"]),
+        ("chat --tokenizer", ["--tokenizer"]),
+        ("generate", ["generate --help"]),
+        ("generate /no/such/file.jsonl", ["/no/such/file.jsonl"]),
+        ("generate / out.jsonl", ["/"]),
+    ],
+)
+def test_before_anything_is_loaded(line: str, fragments: Sequence[str], command: Command) -> None:
+    assert_one_line(command(*line.split()), *fragments)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "hello", "max_tokens": 2}\n')
+    return path
+
+
+@pytest.mark.parametrize(
+    ("options", "fragments"),
+    [
+        ("--device tpu", ["tpu", "cuda"]),
+        ("--device cuda:99", ["cuda:99"]),
+        ("--routing uniform", ["--load dummy"]),
+        ("--tokenizer /no/such/tokenizer", ["/no/such/tokenizer"]),
+        ("--kv-memory-gib 1e-9", ["--kv-memory-gib"]),
+        ("--kv-memory-gib 1e9", ["--kv-memory-gib"]),
+        ("--kv-memory-gib nan", ["--kv-memory-gib"]),
+        ("--kv-memory-gib inf", ["--kv-memory-gib"]),
+    ],
+)
+def test_about_the_model(
+    options: str, fragments: Sequence[str], prompts: Path, served: Path, command: Command
+) -> None:
+    done = command("generate", prompts, "-", served, "--precision", "float32", *options.split())
+    assert_one_line(done, *fragments)
+
+
+def test_a_progress_bar_leaves_no_trace_in_a_log(
+    prompts: Path, command: Command, small: Sequence[str]
+) -> None:
+    """Where standard error is no terminal, the bar of loading prints not even an empty line."""
+    _, _, err = command("generate", prompts, "-", *small, "--kv-memory-gib", "1e-9")
+    assert err.startswith("fourfold: ")
+
+
+def test_a_folder_without_tokenizer(prompts: Path, served: Path, command: Command) -> None:
+    bare = prompts.parent / "bare"
+    shutil.copytree(served, bare, ignore=shutil.ignore_patterns("*tokenizer*"))
+    done = command("generate", prompts, "-", bare, "--precision", "float32")
+    assert_one_line(done, "tokenizer.json")
+
+
+def test_a_tokenizer_from_a_folder_of_its_own(
+    prompts: Path, served: Path, command: Command
+) -> None:
+    """`--tokenizer`: where the tokenizer is, if not with the model; there need be no weights."""
+    bare, own = prompts.parent / "bare", prompts.parent / "own"
+    shutil.copytree(served, bare, ignore=shutil.ignore_patterns("*tokenizer*"))
+    own.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(served / name, own)
+    arguments = (bare, "--precision", "float32", "--kv-memory-gib", "0.02", "--tokenizer", own)
+    code, out, err = command("generate", prompts, "-", *arguments)
+    assert code == 0, err
+    assert json.loads(out)["completion_tokens"] == 2
+
+
+def test_a_chat_template_that_cannot_be_compiled(
+    prompts: Path, served: Path, command: Command
+) -> None:
+    broken = prompts.parent / "broken"
+    shutil.copytree(served, broken)
+    (broken / "chat_template.jinja").write_text("{% for %}")
+    done = command("generate", prompts, "-", broken, "--precision", "float32")
+    assert_one_line(done, "template")
+
+
+def test_weights_that_are_not_those_of_the_configuration(
+    prompts: Path, served: Path, command: Command
+) -> None:
+    odd = prompts.parent / "odd"
+    shutil.copytree(served, odd)
+    config = json.loads((odd / "config.json").read_text())
+    (odd / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 5}))
+    done = command("generate", prompts, "-", odd, "--precision", "float32")
+    assert_one_line(done, "model.layers.3", "missing")
+
+
+def test_a_taken_port_is_known_before_the_model_is_loaded(served: Path, command: Command) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = command("serve", served, "--port", str(port), "--device", "no such device")
+        assert_one_line(done, f"port {port}", "--port")
+
+
+def test_an_address_of_another_machine(served: Path, command: Command) -> None:
+    assert_one_line(command("serve", served, "--host", "no.such.host.invalid"), "--host")
+    assert_one_line(command("serve", served, "--host", "192.0.2.1", "--port", "0"), "--host")
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ("not json", "JSON"),
+        ('{"prompt": "x"', "truncated"),
+        ('{"prompt": 3}', "prompt"),
+        ('{"promt": "x"}', "promt"),
+        ("{}", "prompt or messages"),
+        ('{"prompt": "x", "messages": []}', "prompt or messages"),
+        ('{"messages": "x"}', "messages"),
+        ('{"prompt": "x", "temperature": "hot"}', "temperature"),
+        ('["x"]', "object"),
+    ],
+)
+def test_a_bad_line_is_named_by_its_number(
+    line: str, problem: str, tmp_path: Path, command: Command
+) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(f'{{"prompt": "fine"}}\n\n{line}\n{{"prompt": "fine"}}\n')
+    assert_one_line(command("generate", path, "/no/such/folder/out"), f"{path}, line 3", problem)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path, command: Command) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'{"prompt": "\xff"}\n')
+    assert_one_line(command("generate", path), str(path))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read and write everything")
+def test_files_that_may_not_be_read_or_written(tmp_path: Path, command: Command) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text('{"prompt": "x"}\n')
+    path.chmod(0)
+    assert_one_line(command("generate", path), str(path))
+
+
+def test_an_output_that_cannot_be_written(
+    prompts: Path, command: Command, small: Sequence[str]
+) -> None:
+    folder = prompts.parent / "folder"
+    folder.mkdir()
+    assert_one_line(command("generate", prompts, folder, *small), str(folder))
+    missing = prompts.parent / "missing" / "out.jsonl"
+    assert_one_line(command("generate", prompts, missing, *small), str(missing))
+
+
+def test_an_output_that_belongs_to_another_input(prompts: Path, command: Command) -> None:
+    output = prompts.parent / "out.jsonl"
+    output.write_text('{"text": "a"}\n{"text": "b"}\n')
+    assert_one_line(command("generate", prompts, output), "2 answers for 1 prompts")
+    assert output.read_text() == '{"text": "a"}\n{"text": "b"}\n'

@@ -1,0 +1,115 @@
+"""`fourfold serve` as a program: ready, answering an OpenAI client, and ending as it should."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import httpx
+import openai
+import pytest
+
+TALK: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
+MAIN = (sys.executable, "-c", "from fourfold.cli.main import main; main()")
+
+
+class Server:
+    """A running `fourfold serve`."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        self.process = process
+        self.said: list[str] = []
+        self.url = ""
+        announced = threading.Event()
+
+        def listen() -> None:
+            assert process.stderr is not None
+            for line in process.stderr:
+                self.said.append(line)
+                if match := re.search(r" at (http://\S+)/v1 \(ready after", line):
+                    self.url = match[1]
+                    announced.set()
+            announced.set()
+
+        threading.Thread(target=listen, daemon=True).start()
+        assert announced.wait(90), "the server did not start in time"
+        assert self.url, "".join(self.said[-20:])
+
+    def client(self) -> openai.OpenAI:
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+
+
+@contextmanager
+def serving(*arguments: str) -> Iterator[Server]:
+    process = subprocess.Popen(
+        [*MAIN, "serve", *arguments, "--port", "0"],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    try:
+        yield Server(process)
+    finally:
+        if process.poll() is None:
+            process.kill()
+        process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(served: str) -> Iterator[Server]:
+    arguments = ("--precision", "float32", "--kv-memory-gib", "0.02", "--served-name", "tiny")
+    with serving(str(served), *arguments) as running:
+        yield running
+
+
+def test_it_is_ready_and_names_its_model(server: Server) -> None:
+    assert httpx.get(f"{server.url}/ready").status_code == 200
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert {model.id for model in server.client().models.list()} >= {"tiny"}
+
+
+def test_an_openai_client_gets_the_same_answer_streamed_and_not(server: Server) -> None:
+    client = server.client()
+    asked = {"model": "tiny", "messages": TALK, "temperature": 0.0, "max_tokens": 30}
+    whole = client.chat.completions.create(**asked)  # type: ignore[call-overload]
+    stream = client.chat.completions.create(  # type: ignore[call-overload]
+        **asked, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    pieces = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
+    assert len(pieces) > 5, "it is streamed"
+    assert "".join(pieces) == whole.choices[0].message.content
+    assert whole.choices[0].finish_reason == "length"
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens == 30
+
+
+def test_a_mistake_is_a_clear_error(server: Server) -> None:
+    with pytest.raises(openai.BadRequestError, match="temperature"):
+        server.client().chat.completions.create(model="tiny", messages=TALK, temperature=-1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_a_running_stream_finish(
+    number: signal.Signals, small: Sequence[str]
+) -> None:
+    with serving(*small) as server:
+        stream = server.client().chat.completions.create(
+            model="tiny-mixtral", messages=TALK, temperature=0, max_tokens=600, stream=True
+        )
+        chunks = iter(stream)
+        first = [next(chunks) for _ in range(5)]
+        server.process.send_signal(number)
+        time.sleep(0.1)
+        with pytest.raises((openai.APIStatusError, openai.APIConnectionError)):
+            server.client().chat.completions.create(model="tiny-mixtral", messages=TALK)
+        rest = list(chunks)
+        assert [c.choices[0].finish_reason for c in [*first, *rest] if c.choices][-1] == "length"
+        assert server.process.wait(30) == 0
+        assert "Traceback" not in "".join(server.said)
