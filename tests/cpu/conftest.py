@@ -11,7 +11,7 @@ import transformers
 
 from tests.cpu import tiny
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are tiny, and test runs share their cores
 
 
 @pytest.fixture(scope="session")

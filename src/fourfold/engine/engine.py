@@ -72,12 +72,11 @@ class Engine:
         scheduled = time.perf_counter()
         try:
             results = self._runner.launch(plan).results()
+            outputs = self.scheduler.commit(plan, results)
         except Exception as error:  # one bad step must not end the service
             logger.exception("a step of %d tokens failed", plan.tokens)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             outputs = self.scheduler.fail([work.sequence for work in plan.work], reason)
-        else:
-            outputs = self.scheduler.commit(plan, results)
         self._count(plan, outputs, scheduled - started, time.perf_counter() - started)
         return outputs
 
@@ -95,7 +94,7 @@ class Engine:
             if message is None:
                 return None
             if isinstance(message, Submit):
-                self.scheduler.add(message)
+                outputs.extend(self.scheduler.add(message))
             else:
                 outputs.extend(self.scheduler.abort(message))
 
@@ -105,7 +104,10 @@ class Engine:
             outputs = self.step()
             worked = outputs is not None
             if news := [*ended, *(outputs or ())]:
-                emit(news)
+                try:
+                    emit(news)
+                except Exception:  # whoever listened is gone; others may not be
+                    logger.exception("news of %d samples could not be delivered", len(news))
 
     def _count(
         self, plan: StepPlan, outputs: list[TokenOutput], schedule: float, step: float
@@ -113,9 +115,10 @@ class Engine:
         totals = self._totals
         self._totals = msgspec.structs.replace(
             totals,
-            prompt_tokens=totals.prompt_tokens + sum(work.length for work in plan.prefills),
+            prompt_tokens=totals.prompt_tokens + sum(work.prompt_tokens for work in plan.work),
             cached_tokens=totals.cached_tokens + sum(output.cached_tokens for output in outputs),
-            generated_tokens=totals.generated_tokens + len(outputs),
+            generated_tokens=totals.generated_tokens
+            + sum(output.token is not None for output in outputs),
             steps=totals.steps + 1,
             step_seconds=totals.step_seconds + step,
             schedule_seconds=totals.schedule_seconds + schedule,

@@ -26,7 +26,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
 
     The penalties act on raw logits: repetition (HF: divide positive, multiply negative logits of
     tokens in prompt or output), then presence and frequency (OpenAI: subtract, output only), then
-    `logit_bias`. Temperature 0 takes the argmax.
+    `logit_bias`. Temperatures below 1e-4 take the argmax.
     """
 
     repetition_penalty: float = 1.0
@@ -103,7 +103,8 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     pages_cached: int = 0
     """Pages nobody owns that a prefix may still find."""
     prompt_tokens: int = 0
-    """Prompt tokens computed; those found in the prefix cache are `cached_tokens`."""
+    """Prompt tokens computed, once more after a preemption; those found in the prefix cache are
+    `cached_tokens`."""
     cached_tokens: int = 0
     generated_tokens: int = 0
     preemptions: int = 0

@@ -72,7 +72,7 @@ class Runner:
         self._decode_threads = config.decode_threads or self._cores
         self._last_token = torch.zeros(config.max_running, dtype=torch.int64, device=self.device)
         self._counts = TokenCounts(config.max_running, model.config.vocabulary, self.device)
-        self._counted: dict[int, tuple[int, int, int]] = {}
+        self._counted: dict[int, tuple[int, int]] = {}
 
     @property
     def max_context(self) -> int:
@@ -162,7 +162,7 @@ class Runner:
     def _row(self, work: Work) -> SampledRow:
         sequence = work.sequence
         params: SamplingParams = sequence.request.sampling
-        stay = (sequence.request.request_id, sequence.index, sequence.admissions)
+        stay = (sequence.arrival, sequence.admissions)
         if penalises(params) and self._counted.get(sequence.slot) != stay:
             self._counted[sequence.slot] = stay
             output = sequence.tokens[sequence.prompt_length :]

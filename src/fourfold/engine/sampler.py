@@ -21,7 +21,7 @@ from fourfold.engine.messages import SamplingParams
 _MASK = (1 << 64) - 1
 # Top-p looks at this many likeliest tokens first; only a flatter distribution sorts them all.
 _NUCLEUS = 1024
-# Colder than this is the argmax in float32 already, and dividing by it could overflow.
+# Colder than this means the argmax; dividing by it could overflow.
 _COLDEST = 1e-4
 
 
@@ -97,17 +97,18 @@ def penalises(params: SamplingParams) -> bool:
 def sample(logits_SV: Tensor, rows: Sequence[SampledRow], counts: TokenCounts) -> Tensor:
     """The next token of each row, int64 [S]. `logits_SV` float32 is left as it is."""
     adjusted_SV = _adjust(logits_SV, rows, counts)
-    if all(row.params.temperature == 0 for row in rows):
+    greedy = [row.params.temperature < _COLDEST for row in rows]
+    if all(greedy):
         return adjusted_SV.argmax(-1)
     device = logits_SV.device
-    greedy_S = torch.tensor([row.params.temperature == 0 for row in rows], device=device)
+    greedy_S = torch.tensor(greedy, device=device)
     temperature_S = _column([max(row.params.temperature, _COLDEST) for row in rows], device)
     scaled_SV = _filter(adjusted_SV / temperature_S, [row.params for row in rows])
     cumulative_SV = scaled_SV.softmax(-1).cumsum(-1)
     uniform_S = _column([row.uniform for row in rows], device)
     target_S1 = uniform_S * cumulative_SV[:, -1:]
     drawn_S = torch.searchsorted(cumulative_SV, target_S1, right=True).squeeze(-1)
-    # Rounding can lift the target to the total itself; the last token with any mass is meant then.
+    # Rounding can lift the target to the total itself; any token may stand for that sliver.
     beyond = drawn_S >= logits_SV.shape[-1]
     drawn_S = torch.where(beyond, scaled_SV.argmax(-1), drawn_S)
     return torch.where(greedy_S, adjusted_SV.argmax(-1), drawn_S)
@@ -179,7 +180,7 @@ def _nucleus_threshold(scaled_SV: Tensor, top_p_S1: Tensor) -> Tensor:
     while True:
         likeliest = scaled_SV.topk(width, dim=-1).values
         mass = (likeliest - total_S1).exp().cumsum(-1)
-        inside = mass < top_p_S1
+        inside = (mass < top_p_S1) & (top_p_S1 < 1)
         if width == scaled_SV.shape[-1] or not bool(inside[:, -1].any()):
             break
         width = scaled_SV.shape[-1]

@@ -31,6 +31,11 @@ class Work:
     length: int
     samples: bool
 
+    @property
+    def prompt_tokens(self) -> int:
+        """How many of these tokens are the prompt's."""
+        return max(0, min(self.length, self.sequence.prompt_length - self.start))
+
 
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
@@ -74,14 +79,30 @@ class Scheduler:
     def idle(self) -> bool:
         return not self.waiting and not self.running
 
-    def add(self, request: Submit) -> None:
-        """Queues every sample of a request; samples after the first wait for its prompt."""
+    def add(self, request: Submit) -> list[TokenOutput]:
+        """Queues every sample of a request; samples after the first wait for its prompt.
+
+        A prompt that is empty or could never fit would wait for ever at the head of the queue; its
+        samples fail at once, and that is the news returned.
+        """
+        length = len(request.prompt_ids)
+        if not 0 < length < self.max_context:
+            return [
+                TokenOutput(
+                    request_id=request.request_id,
+                    index=index,
+                    finish=FinishReason.FAILED,
+                    error=f"a prompt of {length} tokens does not fit {self.max_context}",
+                )
+                for index in range(request.n)
+            ]
         leader: Sequence | None = None
         for index in range(request.n):
             sequence = Sequence(request, index, self._arrivals, leader)
             self._arrivals += 1
             self.waiting.append(sequence)
             leader = leader or sequence
+        return []
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute. Counts its tokens as computed."""
@@ -110,10 +131,10 @@ class Scheduler:
             sequence = work.sequence
             if sequence.finish is not None:
                 continue
-            sequence.prompt_logprobs.extend(result.prompt_logprobs)
+            sequence.prompt_logprobs[work.start :] = result.prompt_logprobs
             if work.samples:
                 assert result.token is not None
-                sequence.pending = 0
+                sequence.pending -= 1
                 sequence.tokens.append(result.token)
                 outputs.append(self._output(sequence, result))
             self._publish(sequence)
@@ -143,7 +164,10 @@ class Scheduler:
         decodes: list[Work] = []
         for sequence in list(self.running):  # oldest first, so victims are never scheduled yet
             preempted = sequence.slot < 0
-            if not preempted and sequence.remaining == 1 and self._make_room(sequence):
+            ending = sequence.pending and sequence.length >= self._longest(sequence)
+            if preempted or ending or sequence.remaining != 1:
+                continue
+            if self._make_room(sequence):
                 decodes.append(self._take(sequence, 1))
         return decodes
 
@@ -168,7 +192,7 @@ class Scheduler:
         sequence.computed += length
         samples = sequence.remaining == 0
         if samples:
-            sequence.pending = 1
+            sequence.pending += 1
         return Work(sequence, start, length, samples)
 
     def _admit(self, sequence: Sequence) -> bool:
@@ -203,7 +227,6 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.preemptions += 1
         self._leave(sequence)
-        sequence.prompt_logprobs.clear()
         position = sum(other.arrival < sequence.arrival for other in self.waiting)
         self.waiting.insert(position, sequence)
 
@@ -218,7 +241,7 @@ class Scheduler:
         token = sequence.tokens[-1]
         if token in sampling.stop_token_ids:
             sequence.finish = FinishReason.STOP
-        elif sequence.generated >= sampling.max_tokens or sequence.length >= self.max_context:
+        elif len(sequence.tokens) >= self._longest(sequence):
             sequence.finish = FinishReason.LENGTH
         first = not sequence.prefilled_once
         sequence.prefilled_once = True
@@ -233,6 +256,11 @@ class Scheduler:
             cached_tokens=sequence.cached_tokens if first else 0,
             finish=sequence.finish,
         )
+
+    def _longest(self, sequence: Sequence) -> int:
+        """The length at which a sample ends if nothing else ends it."""
+        asked = sequence.prompt_length + sequence.request.sampling.max_tokens
+        return min(asked, self.max_context)
 
     def _publish(self, sequence: Sequence) -> None:
         if self._config.prefix_cache:

@@ -11,7 +11,7 @@ class Sequence:
     """State of one sample of a request; changed by the scheduler alone.
 
     `tokens` are prompt and output as far as the host knows them. `computed` tokens have their KV
-    in `pages` once the steps launched so far have run. `pending` is 1 while a sampled token has
+    in `pages` once the steps launched so far have run. `pending` counts sampled tokens that have
     not yet come back from the device. `slot` is its place in the runner's per-sample state while
     it runs, `admissions` how often it began to (once more after every preemption).
     """
@@ -40,7 +40,7 @@ class Sequence:
 
     @property
     def length(self) -> int:
-        """Tokens including one still on the device."""
+        """Tokens including those still on the device."""
         return len(self.tokens) + self.pending
 
     @property

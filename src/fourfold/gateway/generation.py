@@ -177,7 +177,8 @@ class Generation:
             return
         if output.prompt_logprobs is not None:
             self._prompt_logprobs = output.prompt_logprobs
-        self._cached_tokens = max(self._cached_tokens, output.cached_tokens)
+        if output.index == 0:  # the others find what the first has just computed
+            self._cached_tokens += output.cached_tokens
         delta = self._advance(sample, output)
         if delta.text or delta.tokens or delta.finish:
             self._news.put_nowait(delta)

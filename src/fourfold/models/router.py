@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from fourfold.models.config import MoEConfig
 from fourfold.quadrants.experts import Routing
 
+# Sigmoid scores may all underflow; their sum must not be divided by as zero.
+_SMALLEST = 1e-20
+
 
 class Router(nn.Module):
     """Top-k routing by the scores of one linear map."""
@@ -51,7 +54,7 @@ class Router(nn.Module):
             experts_TK = chosen.indices
             gates_TK = scores_TE.gather(-1, experts_TK)
         if config.normalise:
-            gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True)
+            gates_TK = gates_TK / (gates_TK.sum(-1, keepdim=True) + _SMALLEST)
         if config.scale != 1.0:
             gates_TK = gates_TK * config.scale
         return Routing(gates_TK, experts_TK)
@@ -61,16 +64,19 @@ class UniformRouter(Router):
     """Routes every token to experts drawn evenly, whatever it holds: for benchmarks only.
 
     Random weights send all tokens to the same few experts and flatter every figure. Row t takes K
-    neighbouring experts from a hash of its row number and the layer: even, and repeatable.
+    neighbouring experts from a hash of its row, the layer and the step: even, and repeatable.
     """
 
     def __init__(self, config: MoEConfig, width: int, layer: int) -> None:
         super().__init__(config, width)
         self.layer = layer
+        self.steps = 0
 
     def forward(self, x_TD: Tensor) -> Routing:
         tokens, experts, chosen = x_TD.shape[0], self.config.experts, self.config.experts_per_token
-        hash_T = torch.arange(tokens, device=x_TD.device) + (self.layer << 20)
+        self.steps += 1
+        row_T = torch.arange(tokens, device=x_TD.device)
+        hash_T = (row_T + (self.layer << 20) + self.steps * 0x9E3779B1) & 0xFFFFFFFF
         for multiplier in (0x85EBCA6B, 0xC2B2AE35):
             hash_T = ((hash_T ^ (hash_T >> 15)) * multiplier) & 0xFFFFFFFF
         first_T = (hash_T * experts) >> 32

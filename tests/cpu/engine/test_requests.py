@@ -259,7 +259,6 @@ def test_presence_and_frequency_penalties_count_the_answer_alone(
     assert generate(make_engine(model), [prompt], params) == [answer]
 
 
-@pytest.mark.xfail(strict=True, reason="the runner tells samples apart by request id alone")
 def test_a_request_id_used_again_counts_its_own_tokens(model: Decoder) -> None:
     engine, params = make_engine(model), with_(GREEDY, repetition_penalty=1.5)
     first, second = prompt_of(20), prompt_of(20, 1)
@@ -305,7 +304,6 @@ def test_a_failed_step_fails_its_own_requests(
         assert tokens(news[request_id, 0]) == hf_greedy(hf, prompt, GREEDY.max_tokens)
 
 
-@pytest.mark.xfail(strict=True, reason="only the gateway checks that prompts fit")
 @pytest.mark.parametrize("length", [0, 129, 1000])
 def test_a_prompt_that_cannot_be_computed_fails_alone(
     model: Decoder, hf: Reference, length: int
@@ -323,7 +321,6 @@ def test_a_prompt_that_cannot_be_computed_fails_alone(
     assert ends == {0: FinishReason.LENGTH, 1: FinishReason.FAILED, 2: FinishReason.LENGTH}
 
 
-@pytest.mark.xfail(strict=True, reason="news without a token is counted as a token")
 def test_a_failed_step_generates_nothing(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = make_engine(model)
     fail_once(engine, monkeypatch, late=False)
@@ -335,7 +332,7 @@ def test_a_failed_step_generates_nothing(model: Decoder, monkeypatch: pytest.Mon
     "length",
     [
         50,
-        pytest.param(51, marks=pytest.mark.xfail(strict=True, reason="a last chunk of one token")),
+        51,
         120,
     ],
 )

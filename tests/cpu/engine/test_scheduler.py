@@ -7,7 +7,6 @@ from random import Random
 from typing import Any
 
 import msgspec
-import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -18,9 +17,6 @@ from tests.cpu.engine.scheduling import VOCABULARY, Drive, expected_answer
 
 # A story is one random number, so there is nothing to shrink.
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True, phases=[Phase.generate])
-AHEAD = pytest.mark.xfail(
-    strict=True, reason="Sequence.pending is a flag; with two steps under way it has to count"
-)
 STREAMS = [[(7 * i + 13 * s) % VOCABULARY for i in range(400)] for s in range(2)]
 
 
@@ -109,14 +105,12 @@ def test_every_sample_ends_once_with_its_own_answer(story: Story) -> None:
     story.play(depth=1)
 
 
-@AHEAD
 @FUZZ
 @given(stories())
 def test_a_step_can_be_scheduled_before_the_last_is_read(story: Story) -> None:
     story.play(depth=2)
 
 
-@AHEAD
 def test_two_steps_ahead_still_decode_in_every_step() -> None:
     config = EngineConfig(max_running=1, step_tokens=2)
     drive = Drive(config, pages=2, depth=2)
@@ -126,7 +120,6 @@ def test_two_steps_ahead_still_decode_in_every_step() -> None:
     assert [plan.tokens for plan in drive.plans[:10]] == [1] * 10
 
 
-@AHEAD
 def test_a_stop_token_one_step_behind_discards_what_was_begun_after_it() -> None:
     """The step begun before the stop token was read computes one token too many, for nobody."""
     drive = Drive(EngineConfig(max_running=1, step_tokens=2), pages=2, depth=2)
