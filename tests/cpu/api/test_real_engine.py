@@ -1,0 +1,100 @@
+"""The default model behind the socket: the table of bad input again, and many impatient clients.
+
+The imported tests run here against this module's `server`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterator
+
+import httpx
+import openai
+import pytest
+
+from fourfold.api.config import ApiConfig
+from fourfold.engine.config import EngineConfig
+from fourfold.gateway.config import GatewayLimits
+from fourfold.gateway.local import LocalOptions, make_gateway
+from fourfold.models.checkpoint.source import find_source
+from fourfold.models.loading import LoadOptions
+from tests.cpu.api.conftest import Server, eventually, running_server
+from tests.cpu.api.test_bad_input import (  # noqa: F401
+    test_a_body_that_dribbles_in_gets_408,
+    test_a_client_that_leaves_frees_what_it_held,
+    test_bad_input_is_refused_with_a_typed_error,
+    test_headers_that_dribble_in_get_408,
+    test_requests_over_budget_are_refused,
+    test_what_asks_for_nothing_unusual_is_accepted,
+)
+
+
+@pytest.fixture(scope="module")
+def real_server() -> Iterator[Server]:
+    source = find_source(None)
+    options = LocalOptions(
+        source=source,
+        tokenizer=source,
+        load=LoadOptions(),
+        engine=EngineConfig(kv_memory_gib=0.5, decode_threads=1),
+        limits=GatewayLimits(max_output_tokens=512),
+        names=("default",),
+    )
+    config = ApiConfig(port=0, header_timeout=0.5, body_timeout=0.5, drain_timeout=5.0)
+    with running_server(make_gateway(options), config) as server:
+        yield server
+
+
+@pytest.fixture
+def server(real_server: Server) -> Iterator[Server]:
+    yield real_server
+    assert real_server.quiet(10), "the test left a generation behind"
+    stats = real_server.gateway.snapshot
+    assert eventually(lambda: stats().engine.pages_in_use == 0, 10), "the test left pages in use"
+    assert stats().engine.running == stats().engine.waiting == 0
+
+
+def test_the_openai_client_gets_sense(server: Server) -> None:
+    client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none")
+    question = [{"role": "user", "content": "What is the capital of France?"}]
+    whole = client.chat.completions.create(
+        model="default", messages=question, temperature=0, max_tokens=32
+    )
+    assert "Paris" in (whole.choices[0].message.content or "")
+    stream = client.chat.completions.create(
+        model="default", messages=question, temperature=0, max_tokens=32, stream=True
+    )
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+    assert text == whole.choices[0].message.content
+
+
+def test_64_clients_of_which_many_leave(server: Server) -> None:
+    """Streamed and not, with n, left at random moments: everything is free again afterwards."""
+    dice = random.Random(0)
+
+    async def ask(client: httpx.AsyncClient, number: int) -> str:
+        body = {
+            "model": "default",
+            "messages": [{"role": "user", "content": f"Count to {number}."}],
+            "max_tokens": dice.randrange(1, 24),
+            "stream": bool(number % 2),
+            "n": 1 + number % 3,
+        }
+        patience = dice.choice([0.05, 0.3, 1.0, 60.0, 60.0])
+        try:
+            async with asyncio.timeout(patience):
+                answer = await client.post("/v1/chat/completions", json=body)
+        except TimeoutError:
+            return "left"
+        assert answer.status_code == 200, answer.text
+        return "answered"
+
+    async def all_at_once() -> list[str]:
+        async with httpx.AsyncClient(
+            base_url=server.base_url, timeout=60, verify=False, limits=httpx.Limits()
+        ) as client:
+            return await asyncio.gather(*(ask(client, number) for number in range(64)))
+
+    outcomes = asyncio.run(all_at_once())
+    assert {"left", "answered"} == set(outcomes)
