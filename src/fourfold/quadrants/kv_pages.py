@@ -53,12 +53,18 @@ class KVPages:
     def device(self) -> torch.device:
         return self.data.device
 
-    def write(
-        self, layer: int, page_T: Tensor, offset_T: Tensor, k_TGC: Tensor, v_TGC: Tensor
-    ) -> None:
-        """Stores row t at `offset_T[t]` of page `page_T[t]`."""
-        kv = torch.stack((k_TGC, v_TGC), dim=1).to(self.shape.dtype)
-        self.data[layer][page_T, :, :, offset_T] = kv
+    def places(self, page_T: Tensor, offset_T: Tensor) -> Tensor:
+        """Names where `write` stores each row's heads: at `offset_T[t]` of page `page_T[t]`."""
+        heads = torch.arange(2 * self.shape.kv_heads)
+        run_TH = page_T[:, None] * (2 * self.shape.kv_heads) + heads
+        places = run_TH * PAGE_TOKENS + offset_T[:, None]
+        return places.flatten().to(self.device, non_blocking=True)
+
+    def write(self, layer: int, places: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> None:
+        """Stores the rows' keys and values at the places named."""
+        width = self.shape.head_width
+        kv = torch.cat((k_TGC, v_TGC), dim=1).to(self.shape.dtype)
+        self.data[layer].view(-1, width).index_copy_(0, places, kv.view(-1, width))
 
     def runs(self, pages: Tensor) -> Tensor:
         """Names the runs of `pages` [B, M] for `gather`: int64 [2, B, G, M], flattened."""

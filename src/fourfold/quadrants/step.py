@@ -48,9 +48,9 @@ class QuadrantStep:
             for span in spans
             for position in range(span.start, span.start + span.length)
         ]
-        self.positions_T = torch.tensor(positions).to(device, non_blocking=True)
-        self._page_T = torch.tensor(page).to(device, non_blocking=True)
-        self._offset_T = self.positions_T % PAGE_TOKENS
+        positions_T = torch.tensor(positions)
+        self.positions_T = positions_T.to(device, non_blocking=True)
+        self._places = pages.places(torch.tensor(page), positions_T % PAGE_TOKENS)
         self._groups: tuple[DecodeGroup, ...] = ()
         if decodes:
             self._groups = describe_decode(
@@ -65,7 +65,7 @@ class QuadrantStep:
 
     def attention(self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
         """Stores the rows' keys and values, then attends; [T, H, C] in the dtype of `q_THC`."""
-        self._pages.write(layer, self._page_T, self._offset_T, k_TGC, v_TGC)
+        self._pages.write(layer, self._places, k_TGC, v_TGC)
         parts = []
         if self._decode_rows:
             decode_q = q_THC[: self._decode_rows]

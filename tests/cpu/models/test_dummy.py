@@ -14,6 +14,7 @@ from fourfold.models.decoder import Decoder
 from fourfold.models.layers import SparseFFN
 from fourfold.models.loading import LoadOptions, load_model
 from fourfold.models.precision import Precision
+from fourfold.models.router import Router
 from tests.cpu import tiny
 from tests.cpu.driving import generate, make_engine
 
@@ -64,25 +65,39 @@ def test_uniform_routing_needs_a_dummy() -> None:
         LoadOptions(uniform_routing=True)
 
 
+def routers(model: Decoder) -> list[Router]:
+    return [block.ffn.router for block in model.layers if isinstance(block.ffn, SparseFFN)]
+
+
+def unevenness(experts: torch.Tensor, count: int) -> float:
+    """How far the load of any expert is from the mean, as a share of it."""
+    loads = experts.flatten().bincount(minlength=count).float()
+    return float((loads / loads.mean() - 1).abs().max())
+
+
 @pytest.mark.parametrize("family", ["qwen3-moe", "mixtral", "olmoe"])
-def test_uniform_routing_is_even_and_the_same_for_all_tokens(
+def test_uniform_routing_is_even_and_heeds_no_token(
     family: str, bare: Callable[[str], Path]
 ) -> None:
-    model = load(bare(family), uniform=True)
-    routers = [block.ffn.router for block in model.layers if isinstance(block.ffn, SparseFFN)]
-    assert routers
-    tokens = 4096
-    for router in routers:
-        routing = router(torch.randn(tokens, model.config.width))
-        gates, experts = routing.gates_TK, routing.experts_TK
-        again = router(torch.zeros(tokens, model.config.width)).experts_TK
-        assert torch.equal(experts, again)
-        chosen = experts.sort(-1).values
-        assert (chosen.diff(dim=-1) > 0).all(), "a token goes to different experts"
-        torch.testing.assert_close(gates.sum(-1), torch.ones(tokens))
-        loads = experts.flatten().bincount(minlength=router.config.experts).float()
-        assert (loads / loads.mean() - 1).abs().max() < 0.1
-    first, second = (
-        router(torch.zeros(64, model.config.width)).experts_TK for router in routers[:2]
-    )
-    assert not torch.equal(first, second), "layers route differently"
+    path = bare(family)
+    first, second = load(path, uniform=True), load(path, uniform=True)
+    tokens, width = 4096, first.config.width
+    chosen = []
+    for one, other in zip(routers(first), routers(second), strict=True):
+        routing = one(torch.randn(tokens, width))
+        assert torch.equal(routing.experts_TK, other(torch.zeros(tokens, width)).experts_TK)
+        assert (routing.experts_TK.sort(-1).values.diff(dim=-1) > 0).all(), "no expert twice"
+        torch.testing.assert_close(routing.gates_TK.sum(-1), torch.ones(tokens))
+        assert unevenness(routing.experts_TK, one.config.experts) < 0.1
+        chosen.append(routing.experts_TK)
+    assert len(chosen) >= 2
+    assert not torch.equal(chosen[0], chosen[1]), "layers route differently"
+
+
+def test_uniform_routing_of_one_row_is_even_over_steps(bare: Callable[[str], Path]) -> None:
+    """Decoding alone must not load the same two experts for ever."""
+    model = load(bare("olmoe"), uniform=True)
+    for router in routers(model):
+        row = torch.zeros(1, model.config.width)
+        steps = torch.cat([router(row).experts_TK for _ in range(2000)])
+        assert unevenness(steps, router.config.experts) < 0.2
