@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Annotated
+
+import tyro
 
 from fourfold.errors import ConfigError
 
@@ -22,7 +25,7 @@ class ApiConfig:
     port: int = 8000
     """TCP port to listen on; 0 takes any free one."""
 
-    api_key: tuple[str, ...] = field(default=(), repr=False)
+    api_key: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = field(default=(), repr=False)
     """Keys of which clients must send one as `Authorization: Bearer KEY`; none means no check."""
 
     drain_timeout: float = 30.0

@@ -18,16 +18,17 @@ def check_budget(
     *,
     vocabulary: int,
     context_length: int,
+    prompt_field: str = "prompt",
 ) -> int:
     """The tokens each sample may have. Raises `RequestError` naming the field at fault."""
     _check_options(options, limits, vocabulary)
     longest = min(limits.max_prompt_tokens or context_length, context_length - 1)
     if prompt_tokens < 1:
-        raise RequestError("the prompt is empty; send at least one token", param="prompt")
+        raise RequestError("the prompt is empty; send at least one token", param=prompt_field)
     if prompt_tokens > longest:
         raise RequestError(
             f"the prompt has {prompt_tokens} tokens and at most {longest} are served; shorten it",
-            param="messages",
+            param=prompt_field,
             code="context_length_exceeded",
         )
     room = context_length - prompt_tokens

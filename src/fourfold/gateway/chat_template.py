@@ -1,31 +1,47 @@
 """Renders a conversation as the prompt a model was trained on.
 
-Templates come with checkpoints and are code, so they run in jinja2's immutable sandbox, with the
-helpers that Hugging Face templates expect and no others.
+Templates come with checkpoints and are code, so they run in jinja2's immutable sandbox, with what
+Hugging Face templates expect (loop controls, `tojson`, `raise_exception`, `strftime_now` and the
+`generation` tag, which marks text without changing it) and nothing else.
 """
 
 from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from fourfold.errors import RequestError
+from fourfold.errors import CheckpointError, RequestError
 
 
 class ChatTemplate:
-    """A compiled template; rendering is repeatable except for templates that ask for the date."""
+    """A compiled template; rendering is repeatable except for templates that ask for the date.
+
+    `CheckpointError` if it cannot be compiled.
+    """
 
     def __init__(self, source: str, specials: Mapping[str, str]) -> None:
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _GenerationTag],
+        )
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = _now
-        self._template = environment.from_string(source)
+        try:
+            self._template = environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise CheckpointError(
+                f"the checkpoint's chat template cannot be compiled ({error}); mend the template"
+            ) from error
         self._specials = dict(specials)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -38,14 +54,47 @@ class ChatTemplate:
                 documents=None,
                 **self._specials,
             )
-        except (jinja2.TemplateError, TypeError, ValueError) as error:
+        except (
+            jinja2.TemplateError,
+            ArithmeticError,
+            LookupError,
+            RecursionError,
+            TypeError,
+            ValueError,
+        ) as error:
             raise RequestError(
                 f"the model's chat template refuses these messages: {error}", param="messages"
             ) from error
 
 
-def _to_json(value: Any, indent: int | None = None) -> str:
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+class _GenerationTag(Extension):
+    """`{% generation %} ... {% endgeneration %}`: its inside, unchanged."""
+
+    tags = {"generation"}
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.CallBlock(self.call_method("_inside"), [], [], body).set_lineno(line)
+
+    def _inside(self, caller: Callable[[], str]) -> str:
+        return caller()
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
 
 
 def _refuse(message: str) -> None:
@@ -53,4 +102,4 @@ def _refuse(message: str) -> None:
 
 
 def _now(pattern: str) -> str:
-    return datetime.datetime.now(datetime.UTC).strftime(pattern)
+    return datetime.datetime.now().strftime(pattern)

@@ -2,43 +2,29 @@
 
 from __future__ import annotations
 
-from fourfold.gateway.tokenizer import Tokenizer
+import codecs
 
-# A UTF-8 character has at most four bytes, so a longer wait is for bytes that are not text.
-_LONGEST_WAIT = 4
+from fourfold.gateway.tokenizer import Tokenizer
 
 
 class Detokenizer:
     """Turns one sample's tokens into text as they come; special tokens have none.
 
-    A token's text depends on the tokens before it, so each is decoded together with those of the
-    piece before. Incomplete UTF-8 is held back until the token that completes it.
+    Works on the tokens' bytes, so that characters spread over tokens in any way come out whole, and
+    the space that begins a word is kept whatever came before it. Bytes that are not UTF-8 become
+    U+FFFD.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._ids: list[int] = []
-        self._before = 0
-        self._read = 0
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def push(self, token: int) -> str:
         """The text that is complete with this token; empty while a character is not."""
-        self._ids.append(token)
-        text = self._pending()
-        if text.endswith("\ufffd") and len(self._ids) - self._read < _LONGEST_WAIT:
+        if self._tokenizer.is_special(token):
             return ""
-        return self._advance(text)
+        return self._decoder.decode(self._tokenizer.token_bytes(token))
 
     def flush(self) -> str:
-        """What is left at the end; bytes that never became a character are U+FFFD."""
-        return self._advance(self._pending())
-
-    def _pending(self) -> str:
-        before = self._tokenizer.decode(self._ids[self._before : self._read])
-        return self._tokenizer.decode(self._ids[self._before :])[len(before) :]
-
-    def _advance(self, text: str) -> str:
-        # Only the last piece is ever needed again.
-        self._ids = self._ids[self._read :]
-        self._before, self._read = 0, len(self._ids)
-        return text
+        """What is left at the end: bytes that never became a character."""
+        return self._decoder.decode(b"", final=True)

@@ -27,6 +27,7 @@ from fourfold.gateway.tokenizer import Tokenizer
 # Tokenising more than this many characters would hold the loop up; a thread does it.
 _LONG_TEXT = 4096
 _RETRY_AFTER = 1.0
+_DRAINING = "the server is shutting down; send the request elsewhere"
 
 
 Emit = Callable[[list[TokenOutput]], None]
@@ -139,17 +140,20 @@ class Gateway:
                 param="messages",
             )
         prompt = self._template.render(messages)
-        return await self._admit(prompt, options, add_special_tokens=False)
+        return await self._admit(prompt, options, "messages")
 
     async def complete(self, prompt: str | Sequence[int], options: GenerationOptions) -> Generation:
         """Admits a text or token ids to be continued. Raises as `chat` does."""
-        return await self._admit(prompt, options, add_special_tokens=True)
+        return await self._admit(prompt, options, "prompt")
 
     async def _admit(
-        self, prompt: str | Sequence[int], options: GenerationOptions, *, add_special_tokens: bool
+        self, prompt: str | Sequence[int], options: GenerationOptions, field: str
     ) -> Generation:
+        """Admits a prompt that came in the request's `field`. Only a plain text still wants the
+        tokens that begin one; a rendered conversation brings its own."""
+        add_special_tokens = field == "prompt"
         if self.draining or self._loop is None:
-            raise DrainingError("the server is shutting down; send the request elsewhere")
+            raise DrainingError(_DRAINING)
         if self.active >= self.limits.max_concurrent:
             raise OverloadedError(
                 f"{self.active} requests are held already; try again later",
@@ -158,19 +162,21 @@ class Gateway:
         self._admitting += 1
         try:
             ids = await self._encode(prompt, add_special_tokens)
-            request = self._request(ids, options)
+            if self.draining:
+                raise DrainingError(_DRAINING)
+            request = self._request(ids, options, field)
+            generation = Generation(
+                request,
+                self._tokenizer,
+                stop=options.stop,
+                prompt_text=prompt if isinstance(prompt, str) else None,
+                abort=self._engine.abort,
+                on_end=self._ended,
+            )
+            self._active[request.request_id] = generation
         finally:
             self._admitting -= 1
             self._note_end()
-        generation = Generation(
-            request,
-            self._tokenizer,
-            stop=options.stop,
-            prompt_text=prompt if isinstance(prompt, str) else None,
-            abort=self._engine.abort,
-            on_end=self._ended,
-        )
-        self._active[request.request_id] = generation
         generation.expire_after(self.limits.request_timeout)
         self._engine.submit(request)
         return generation
@@ -178,13 +184,18 @@ class Gateway:
     async def _encode(self, prompt: str | Sequence[int], add_special_tokens: bool) -> list[int]:
         if not isinstance(prompt, str):
             return list(prompt)
+        if any("\ud800" <= character <= "\udfff" for character in prompt):
+            raise RequestError(
+                "the text holds half of a surrogate pair, which is no character; remove it",
+                param="prompt",
+            )
         if len(prompt) <= _LONG_TEXT:
             return self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
         return await asyncio.to_thread(
             self._tokenizer.encode, prompt, add_special_tokens=add_special_tokens
         )
 
-    def _request(self, ids: list[int], options: GenerationOptions) -> Submit:
+    def _request(self, ids: list[int], options: GenerationOptions, field: str) -> Submit:
         strange = next((token for token in ids if not 0 <= token < self._vocabulary), None)
         if strange is not None:
             raise RequestError(
@@ -197,6 +208,7 @@ class Gateway:
             self.limits,
             vocabulary=self._vocabulary,
             context_length=self.context_length,
+            prompt_field=field,
         )
         sampling = options.sampling
         ends = () if options.ignore_eos else self._tokenizer.eos_token_ids

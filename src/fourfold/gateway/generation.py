@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 
 import msgspec
@@ -160,7 +161,9 @@ class Generation:
         self._end_early(reason or RequestFailedError("the request was cancelled"))
 
     def expire_after(self, seconds: float) -> None:
-        """Ends the request with a `DeadlineError` unless it ends before."""
+        """Ends the request with a `DeadlineError` unless it ends before; inf means never."""
+        if math.isinf(seconds):
+            return
         self._deadline = asyncio.get_running_loop().call_later(
             seconds,
             self._end_early,

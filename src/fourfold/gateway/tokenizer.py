@@ -68,9 +68,15 @@ class Tokenizer:
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
 
+    def is_special(self, token: int) -> bool:
+        """Whether a token is a mark that has no text."""
+        return self._added.get(token, False)
+
     @functools.cached_property
-    def _added(self) -> frozenset[int]:
-        return frozenset(self.backend.get_added_tokens_decoder())
+    def _added(self) -> dict[int, bool]:
+        """Tokens added to the vocabulary, and whether each is special."""
+        added = self.backend.get_added_tokens_decoder()
+        return {token: entry.special for token, entry in added.items()}
 
 
 def load_tokenizer(source: Source, eos_token_ids: tuple[int, ...] = ()) -> Tokenizer:
@@ -82,7 +88,10 @@ def load_tokenizer(source: Source, eos_token_ids: tuple[int, ...] = ()) -> Token
 
 def _from_directory(path: Path, eos_token_ids: tuple[int, ...]) -> Tokenizer:
     file = path / "tokenizer.json"
-    backend = Backend.from_file(str(file)) if file.is_file() else _converted(path)
+    backend = _read_backend(file) if file.is_file() else _converted(path)
+    # Some files carry the settings of a training run, which would cut or pad prompts.
+    backend.no_truncation()
+    backend.no_padding()
     config = _read_json(path / "tokenizer_config.json")
     generation = _read_json(path / "generation_config.json")
     specials = {
@@ -103,6 +112,13 @@ def _from_directory(path: Path, eos_token_ids: tuple[int, ...]) -> Tokenizer:
     if end is not None:
         ends.add(end)
     return Tokenizer(backend, template, specials, tuple(sorted(ends)))
+
+
+def _read_backend(file: Path) -> Backend:
+    try:
+        return Backend.from_file(str(file))
+    except Exception as error:  # the library raises nothing more exact
+        raise CheckpointError(f"{file} is not a readable tokenizer ({error})") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -142,10 +158,14 @@ def _from_gguf(path: Path) -> Tokenizer:
             "use the Hugging Face checkpoint"
         )
     tokens: list[str] = value("ggml.tokens")
+    if not tokens or not value("ggml.merges"):
+        raise CheckpointError(f"{path} lacks its tokens or merges; use another conversion of it")
     merges = [tuple(merge.split(" ", 1)) for merge in value("ggml.merges")]
     ids = {token: index for index, token in enumerate(tokens)}
-    backend = Backend(models.BPE(vocab=ids, merges=merges))
-    _split_as(backend, str(value("ggml.pre") or "default"), path)
+    split = str(value("ggml.pre") or "default")
+    llama3 = split == "llama-bpe"  # takes a word that is a token whole, and begins with its mark
+    backend = Backend(models.BPE(vocab=ids, merges=merges, ignore_merges=llama3))
+    _split_as(backend, split, path)
     backend.decoder = decoders.ByteLevel()
     kinds = value("ggml.token_type") or []
     added = [(t, k) for t, k in zip(tokens, kinds, strict=True) if k in (_CONTROL, _USER_DEFINED)]
@@ -156,7 +176,8 @@ def _from_gguf(path: Path) -> Tokenizer:
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
         if (token := value(f"ggml.{key}_token_id")) is not None
     }
-    if value("ggml.add_bos_token"):
+    add_bos = value("ggml.add_bos_token")
+    if "bos_token" in specials and (llama3 if add_bos is None else add_bos):
         bos = specials["bos_token"]
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, ids[bos])]
