@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import sys
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,8 @@ class Options:
 
 
 def run(options: Options) -> int:
-    gateway = start_model(options.model, options.model.source(), options.engine, GatewayLimits())
+    limits = GatewayLimits(request_timeout=math.inf)  # Ctrl-C is the deadline
+    gateway = start_model(options.model, options.model.source(), options.engine, limits)
     print(f"{gateway.model_names[0]}. {_HELP}", file=sys.stderr)
     with asyncio.Runner() as runner:
         runner.run(_start(gateway))

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
@@ -71,23 +72,29 @@ def run(options: Options) -> int:
         print(f"{options.output} already holds all {done} answers", file=sys.stderr)
         return 0
     source = options.model.source()
-    gateway = start_model(options.model, source, options.engine, GatewayLimits())
-    with _open_output(options.output) as output:
+    limits = GatewayLimits(max_concurrent=_in_flight(options), request_timeout=math.inf)
+    with _open_output(options.output) as output:  # what cannot be written is known before loading
+        gateway = start_model(options.model, source, options.engine, limits)
         return asyncio.run(_answer_all(gateway, options, lines, done, output))
+
+
+def _in_flight(options: Options) -> int:
+    """Lines asked at a time: as many wait as run, so that a place is never empty."""
+    return 2 * options.engine.max_running
 
 
 def _read(path: str) -> list[Line]:
     try:
-        text = sys.stdin.read() if path == "-" else Path(path).read_text()
+        text = sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     lines = []
-    for number, raw in enumerate(text.splitlines(), 1):
+    for number, raw in enumerate(text.split("\n"), 1):  # JSON may hold U+2028
         if not raw.strip():
             continue
         try:
             line = msgspec.json.decode(raw, type=Line)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeEncodeError) as error:
             raise ConfigError(f"{path}, line {number}: {error}") from error
         if (line.prompt is None) == (line.messages is None):
             raise ConfigError(f"{path}, line {number}: give either prompt or messages")
@@ -99,10 +106,13 @@ def _count_done(path: str, inputs: int) -> int:
     """Answers already in the output; a last line cut short by a crash is removed."""
     if path == "-" or not Path(path).exists():
         return 0
-    whole = Path(path).read_bytes()
-    kept = whole[: whole.rfind(b"\n") + 1]
-    if len(kept) != len(whole):
-        Path(path).write_bytes(kept)
+    try:
+        whole = Path(path).read_bytes()
+        kept = whole[: whole.rfind(b"\n") + 1]
+        if len(kept) != len(whole):
+            Path(path).write_bytes(kept)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be continued: {error}; name another output") from error
     done = kept.count(b"\n")
     if done > inputs:
         raise ConfigError(
@@ -116,9 +126,9 @@ def _open_output(path: str) -> contextlib.AbstractContextManager[IO[str]]:
     if path == "-":
         return contextlib.nullcontext(sys.stdout)
     try:
-        return Path(path).open("a")
+        return Path(path).open("a", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path} cannot be written: {error}") from error
+        raise ConfigError(f"{path} cannot be written: {error}; name another output") from error
 
 
 async def _answer_all(
@@ -128,7 +138,7 @@ async def _answer_all(
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     gateway.start()
-    places = asyncio.Semaphore(2 * options.engine.max_running)
+    places = asyncio.Semaphore(_in_flight(options))
 
     async def answer(line: Line) -> dict[str, Any]:
         async with places:

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fourfold.models.config import ModelConfig
+    from fourfold.models.precision import Precision
 
 _GIB = 2**30
 
@@ -27,14 +28,25 @@ def run(options: Options) -> int:
     from rich.console import Console
 
     from fourfold.models.checkpoint.source import SourceKind
-    from fourfold.models.loading import check_tensors, open_checkpoint, read_model_config
+    from fourfold.models.loading import (
+        activation_dtype,
+        check_tensors,
+        check_widths,
+        choose_precision,
+        open_checkpoint,
+        read_model_config,
+        resolve_device,
+    )
     from fourfold.models.upcycle import upcycled_config
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     source = options.model.source()
-    checkpoint = open_checkpoint(source)
+    device = resolve_device(options.model.device)
+    precision = choose_precision(options.model.precision, device)
     try:
+        checkpoint = open_checkpoint(source)
         family, config = read_model_config(checkpoint.fields(), checkpoint.where)
+        check_widths(config, device, activation_dtype(precision))
         if options.model.load != "dummy":
             check_tensors(checkpoint, config, family.place(config))
     except CheckpointError as error:
@@ -43,10 +55,11 @@ def run(options: Options) -> int:
     embedded = source.kind is SourceKind.EMBEDDED
     if embedded:
         config = upcycled_config(config)
-    console.print(f"[bold]{source.model_id}[/bold]  {source.path}")
+    console.print(source.model_id, style="bold", end="  ")
+    console.print(str(source.path))
     for name, value in _architecture(config):
         console.print(f"  {name:<12} {value}")
-    console.print(_sizes(options.model, config, experts_share_storage=embedded))
+    console.print(_sizes(config, precision, experts_share_storage=embedded))
     console.print("It would be served.")
     return 0
 
@@ -72,13 +85,11 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
     return [*rows, ("FFN", f"{experts} in {sparse} of {config.layers} layers, {gates}")]
 
 
-def _sizes(options: ModelOptions, config: ModelConfig, *, experts_share_storage: bool) -> Table:
+def _sizes(config: ModelConfig, precision: Precision, *, experts_share_storage: bool) -> Table:
     from rich.table import Table
 
     from fourfold.models.footprint import EXPERTS, bytes_per_parameter, footprint
-    from fourfold.models.loading import choose_precision, resolve_device
 
-    precision = choose_precision(options.precision, resolve_device(options.device))
     table = Table("part", "parameters", "active per token", f"GiB as {precision}", box=None)
     total = active = stored = 0
     for part in footprint(config):

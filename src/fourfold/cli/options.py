@@ -57,7 +57,9 @@ def start_model(
 
     local = LocalOptions(
         source=source,
-        tokenizer=source if options.tokenizer is None else find_source(options.tokenizer),
+        tokenizer=source
+        if options.tokenizer is None
+        else find_source(options.tokenizer, weights=False),
         load=LoadOptions(
             device=resolve_device(options.device),
             precision=options.precision,
@@ -68,8 +70,12 @@ def start_model(
         limits=limits,
         names=names,
     )
-    columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn()
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    name = TextColumn("{task.description}", markup=False)
+    columns = name, BarColumn(), DownloadColumn(), TransferSpeedColumn()
+    console = Console(stderr=True)
+    # In a log a bar would leave an empty line.
+    hidden = not console.is_interactive
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task(f"loading {source.model_id}", total=None)
         return make_gateway(
             local, lambda done, total: bar.update(task, completed=done, total=total)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 from fourfold.errors import ConfigError
 
@@ -33,8 +34,8 @@ class EngineConfig:
                 f"--step-tokens {self.step_tokens} must exceed --max-running {self.max_running}, "
                 "or prompts would starve while others decode"
             )
-        if self.kv_memory_gib is not None and self.kv_memory_gib <= 0:
-            raise ConfigError(f"--kv-memory-gib {self.kv_memory_gib} must be positive")
+        if self.kv_memory_gib is not None and not 0 < self.kv_memory_gib < math.inf:
+            raise ConfigError(f"--kv-memory-gib {self.kv_memory_gib} must be positive and finite")
         if self.decode_threads is not None and self.decode_threads < 1:
             raise ConfigError(f"--decode-threads {self.decode_threads} must be at least 1")
         if self.max_context is not None and self.max_context < 2:

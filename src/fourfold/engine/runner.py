@@ -59,12 +59,20 @@ class Runner:
             dtype=kv_dtype,
         )
         page_bytes = shape.page_bytes
-        count = int(self._kv_bytes(config) // page_bytes)
-        if count < 2:
+        size = self._kv_bytes(config)
+        if size < 2 * page_bytes:
             raise ConfigError(
-                f"{count} KV pages of {page_bytes / 2**20:.1f} MiB fit; raise --kv-memory-gib"
+                f"{size // page_bytes:.0f} KV pages of {page_bytes / 2**20:.1f} MiB fit; "
+                "raise --kv-memory-gib"
             )
-        self.pages = KVPages(shape, count, self.device)
+        try:
+            count = int(size // page_bytes)
+            self.pages = KVPages(shape, count, self.device)
+        except (MemoryError, OverflowError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"{size / 2**30:g} GiB of KV pages cannot be allocated on {self.device}; "
+                "lower --kv-memory-gib"
+            ) from error
         if self.device.type == "cpu":
             _keep_freed_memory()
         self.page_count = count

@@ -20,7 +20,7 @@ class GatewayLimits:
     max_concurrent: int = 256
     """Requests held at once, waiting or running; one more is answered 429."""
     request_timeout: float = 600.0
-    """Seconds after which a request that has not ended is ended with an error."""
+    """Seconds after which a request that has not ended is ended with an error; inf: never."""
     max_stop: int = 16
     """Stop strings of one request at most."""
     max_logprobs: int = 20
@@ -31,6 +31,7 @@ class GatewayLimits:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and value < (0 if field.name.startswith("max_log") else 1):
+            least = 0 if field.name.startswith("max_log") else 1
+            if value is not None and not value >= least:  # said so that nan is refused too
                 option = field.name.replace("_", "-")
                 raise ConfigError(f"--{option} {value} is too small")

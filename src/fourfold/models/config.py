@@ -127,7 +127,11 @@ class ConfigReader:
         self._read: set[str] = set()
 
     def integer(self, name: str, default: Any = _MISSING) -> int:
-        return int(self._take(name, (int,), "an integer", default))
+        """A count or a size: none of them may be zero."""
+        value = int(self._take(name, (int,), "an integer", default))
+        if value < 1:
+            raise self.error(f"{name} = {value} is not positive")
+        return value
 
     def number(self, name: str, default: Any = _MISSING) -> float:
         return float(self._take(name, (int, float), "a number", default))
@@ -152,10 +156,17 @@ class ConfigReader:
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """A token id or a list of them."""
-        value = self.optional(name)
-        if value is None:
-            return ()
-        return tuple(value) if isinstance(value, list) else (int(value),)
+        if isinstance(self.optional(name), list):
+            return self.integers(name)
+        value = self._take(name, (int,), "a token id or a list of them", None)
+        return () if value is None else (value,)
+
+    def integers(self, name: str) -> tuple[int, ...]:
+        """A list of integers, empty where the field is absent or null."""
+        value = self._take(name, (list,), "a list of integers", [])
+        if any(type(entry) is not int for entry in value):
+            raise self.error(f"{name} = {value!r} is not a list of integers")
+        return tuple(value)
 
     def finish(self) -> None:
         """Raises if any field is left that was neither read nor is merely descriptive."""
@@ -182,10 +193,20 @@ class ConfigReader:
 def read_rope(reader: ConfigReader) -> RopeConfig:
     """The rotary settings, in the older (`rope_theta`, `rope_scaling`) or the newer
     (`rope_parameters`) spelling."""
-    parameters = dict(reader.optional("rope_parameters") or {})
-    scaling = dict(reader.optional("rope_scaling") or {})
-    parameters = {**scaling, **parameters}
-    theta = parameters.pop("rope_theta", None)
+    parameters: dict[str, Any] = {}
+    for name in ("rope_scaling", "rope_parameters"):
+        value = reader.optional(name) or {}
+        if not isinstance(value, dict):
+            raise reader.error(f"{name} = {value!r} is not an object")
+        parameters |= value
+
+    def number(name: str) -> Any:
+        value = parameters.pop(name, None)
+        if value is not None and type(value) not in (int, float):
+            raise reader.error(f"rope {name} = {value!r} is not a number")
+        return value
+
+    theta = number("rope_theta")
     theta = float(theta) if theta is not None else reader.number("rope_theta", 10000.0)
     reader.expect("rope_theta", theta)
     reader.expect("rope_interleaved", False)
@@ -195,11 +216,11 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
     if kind == "default":
         keywords: dict[str, Any] = {}
     elif kind == "linear":
-        keywords = {"factor": parameters.pop("factor", None)}
+        keywords = {"factor": number("factor")}
     elif kind == "llama3":
-        original = parameters.pop("original_max_position_embeddings", None)
+        original = number("original_max_position_embeddings")
         names = ("factor", "low_freq_factor", "high_freq_factor")
-        keywords = {name: parameters.pop(name, None) for name in names}
+        keywords = {name: number(name) for name in names}
         keywords["original_max_positions"] = original
     else:
         raise reader.error(f"rope type {kind!r} is not supported (default, linear or llama3)")
@@ -215,9 +236,10 @@ def read_common(reader: ConfigReader) -> dict[str, Any]:
     width = reader.integer("hidden_size")
     reader.expect("hidden_act", "silu")
     reader.expect("mlp_bias", False)
-    reader.expect("sliding_window")
-    if reader.optional("use_sliding_window"):
-        raise reader.error("use_sliding_window = true is not supported")
+    reader.expect("use_sliding_window", False)
+    reader.optional("sliding_window")
+    if reader.optional("use_sliding_window") is None:  # false turns off a window that is named
+        reader.expect("sliding_window")
     layer_types = reader.optional("layer_types") or []
     if set(layer_types) - {"full_attention"}:
         raise reader.error(f"layer_types {sorted(set(layer_types))} (only full_attention)")

@@ -140,6 +140,18 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, placements: Place
         raise CheckpointError(f"{checkpoint.where}: {'; '.join(problems)}")
 
 
+def check_widths(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+    """Raises `CheckpointError` where a GPU could not multiply the experts' matrices."""
+    if device.type != "cuda" or config.moe is None:
+        return
+    step = 16 // dtype.itemsize  # torch's grouped product wants rows of whole 16 bytes
+    if config.width % step or config.moe.expert_width % step:
+        raise CheckpointError(
+            f"experts of {config.width} x {config.moe.expert_width} cannot be multiplied on a GPU, "
+            f"which needs multiples of {step} as {dtype}; use --device cpu"
+        )
+
+
 def load_model(
     source: Source, options: LoadOptions, progress: Progress = lambda done, total: None
 ) -> Decoder:
@@ -147,10 +159,11 @@ def load_model(
     precision = choose_precision(options.precision, options.device)
     checkpoint = open_checkpoint(source)
     family, config = read_model_config(checkpoint.fields(), checkpoint.where)
+    dtype = activation_dtype(precision)
+    check_widths(config, options.device, dtype)
     with torch.device("meta"):
         model = Decoder(config)
     placements = family.place(config)
-    dtype = activation_dtype(precision)
     if options.dummy:
         filler: Filler = RandomFiller(model, placements, options.device, dtype)
     else:

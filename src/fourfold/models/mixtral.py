@@ -8,6 +8,7 @@ from fourfold.models.family import Family, Placements, place_backbone, place_spa
 
 def read_config(reader: ConfigReader) -> ModelConfig:
     common = read_common(reader)
+    reader.expect("sliding_window")  # Mixtral knows no use_sliding_window that turns it off
     return ModelConfig(
         family="mixtral",
         moe=MoEConfig(

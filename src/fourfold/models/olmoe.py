@@ -9,13 +9,13 @@ from fourfold.models.family import Family, place_mlp
 def read_config(reader: ConfigReader) -> ModelConfig:
     bias = reader.flag("attention_bias", False)
     common = read_common(reader)
-    clip = reader.optional("clip_qkv")
+    clip = None if reader.optional("clip_qkv") is None else reader.number("clip_qkv")
     return ModelConfig(
         family="olmoe",
         qkv_bias=bias,
         output_bias=bias,
         qk_norm="all_heads",
-        qkv_clip=None if clip is None else float(clip),
+        qkv_clip=clip,
         moe=MoEConfig(
             experts=reader.integer("num_experts"),
             experts_per_token=reader.integer("num_experts_per_tok"),

@@ -11,7 +11,7 @@ def read_config(reader: ConfigReader) -> ModelConfig:
     common = read_common(reader)
     experts = "num_local_experts" if reader.has("num_local_experts") else "num_experts"
     step = reader.integer("decoder_sparse_step", 1)
-    dense = set(reader.optional("mlp_only_layers") or [])
+    dense = set(reader.integers("mlp_only_layers"))
     dense |= {layer for layer in range(common["layers"]) if (layer + 1) % step}
     return ModelConfig(
         family="qwen3_moe",

@@ -11,9 +11,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def find_family(model_type: str | None, where: str) -> Family:
+def find_family(model_type: object, where: str) -> Family:
     """The family of a `model_type`; `where` is named in the error if there is none."""
-    family = FAMILIES.get(model_type or "")
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise CheckpointError(
             f"{where}: model_type {model_type!r} is not supported; "

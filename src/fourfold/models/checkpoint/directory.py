@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fourfold.errors import CheckpointError
 
-_BITS = {"F64": 64, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8, "I8": 8, "U8": 8}
+# What weights may be stored in; anything else holds the codes of some quantisation.
+_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
 
 
 class DirectoryCheckpoint:
@@ -27,7 +28,7 @@ class DirectoryCheckpoint:
     def fields(self) -> Mapping[str, Any]:
         file = self._path / "config.json"
         try:
-            fields = json.loads(file.read_text())
+            fields = json.loads(file.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{file} is not readable JSON ({error})") from error
         if not isinstance(fields, dict):
@@ -51,23 +52,39 @@ class DirectoryCheckpoint:
     def _index(self) -> dict[str, tuple[Path, tuple[int, ...], int]]:
         """File, shape and bytes of every tensor."""
         index = {}
+        codes = []
         for file in self._files():
             try:
                 with safe_open(file, framework="pt") as opened:
                     for name in opened.keys():  # noqa: SIM118
                         stored = opened.get_slice(name)
                         shape = tuple(stored.get_shape())
-                        bits = _BITS.get(stored.get_dtype(), 32)
+                        dtype = stored.get_dtype()
+                        if dtype not in _BITS:
+                            codes.append(f"{name} ({dtype})")
+                        bits = _BITS.get(dtype, 0)
                         index[name] = file, shape, math.prod(shape) * bits // 8
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
+        if codes:
+            shown = f"{', '.join(codes[:4])}{', ...' if len(codes) > 4 else ''}"
+            raise CheckpointError(
+                f"{self._path}: {len(codes)} tensors are not floating-point weights: {shown}; "
+                "use a checkpoint that is not quantised"
+            )
         return index
 
     def _files(self) -> list[Path]:
         index = self._path / "model.safetensors.index.json"
         if index.is_file():
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            missing = [name for name in names if not (self._path / name).is_file()]
+            try:
+                fields = json.loads(index.read_text(encoding="utf-8"))
+                names = sorted(set(fields["weight_map"].values()))
+                missing = [name for name in names if not (self._path / name).is_file()]
+            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(
+                    f"{index} does not map tensors to files ({error}); fetch it again"
+                ) from error
             if missing:
                 raise CheckpointError(f"{self._path} lacks {', '.join(missing)}; fetch it again")
             return [self._path / name for name in names]

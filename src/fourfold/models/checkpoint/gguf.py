@@ -111,7 +111,13 @@ class GGUFCheckpoint:
                 continue
             value = read_value(self._reader, key)
             fields[_FIELDS.get(key.removeprefix(prefix), key)] = value
-        fields.setdefault("vocab_size", self._tensors["model.embed_tokens.weight"].shape[1])
+        embedding = self._tensors.get("model.embed_tokens.weight")
+        if embedding is None or len(embedding.shape) != 2:
+            raise CheckpointError(
+                f"{self.where} has no token_embd.weight, so it is not a whole language model; "
+                "give the file that holds its embeddings"
+            )
+        fields.setdefault("vocab_size", embedding.shape[1])
         fields["vocab_size"] = int(fields["vocab_size"])
         fields["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
         scaling = read_value(self._reader, f"{prefix}rope.scaling.type")

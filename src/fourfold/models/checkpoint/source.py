@@ -38,16 +38,35 @@ class Source:
     model_id: str
 
 
-def find_source(model: str | None, *, revision: str | None = None) -> Source:
+def find_source(model: str | None, *, revision: str | None = None, weights: bool = True) -> Source:
     """Finds a directory, a .gguf file, a hub id (downloaded if not cached), or the default (None).
 
-    Raises `CheckpointError` naming what was tried.
+    Without `weights`, a directory with nothing but a tokenizer will do. Raises `CheckpointError`
+    naming what was tried.
     """
     if model is None or model == "default":
         return Source(SourceKind.EMBEDDED, _embedded_file(), DEFAULT_MODEL_ID)
-    path = Path(model).expanduser()
+    try:
+        local = _find_local(Path(model).expanduser(), weights)
+    except (OSError, RuntimeError) as error:  # too long, forbidden, the home of an unknown user
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise CheckpointError(
+            f"model {model[:80]!r} cannot be looked for ({reason}); "
+            "give a directory, a .gguf file or a hub id (owner/name)"
+        ) from error
+    if local is not None:
+        return local
+    if _HUB_ID.fullmatch(model):
+        return Source(SourceKind.DIRECTORY, _download(model, revision), model)
+    raise CheckpointError(
+        f"model {model!r} not found: no such directory or .gguf file here, and not a hub id "
+        "(owner/name); leave it out for the embedded default"
+    )
+
+
+def _find_local(path: Path, weights: bool) -> Source | None:
     if path.is_dir():
-        if not (path / "config.json").is_file():
+        if weights and not (path / "config.json").is_file():
             raise CheckpointError(f"{path} has no config.json, so it is not a checkpoint directory")
         return Source(SourceKind.DIRECTORY, path, path.resolve().name)
     if path.is_file():
@@ -56,12 +75,7 @@ def find_source(model: str | None, *, revision: str | None = None) -> Source:
                 f"{path} is a file but not .gguf; give a directory or a GGUF file"
             )
         return Source(SourceKind.GGUF, path, path.stem)
-    if _HUB_ID.fullmatch(model):
-        return Source(SourceKind.DIRECTORY, _download(model, revision), model)
-    raise CheckpointError(
-        f"model {model!r} not found: no such directory or .gguf file here, and not a hub id "
-        "(owner/name); leave it out for the embedded default"
-    )
+    return None
 
 
 def _embedded_file() -> Path:
@@ -84,7 +98,7 @@ def _download(model: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=_HUB_FILES))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
             f"{model!r} is no local directory and could not be had from the hub ({reason}); "
             "check the name, the network, or HF_TOKEN for a gated model"
