@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fourfold.models.checkpoint.tensors import Checkpoint
 from fourfold.models.decoder import Decoder
-from fourfold.models.family import Placements
+from fourfold.models.families.family import Placements
 from fourfold.models.router import Router
 from fourfold.quantize.weights import DenseWeight
 

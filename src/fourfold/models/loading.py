@@ -18,11 +18,11 @@ from fourfold.models.checkpoint.source import Source, SourceKind
 from fourfold.models.checkpoint.tensors import Checkpoint
 from fourfold.models.config import ConfigReader, ModelConfig
 from fourfold.models.decoder import Decoder
-from fourfold.models.family import Family, Placements
+from fourfold.models.families.family import Family, Placements
+from fourfold.models.families.registry import find_family
 from fourfold.models.filling import CheckpointFiller, Filler, Progress, RandomFiller
 from fourfold.models.layers import Linear, SparseFFN
 from fourfold.models.precision import Precision
-from fourfold.models.registry import find_family
 from fourfold.models.rotation import Rotation, input_turn
 from fourfold.models.router import UniformRouter
 from fourfold.models.upcycle import upcycle

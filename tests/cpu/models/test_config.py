@@ -9,8 +9,8 @@ import pytest
 
 from fourfold.errors import CheckpointError
 from fourfold.models.config import ModelConfig, MoEConfig, RopeConfig
+from fourfold.models.families.registry import FAMILIES
 from fourfold.models.loading import read_model_config
-from fourfold.models.registry import FAMILIES
 from tests.cpu.models import hub_configs
 
 COMMON: dict[str, Any] = {

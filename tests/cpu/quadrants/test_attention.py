@@ -70,9 +70,10 @@ class Book:
         for sequence, length in enumerate(self.lengths):
             positions = torch.arange(length - 1)
             page_T = torch.tensor(self.tables[sequence])[positions // PAGE_TOKENS]
+            places = self.pages.places(page_T, positions % PAGE_TOKENS)
             for layer in range(LAYERS):
                 k, v = self.k[sequence][layer, :-1], self.v[sequence][layer, :-1]
-                self.pages.write(layer, page_T, positions % PAGE_TOKENS, k, v)
+                self.pages.write(layer, places, k, v)
 
     def _naive(self, layer: int, sequence: int, start: int, end: int) -> Tensor:
         """Softmax of scaled products, one row and head after the other; [rows, H, C]."""

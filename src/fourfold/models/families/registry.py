@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fourfold.errors import CheckpointError
-from fourfold.models import llama, mixtral, olmoe, qwen3, qwen3_moe
-from fourfold.models.family import Family
+from fourfold.models.families import llama, mixtral, olmoe, qwen3, qwen3_moe
+from fourfold.models.families.family import Family
 
 FAMILIES: dict[str, Family] = {
     module.FAMILY.model_type: module.FAMILY for module in (llama, qwen3, qwen3_moe, mixtral, olmoe)

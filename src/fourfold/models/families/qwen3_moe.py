@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fourfold.models.config import ConfigReader, ModelConfig, MoEConfig, read_common
-from fourfold.models.family import Family, place_mlp
+from fourfold.models.families.family import Family, place_mlp
 
 
 def read_config(reader: ConfigReader) -> ModelConfig:

@@ -1,0 +1,1 @@
+"""The model families: how each describes its checkpoints, one file a family."""
