@@ -38,7 +38,7 @@ def main(config: QualityBenchConfig) -> int:
         readings[asked] = _read(source, LoadOptions(device=device, precision=asked), windows)
     results = _compare(readings[Precision.FLOAT32], readings[precision], precision)
     for result in results:
-        print(f"{result.case:<20} {result.metric:<12} {result.value:.4f} {result.unit}")
+        print(f"{result.case:<10} {result.metric:<16} {result.value:.4f} {result.unit}")
     if config.out is not None:
         write(new_record("quality", config.command(), results), config.out)
     return 0
@@ -81,20 +81,13 @@ def _read(source: Source, options: LoadOptions, windows: list[list[int]]) -> Rea
 def _compare(reference: Reading, other: Reading, precision: Precision) -> list[Result]:
     tokens = len(reference)
     same = sum(a.top[0][0] == b.top[0][0] for a, b in zip(reference, other, strict=True))
+    exact, ours, case = _perplexity(reference), _perplexity(other), str(precision)
     return [
-        Result(case="float32", metric="perplexity", value=_perplexity(reference), unit="ppl"),
-        Result(
-            case=str(precision),
-            metric="perplexity",
-            value=_perplexity(other),
-            unit="ppl",
-            peer="float32",
-            peer_value=_perplexity(reference),
-        ),
-        Result(
-            case=str(precision), metric="agreement", value=100 * same / tokens, unit="% of tokens"
-        ),
-        Result(case=str(precision), metric="tokens read", value=tokens, unit="tokens"),
+        Result(case="float32", metric="perplexity", value=exact, unit="ppl"),
+        Result(case=case, metric="perplexity", value=ours, unit="ppl"),
+        Result(case=case, metric="over float32", value=100 * (ours / exact - 1), unit="%"),
+        Result(case=case, metric="same likeliest", value=100 * same / tokens, unit="% of tokens"),
+        Result(case=case, metric="tokens read", value=tokens, unit="tokens"),
     ]
 
 
