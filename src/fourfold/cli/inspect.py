@@ -34,6 +34,7 @@ def run(options: Options) -> int:
         check_widths,
         choose_precision,
         open_checkpoint,
+        page_dtype,
         read_model_config,
         resolve_device,
     )
@@ -60,6 +61,8 @@ def run(options: Options) -> int:
     for name, value in _architecture(config):
         console.print(f"  {name:<12} {value}")
     console.print(_sizes(config, precision, experts_share_storage=embedded))
+    token = 2 * config.layers * config.kv_heads * config.head_width * page_dtype(precision).itemsize
+    console.print(f"KV pages take {token / 2**10:.1f} KiB a token.")
     console.print("It would be served.")
     return 0
 

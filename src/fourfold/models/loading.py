@@ -90,12 +90,18 @@ def activation_dtype(precision: Precision) -> torch.dtype:
     return torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
 
 
-def kv_dtype(model: Decoder) -> torch.dtype:
+def page_dtype(precision: Precision) -> torch.dtype:
     """What keys and values are kept in: 16 bits wherever the device multiplies them natively."""
-    dtype = model.embedding.weight.dtype
-    if isinstance(model.head.weight, W8A8Weight) and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if precision is Precision.W8A8 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return torch.bfloat16
-    return dtype
+    return activation_dtype(precision)
+
+
+def kv_dtype(model: Decoder) -> torch.dtype:
+    """`page_dtype` of the precision a model was loaded in."""
+    if isinstance(model.head.weight, W8A8Weight):
+        return page_dtype(Precision.W8A8)
+    return model.embedding.weight.dtype
 
 
 def open_checkpoint(source: Source) -> Checkpoint:

@@ -54,16 +54,3 @@ class OfflineBenchConfig:
         for name in numbers:
             if getattr(self, name) < (2 if name == "output_tokens" else 1):
                 raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small")
-
-    def command(self) -> str:
-        """The command line that repeats this run."""
-        words = ["fourfold bench offline"]
-        if self.model is not None:
-            words.append(self.model)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in ("model", "out") or value == field.default:
-                continue
-            shown = " ".join(value) if isinstance(value, tuple) else str(value)
-            words.append(f"--{field.name.replace('_', '-')} {shown}")
-        return " ".join(words)

@@ -9,6 +9,7 @@ import sys
 import msgspec
 import torch  # noqa: F401 (the record names the GPUs that an imported torch sees)
 
+from fourfold.bench.command_line import command_line
 from fourfold.bench.figures import format_figure
 from fourfold.bench.offline.config import OfflineBenchConfig
 from fourfold.bench.offline.engines import Figures, Task
@@ -30,7 +31,12 @@ def main(config: OfflineBenchConfig) -> int:
     _show(results)
     if config.out is not None:
         packages = (*DEFAULT_PACKAGES, "llama-cpp-python")
-        record = new_record(config.name, config.command(), results, packages=packages)
+        record = new_record(
+            config.name,
+            command_line("fourfold bench offline", config, positional="model"),
+            results,
+            packages=packages,
+        )
         write(record, config.out)
     return 0
 

@@ -35,14 +35,3 @@ class QualityBenchConfig:
     def __post_init__(self) -> None:
         if self.windows < 1 or self.window_tokens < 2:
             raise ConfigError("--windows must be at least 1 and --window-tokens at least 2")
-
-    def command(self) -> str:
-        """The command line that repeats this run."""
-        words = ["fourfold bench quality"]
-        if self.model is not None:
-            words.append(self.model)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in ("model", "out") and value != field.default:
-                words.append(f"--{field.name.replace('_', '-')} {value}")
-        return " ".join(words)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 
+from fourfold.bench.command_line import command_line
 from fourfold.bench.quality.config import QualityBenchConfig
 from fourfold.bench.record import Result, new_record, write
 from fourfold.engine.config import EngineConfig
@@ -40,7 +41,14 @@ def main(config: QualityBenchConfig) -> int:
     for result in results:
         print(f"{result.case:<10} {result.metric:<16} {result.value:.4f} {result.unit}")
     if config.out is not None:
-        write(new_record("quality", config.command(), results), config.out)
+        write(
+            new_record(
+                "quality",
+                command_line("fourfold bench quality", config, positional="model"),
+                results,
+            ),
+            config.out,
+        )
     return 0
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
 
+from fourfold.bench.command_line import command_line
 from fourfold.bench.serve.lengths import parse_lengths
 from fourfold.errors import ConfigError
 
@@ -177,17 +176,7 @@ class ServeBenchConfig:
 
     def command(self) -> str:
         """The command line that gives these options again, with the API key left to the caller."""
-        words = ["fourfold", "bench", "serve"]
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value == field.default:
-                continue
-            words.append(_flag(field.name))
-            if field.name == "api_key":
-                words.append("API_KEY")
-            elif value is not True:
-                words.append(str(value))
-        return shlex.join(words)
+        return command_line("fourfold bench serve", self)
 
 
 def _flag(field: str) -> str:

@@ -1,0 +1,28 @@
+"""The command line that repeats a run, made from the options it ran with. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from typing import Any
+
+# Not for a record; whoever repeats the run has their own.
+_SECRETS = {"api_key": "API_KEY"}
+
+
+def command_line(command: str, options: Any, *, positional: str | None = None) -> str:
+    """`command` with every option of a dataclass that is not its default, quoted for a shell."""
+    words = command.split()
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if value == field.default:
+            continue
+        if field.name != positional:
+            words.append("--" + field.name.replace("_", "-"))
+        if field.name in _SECRETS:
+            words.append(_SECRETS[field.name])
+        elif isinstance(value, tuple):
+            words.extend(map(str, value))
+        elif value is not True:
+            words.append(str(value))
+    return shlex.join(words)
