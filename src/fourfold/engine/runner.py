@@ -148,9 +148,10 @@ class Runner:
         tokens_S = sample(logits_SV, rows, self._counts)
         slots_S = torch.tensor([row.slot for row in rows], device=self.device)
         self._last_token[slots_S] = tokens_S
-        counted = torch.tensor([penalises(row.params) for row in rows], device=self.device)
-        if any(penalises(row.params) for row in rows):
-            self._counts.add(slots_S[counted], tokens_S[counted])
+        counted = [place for place, row in enumerate(rows) if penalises(row.params)]
+        if counted:
+            places = torch.tensor(counted, device=self.device)
+            self._counts.add(slots_S[places], tokens_S[places])
         wanted = [row.params.logprobs for row in rows]
         if all(count is None for count in wanted):
             return lambda: [Sampled(token=token) for token in tokens_S.tolist()]
