@@ -19,6 +19,7 @@ from fourfold.gateway.config import GatewayLimits
 
 if TYPE_CHECKING:
     from fourfold.gateway.gateway import Gateway
+    from fourfold.gateway.generation import GenerationOptions
 
 _HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops a reply."
 
@@ -34,17 +35,20 @@ class Options:
     """0 always takes the likeliest token."""
     top_p: float = 0.95
     """Draw from the smallest set of tokens with this much probability."""
-    repetition_penalty: float = 1.1
+    repetition_penalty: float = 1.0
     """Above 1 makes repeated tokens less likely."""
-    max_tokens: int | None = None
-    """Longest reply. Default: what the context leaves."""
+    max_tokens: int = 1024
+    """Longest reply, shortened where the context leaves less."""
     seed: int | None = None
     """Makes replies repeatable."""
     engine: EngineConfig = EngineConfig(max_running=1)
 
 
 def run(options: Options) -> int:
+    from fourfold.gateway.budget import check_options
+
     limits = GatewayLimits(request_timeout=math.inf)  # Ctrl-C is the deadline
+    check_options(_wanted(options), limits, sys.maxsize)  # before a model is loaded
     gateway = start_model(options.model, options.model.source(), options.engine, limits)
     print(f"{gateway.model_names[0]}. {_HELP}", file=sys.stderr)
     with asyncio.Runner() as runner:
@@ -88,8 +92,7 @@ def _read_line() -> str | None:
         return None
 
 
-async def _reply(gateway: Gateway, messages: list[dict[str, str]], options: Options) -> str:
-    """Prints the reply as it comes; returns what was printed, also when Ctrl-C cuts it short."""
+def _wanted(options: Options) -> GenerationOptions:
     from fourfold.gateway.generation import GenerationOptions
 
     sampling = SamplingParams(
@@ -98,9 +101,12 @@ async def _reply(gateway: Gateway, messages: list[dict[str, str]], options: Opti
         repetition_penalty=options.repetition_penalty,
         seed=options.seed,
     )
-    generation = await gateway.chat(
-        messages, GenerationOptions(sampling=sampling, max_tokens=options.max_tokens)
-    )
+    return GenerationOptions(sampling=sampling, up_to=options.max_tokens)
+
+
+async def _reply(gateway: Gateway, messages: list[dict[str, str]], options: Options) -> str:
+    """Prints the reply as it comes; returns what was printed, also when Ctrl-C cuts it short."""
+    generation = await gateway.chat(messages, _wanted(options))
     text = ""
     try:
         async for delta in generation:

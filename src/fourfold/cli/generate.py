@@ -1,6 +1,7 @@
 """`fourfold generate`: answer a JSONL file of prompts, in order, resuming where it stopped.
 
-Each input line is an object with `prompt` (text to continue) or `messages` (a conversation), and
+Each input line is an object with `messages` (a conversation, rendered by the model's chat template)
+or `prompt` (text to continue as it is, without the template), and
 may set the sampling fields of this command for itself. Each output line repeats the input line's
 `id` if it has one and adds `text`, `finish_reason` and token counts. Results are written in the
 order of the input, so the lines already in the output file are the ones that are done.
@@ -28,6 +29,7 @@ from fourfold.gateway.config import GatewayLimits
 
 if TYPE_CHECKING:
     from fourfold.gateway.gateway import Gateway
+    from fourfold.gateway.generation import GenerationOptions
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,8 +44,8 @@ class Options:
     """0 always takes the likeliest token."""
     top_p: float = 1.0
     """Draw from the smallest set of tokens with this much probability."""
-    max_tokens: int | None = None
-    """Longest answer. Default: what the context leaves."""
+    max_tokens: int = 1024
+    """Longest answer, shortened where the context leaves less."""
     stop: tuple[str, ...] = ()
     """Texts that end an answer."""
     seed: int = 0
@@ -66,13 +68,18 @@ class Line(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 def run(options: Options) -> int:
+    from fourfold.gateway.budget import check_options
+
     lines = _read(options.input)
-    done = _count_done(options.output, len(lines))
+    limits = GatewayLimits(max_concurrent=_in_flight(options), request_timeout=math.inf)
+    check_options(_wanted(options, Line()), limits, sys.maxsize)  # before a model is loaded
+    done = _count_done(options.output, lines)
     if done == len(lines):
         print(f"{options.output} already holds all {done} answers", file=sys.stderr)
         return 0
+    if done:
+        print(f"{options.output} holds {done} answers; continuing behind them", file=sys.stderr)
     source = options.model.source()
-    limits = GatewayLimits(max_concurrent=_in_flight(options), request_timeout=math.inf)
     with _open_output(options.output) as output:  # what cannot be written is known before loading
         gateway = start_model(options.model, source, options.engine, limits)
         return asyncio.run(_answer_all(gateway, options, lines, done, output))
@@ -102,7 +109,7 @@ def _read(path: str) -> list[Line]:
     return lines
 
 
-def _count_done(path: str, inputs: int) -> int:
+def _count_done(path: str, lines: list[Line]) -> int:
     """Answers already in the output; a last line cut short by a crash is removed."""
     if path == "-" or not Path(path).exists():
         return 0
@@ -113,13 +120,19 @@ def _count_done(path: str, inputs: int) -> int:
             Path(path).write_bytes(kept)
     except OSError as error:
         raise ConfigError(f"{path} cannot be continued: {error}; name another output") from error
-    done = kept.count(b"\n")
-    if done > inputs:
+    answers = kept.splitlines()
+    if len(answers) > len(lines):
         raise ConfigError(
-            f"{path} holds {done} answers for {inputs} prompts, so it belongs to another input; "
-            "name another output"
+            f"{path} holds {len(answers)} answers for {len(lines)} prompts, so it belongs to "
+            "another input; name another output"
         )
-    return done
+    for number, (line, answer) in enumerate(zip(lines, answers, strict=False), 1):
+        if line.id is not None and msgspec.json.decode(answer).get("id") != line.id:
+            raise ConfigError(
+                f"{path}, line {number} does not answer id {line.id!r}, so it belongs to another "
+                "input; name another output"
+            )
+    return len(answers)
 
 
 def _open_output(path: str) -> contextlib.AbstractContextManager[IO[str]]:
@@ -172,19 +185,24 @@ async def _answer_all(
     return 1 if failed else 0
 
 
-async def _answer(gateway: Gateway, options: Options, line: Line) -> dict[str, Any]:
+def _wanted(options: Options, line: Line) -> GenerationOptions:
     from fourfold.gateway.generation import GenerationOptions
 
-    result: dict[str, Any] = {} if line.id is None else {"id": line.id}
-    wanted = GenerationOptions(
+    return GenerationOptions(
         sampling=SamplingParams(
             temperature=options.temperature if line.temperature is None else line.temperature,
             top_p=options.top_p if line.top_p is None else line.top_p,
             seed=options.seed if line.seed is None else line.seed,
         ),
-        max_tokens=options.max_tokens if line.max_tokens is None else line.max_tokens,
+        max_tokens=line.max_tokens,
+        up_to=options.max_tokens,
         stop=options.stop if line.stop is None else tuple(line.stop),
     )
+
+
+async def _answer(gateway: Gateway, options: Options, line: Line) -> dict[str, Any]:
+    result: dict[str, Any] = {} if line.id is None else {"id": line.id}
+    wanted = _wanted(options, line)
     try:
         if line.messages is not None:
             generation = await gateway.chat(line.messages, wanted)

@@ -83,6 +83,9 @@ def _command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             return name, arguments[words:]
+    group = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
+    if group:
+        raise ConfigError(f"{arguments[0]} needs one of its commands: {', '.join(group)}")
     known = ", ".join(COMMANDS)
     raise ConfigError(f"there is no command {arguments[0]!r}; the commands are {known}")
 

@@ -21,7 +21,7 @@ def check_budget(
     prompt_field: str = "prompt",
 ) -> int:
     """The tokens each sample may have. Raises `RequestError` naming the field at fault."""
-    _check_options(options, limits, vocabulary)
+    check_options(options, limits, vocabulary)
     longest = min(limits.max_prompt_tokens or context_length, context_length - 1)
     if prompt_tokens < 1:
         raise RequestError("the prompt is empty; send at least one token", param=prompt_field)
@@ -34,7 +34,7 @@ def check_budget(
     room = context_length - prompt_tokens
     largest = min(limits.max_output_tokens or room, room)
     if options.max_tokens is None:
-        return largest
+        return min(options.up_to or largest, largest)
     if options.max_tokens > largest:
         raise RequestError(
             f"max_tokens {options.max_tokens} with a prompt of {prompt_tokens} tokens exceeds "
@@ -45,13 +45,13 @@ def check_budget(
     return options.max_tokens
 
 
-def _check_options(options: GenerationOptions, limits: GatewayLimits, vocabulary: int) -> None:
+def check_options(options: GenerationOptions, limits: GatewayLimits, vocabulary: int) -> None:
+    """The part of `check_budget` that needs no prompt."""
     sampling = options.sampling
     _within("n", options.n, 1, limits.max_n)
-    if options.max_tokens is not None and options.max_tokens < 1:
-        raise RequestError(
-            f"max_tokens {options.max_tokens} must be at least 1", param="max_tokens"
-        )
+    for most in (options.max_tokens, options.up_to):
+        if most is not None and most < 1:
+            raise RequestError(f"max_tokens {most} must be at least 1", param="max_tokens")
     _within("temperature", sampling.temperature, 0.0, 2.0)
     _within("top_p", sampling.top_p, 0.0, 1.0)
     _within("min_p", sampling.min_p, 0.0, 1.0)

@@ -36,6 +36,8 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
 
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None
+    up_to: int | None = None
+    """Where `max_tokens` is None: this many, or fewer where context and limits leave fewer."""
     n: int = 1
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False

@@ -60,13 +60,23 @@ def test_a_second_run_continues_where_the_first_was_cut(
     tail: bytes, many: Path, command: Command, small: Sequence[str]
 ) -> None:
     output = many.parent / "out.jsonl"
+    marked = (b'"line 3", ', b'"line 3", "not again": true, ')
     assert command("generate", many, output, *small)[0] == 0
     whole = output.read_bytes()
-    kept = b"".join(whole.splitlines(keepends=True)[:7]).replace(b'"line 3"', b'"not again"')
+    kept = b"".join(whole.splitlines(keepends=True)[:7]).replace(*marked)
     output.write_bytes(kept + tail)
     code, _, err = command("generate", many, output, *small)
     assert code == 0, err
-    assert output.read_bytes() == whole.replace(b'"line 3"', b'"not again"')
+    assert output.read_bytes() == whole.replace(*marked)
+
+
+def test_answers_to_other_lines_are_not_continued(tmp_path: Path, command: Command) -> None:
+    prompts = write(tmp_path / "in.jsonl", [{"prompt": "x", "id": 1}, {"prompt": "y", "id": 2}])
+    output = write(tmp_path / "out.jsonl", [{"id": 7, "text": "z"}])
+    code, _, err = command("generate", prompts, output, "/no/such/model")
+    assert code == 2
+    assert "line 1 does not answer id 1" in err
+    assert read(output) == [{"id": 7, "text": "z"}]
 
 
 def test_nothing_is_loaded_when_nothing_is_left_to_do(tmp_path: Path, command: Command) -> None:

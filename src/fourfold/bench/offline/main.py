@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
 import subprocess
 import sys
@@ -17,10 +18,18 @@ from fourfold.bench.record import DEFAULT_PACKAGES, Result, new_record, write
 from fourfold.errors import ConfigError
 
 _LONGEST = 600
+_PACKAGES = {
+    "transformers": ("transformers", "transformers"),
+    "llama.cpp": ("llama_cpp", "llama-cpp-python"),
+}
 
 
 def main(config: OfflineBenchConfig) -> int:
     """Runs the benchmark, prints its table and writes its record."""
+    for peer in config.peers:
+        module, package = _PACKAGES[peer]
+        if importlib.util.find_spec(module) is None:
+            raise ConfigError(f"{peer} is not installed; run `pip install {package}`")
     engines = ("fourfold", *config.peers)
     runs: dict[str, list[Figures]] = {engine: [] for engine in engines}
     for number in range(config.rounds):

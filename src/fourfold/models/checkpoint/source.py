@@ -56,7 +56,7 @@ def find_source(model: str | None, *, revision: str | None = None, weights: bool
         ) from error
     if local is not None:
         return local
-    if _HUB_ID.fullmatch(model):
+    if _HUB_ID.fullmatch(model) and not model.startswith((".", "~")) and ".gguf" not in model[-5:]:
         return Source(SourceKind.DIRECTORY, _download(model, revision), model)
     raise CheckpointError(
         f"model {model!r} not found: no such directory or .gguf file here, and not a hub id "
