@@ -120,19 +120,27 @@ def _count_done(path: str, lines: list[Line]) -> int:
             Path(path).write_bytes(kept)
     except OSError as error:
         raise ConfigError(f"{path} cannot be continued: {error}; name another output") from error
-    answers = kept.splitlines()
+    answers = kept.split(b"\n")[:-1]
     if len(answers) > len(lines):
         raise ConfigError(
             f"{path} holds {len(answers)} answers for {len(lines)} prompts, so it belongs to "
             "another input; name another output"
         )
     for number, (line, answer) in enumerate(zip(lines, answers, strict=False), 1):
-        if line.id is not None and msgspec.json.decode(answer).get("id") != line.id:
+        if line.id is not None and _id_of(answer) != line.id:
             raise ConfigError(
                 f"{path}, line {number} does not answer id {line.id!r}, so it belongs to another "
                 "input; name another output"
             )
     return len(answers)
+
+
+def _id_of(answer: bytes) -> Any:
+    """The id an answer carries; None for one without, and for what is no answer of ours."""
+    try:
+        return msgspec.json.decode(answer, type=dict[str, Any]).get("id")
+    except msgspec.DecodeError:
+        return None
 
 
 def _open_output(path: str) -> contextlib.AbstractContextManager[IO[str]]:

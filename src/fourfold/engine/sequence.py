@@ -44,10 +44,6 @@ class Sequence:
         return len(self.tokens) + self.pending
 
     @property
-    def generated(self) -> int:
-        return self.length - self.prompt_length
-
-    @property
     def remaining(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 while decoding."""
         return self.length - self.computed

