@@ -8,6 +8,8 @@ from pathlib import Path
 
 # As the command line sets it, before torch is imported: runs that share cores end much sooner.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+# Kernels run in Triton's interpreter here; transformers imports Triton, which then looks once.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

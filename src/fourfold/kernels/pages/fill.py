@@ -1,0 +1,86 @@
+"""The verbs that fill pages: checked, then Triton on a GPU and the reference anywhere else.
+
+A negative page or place means that there is nothing to do, so that a list of jobs of fixed length
+can be part of a CUDA graph.
+
+Shapes: P pages, R bytes of a record, S rows of 16-bit keys and values, T new rows, J jobs, G KV
+heads, N = 64 tokens per page, C head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fourfold.kernels.pages import reference
+from fourfold.kernels.pages.layout import PageLayout
+
+
+def seal_pages(
+    records_PR: Tensor,
+    layout: PageLayout,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    first_row_J: Tensor,
+    page_J: Tensor,
+) -> None:
+    """Writes, for each job, 64 rows of keys and values as the record of a page.
+
+    Job j takes the rows `first_row_J[j]`.. of `k_SGC` and `v_SGC` (16 bits or float32, [S, G, C]
+    with contiguous channels and any row stride: open pages, or a chunk's own keys and values) and
+    fills record `page_J[j]` of `records_PR`, uint8 [P, R]. Each KV head has one scale for its keys
+    and one for its values: the largest magnitude of the 64 rows becomes 127 or 448. `first_row_J`
+    and `page_J` are int32 or int64 on the same device; no two jobs may have the same page. Padding
+    bytes are left as they are. No host synchronisation.
+    """
+    assert records_PR.dtype == torch.uint8
+    assert records_PR.shape[1:] == (layout.record_bytes,), "records of another layout"
+    assert records_PR.stride(1) == 1
+    _check_rows(k_SGC, v_SGC, first_row_J, page_J)
+    assert k_SGC.shape[1:] == (layout.kv_heads, layout.head_width), "rows of another layout"
+    arguments = (records_PR, layout, k_SGC, v_SGC, first_row_J, page_J)
+    if not records_PR.is_cuda:
+        reference.seal_pages(*arguments)
+        return
+    from fourfold.kernels.pages.triton_pages import launch_seal
+
+    launch_seal(*arguments)
+
+
+def append_rows(
+    open_k: Tensor,
+    open_v: Tensor,
+    k_TGC: Tensor,
+    v_TGC: Tensor,
+    row_J: Tensor,
+    place_J: Tensor,
+) -> None:
+    """Copies row `row_J[j]` of `k_TGC` and `v_TGC` to row `place_J[j]` of the open pages.
+
+    `open_k` and `open_v` are [S * 64, G, C], contiguous, in the dtype of the rows; the rows' own
+    stride may be any. `row_J` and `place_J` are int32 or int64 on the same device; no two jobs may
+    have the same place. No host synchronisation.
+    """
+    _check_rows(k_TGC, v_TGC, row_J, place_J)
+    for kept, rows in ((open_k, k_TGC), (open_v, v_TGC)):
+        assert kept.shape[1:] == rows.shape[1:]
+        assert kept.dtype == rows.dtype
+        assert kept.is_contiguous(), "open pages must be contiguous"
+    arguments = (open_k, open_v, k_TGC, v_TGC, row_J, place_J)
+    if not open_k.is_cuda:
+        reference.append_rows(*arguments)
+        return
+    from fourfold.kernels.pages.triton_pages import launch_append
+
+    launch_append(*arguments)
+
+
+def _check_rows(k: Tensor, v: Tensor, source_J: Tensor, target_J: Tensor) -> None:
+    assert k.shape == v.shape
+    assert k.dtype == v.dtype
+    for rows in (k, v):
+        assert rows.stride()[1:] == (rows.shape[2], 1), "the heads of a row must be contiguous"
+    assert source_J.shape == target_J.shape == (source_J.numel(),)
+    for job in (source_J, target_J):
+        assert job.dtype in (torch.int32, torch.int64), "rows and pages are integers"
+        assert job.stride() == (1,), "jobs must be contiguous"

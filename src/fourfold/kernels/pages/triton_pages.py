@@ -1,0 +1,163 @@
+"""Filling pages, in Triton: a block for the keys and one for the values of a page's KV head.
+
+Values are read with their tokens in the page's order and transposed after they are 8 bits wide, so
+that both the reads and the writes are whole lines. Codes are rounded by adding 1.5 * 2^23, whose
+low byte then is the code; contraction into an FMA is off, for it would round otherwise than the
+reference does.
+
+Shapes: P pages, R bytes of a record, S rows of 16-bit keys and values, T new rows, J jobs, G KV
+heads, N = 64 tokens per page, C head width.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourfold.kernels.pages.layout import PAGE_TOKENS, PageLayout
+from fourfold.kernels.pages.reference import SMALLEST
+
+_SMALLEST = tl.constexpr(SMALLEST)
+_ROUNDER = tl.constexpr(12582912.0)
+_N = tl.constexpr(PAGE_TOKENS)
+
+
+@triton.jit
+def _quantized(x, LARGEST: tl.constexpr, INT8: tl.constexpr):
+    """Codes of a tile, and its scale."""
+    x = x.to(tl.float32)
+    amax = tl.maximum(tl.max(tl.abs(x)), _SMALLEST)
+    x = x * tl.div_rn(LARGEST, amax)
+    rounded = (x + _ROUNDER).to(tl.int32, bitcast=True)
+    codes = rounded.to(tl.int8) if INT8 else x.to(tl.float8e4nv)
+    return codes, amax * (1 / LARGEST)
+
+
+@triton.jit
+def _value_order(place):
+    """`VALUE_ORDER`: within 16, bits 3 2 1 0 of the token are bits 1 3 2 0 of its place."""
+    return (place & 48) | ((place & 2) << 2) | ((place >> 1) & 6) | (place & 1)
+
+
+@triton.jit
+def _seal_kernel(
+    codes_ptr,
+    scales_ptr,
+    k_ptr,
+    v_ptr,
+    first_row_ptr,
+    page_ptr,
+    record_stride,
+    k_stride,
+    v_stride,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    LARGEST: tl.constexpr,
+    INT8: tl.constexpr,
+):
+    job, head = tl.program_id(0), tl.program_id(1)
+    page = tl.load(page_ptr + job).to(tl.int64)
+    if page >= 0:
+        first = tl.load(first_row_ptr + job).to(tl.int64)
+        place, channel = tl.arange(0, _N), tl.arange(0, C)
+        record = codes_ptr + page * record_stride + head * (_N * C)
+        scale = scales_ptr + page * (record_stride // 4) + G * _N * C // 2 + head
+        if tl.program_id(2) == 0:
+            row = first + place
+            x = tl.load(k_ptr + row[:, None] * k_stride + head * C + channel[None, :])
+            codes, key_scale = _quantized(x, LARGEST, INT8)
+            tl.store(record + place[:, None] * C + channel[None, :], codes)
+            tl.store(scale, key_scale)
+        else:
+            row = first + _value_order(place)
+            x = tl.load(v_ptr + row[:, None] * v_stride + head * C + channel[None, :])
+            codes, value_scale = _quantized(x, LARGEST, INT8)
+            values = record + G * _N * C
+            tl.store(values + channel[:, None] * _N + place[None, :], tl.trans(codes))
+            tl.store(scale + G, value_scale)
+
+
+@triton.jit
+def _append_kernel(
+    open_k_ptr,
+    open_v_ptr,
+    k_ptr,
+    v_ptr,
+    row_ptr,
+    place_ptr,
+    k_stride,
+    v_stride,
+    WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    job = tl.program_id(0)
+    place = tl.load(place_ptr + job).to(tl.int64)
+    if place >= 0:
+        row = tl.load(row_ptr + job).to(tl.int64)
+        channel = tl.arange(0, BLOCK)
+        inside = channel < WIDTH
+        k = tl.load(k_ptr + row * k_stride + channel, mask=inside)
+        v = tl.load(v_ptr + row * v_stride + channel, mask=inside)
+        tl.store(open_k_ptr + place * WIDTH + channel, k, mask=inside)
+        tl.store(open_v_ptr + place * WIDTH + channel, v, mask=inside)
+
+
+def launch_seal(
+    records_PR: Tensor,
+    layout: PageLayout,
+    k_SGC: Tensor,
+    v_SGC: Tensor,
+    first_row_J: Tensor,
+    page_J: Tensor,
+) -> None:
+    """`seal_pages` on checked arguments."""
+    if page_J.numel() == 0:
+        return
+    _seal_kernel[(page_J.numel(), layout.kv_heads, 2)](
+        records_PR.view(layout.codes.dtype),
+        records_PR.view(torch.float32),
+        k_SGC,
+        v_SGC,
+        first_row_J,
+        page_J,
+        records_PR.stride(0),
+        k_SGC.stride(0),
+        v_SGC.stride(0),
+        G=layout.kv_heads,
+        C=layout.head_width,
+        LARGEST=layout.codes.largest,
+        INT8=layout.codes.dtype == torch.int8,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+
+
+def launch_append(
+    open_k: Tensor,
+    open_v: Tensor,
+    k_TGC: Tensor,
+    v_TGC: Tensor,
+    row_J: Tensor,
+    place_J: Tensor,
+) -> None:
+    """`append_rows` on checked arguments."""
+    if place_J.numel() == 0:
+        return
+    width = open_k.shape[1] * open_k.shape[2]
+    _append_kernel[(place_J.numel(),)](
+        open_k,
+        open_v,
+        k_TGC,
+        v_TGC,
+        row_J,
+        place_J,
+        k_TGC.stride(0),
+        v_TGC.stride(0),
+        WIDTH=width,
+        BLOCK=triton.next_power_of_2(width),
+        num_warps=4,
+    )

@@ -1,0 +1,82 @@
+"""The verbs on rows: checked, then Triton on a GPU and the reference anywhere else.
+
+Shapes: T rows, K channels, padded to W, D model width, b = 32 channels that are turned together.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fourfold.kernels.rows import reference
+from fourfold.kernels.rows.reference import NormedRows, Rows
+
+TURN = 32
+WIDEST = 16384
+"""Channels a row may have: a kernel holds a row in one block's registers."""
+
+
+def quantize_rows(
+    x_TK: Tensor, dtype: torch.dtype, width: int, *, turn_bb: Tensor | None = None
+) -> Rows:
+    """Codes of rows [T, K] of float32 or 16 bits, symmetric, with one scale a row.
+
+    `dtype` is int8 or float8_e4m3fn; codes are padded with zeros to `width` channels. The row's
+    largest magnitude becomes 127 or 448. With `turn_bb`, an orthogonal float32 [32, 32] matrix,
+    every 32 channels are multiplied by it first (K a multiple of 32; on a GPU to about 16 bits,
+    float32 rows in TF32). A row of zeros has codes 0 and a tiny scale. No host synchronisation.
+    """
+    _check(x_TK, dtype, width, turn_bb)
+    if not x_TK.is_cuda:
+        return reference.quantize_rows(x_TK, dtype, width, turn_bb=turn_bb)
+    from fourfold.kernels.rows.triton_rows import launch_quantize
+
+    return launch_quantize(x_TK, dtype, width, turn_bb)
+
+
+def rms_norm_quantize(
+    x_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    width: int,
+    *,
+    residual_TD: Tensor | None = None,
+    keep_normed: bool = False,
+) -> NormedRows:
+    """`rms_norm(x + residual) * weight`, its rows as `quantize_rows` codes them, and the sum.
+
+    `x_TD` and `residual_TD` are [T, D] of one dtype (float32 or 16 bits), `weight_D` [D] of any
+    float dtype. The sum is rounded to that dtype before it is normed, as a residual stream is kept;
+    without a residual the returned one is `x_TD` itself. With `keep_normed` the normed rows come
+    back in that dtype too (a router reads them). No host synchronisation.
+    """
+    _check(x_TD, dtype, width, None)
+    assert weight_D.shape == x_TD.shape[1:], "the norm's weight has another width"
+    if residual_TD is not None:
+        assert residual_TD.shape == x_TD.shape
+        assert residual_TD.dtype == x_TD.dtype
+        assert residual_TD.stride(1) == 1, "channels must be contiguous"
+    if not x_TD.is_cuda:
+        return reference.rms_norm_quantize(
+            x_TD,
+            weight_D,
+            eps,
+            dtype,
+            width,
+            residual_TD=residual_TD,
+            keep_normed=keep_normed,
+        )
+    from fourfold.kernels.rows.triton_rows import launch_norm
+
+    return launch_norm(x_TD, weight_D, eps, dtype, width, residual_TD, keep_normed)
+
+
+def _check(x_TK: Tensor, dtype: torch.dtype, width: int, turn_bb: Tensor | None) -> None:
+    assert x_TK.ndim == 2, "rows are [T, K]"
+    assert x_TK.stride(1) == 1, "channels must be contiguous"
+    assert dtype in (torch.int8, torch.float8_e4m3fn), f"no 8-bit codes: {dtype}"
+    assert x_TK.shape[1] <= width <= WIDEST, f"{x_TK.shape[1]} channels do not fit {width}"
+    if turn_bb is not None:
+        assert turn_bb.shape == (TURN, TURN), "a turn is [32, 32]"
+        assert x_TK.shape[1] % TURN == 0, "turned channels come in whole blocks"

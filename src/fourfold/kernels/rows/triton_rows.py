@@ -1,0 +1,219 @@
+"""Rows in 8 bits, in Triton: one pass, a whole row in one block's registers.
+
+A 2-D tile of rows instead of a loop over channels: rows up to 16384 channels fit, and nothing is
+read twice. Codes are rounded by adding 1.5 * 2^23, whose low byte then is the code: one addition
+instead of a conversion; contraction into an FMA is off, for it would round otherwise than the
+reference does.
+
+Shapes: T rows, K channels, padded to W, D model width, b = 32 channels that are turned together.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourfold.kernels.rows.choose import Tile, choose_tile
+from fourfold.kernels.rows.reference import SMALLEST, NormedRows, Rows, largest_code
+
+_SMALLEST = tl.constexpr(SMALLEST)
+_ROUNDER = tl.constexpr(12582912.0)
+
+
+@triton.jit
+def _store_codes(
+    y,
+    codes_ptr,
+    scale_ptr,
+    first_row,
+    rows,
+    width,
+    LARGEST: tl.constexpr,
+    INT8: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    """Quantises the tile y [ROWS, CHANNELS], zeros beyond its channels."""
+    row = first_row + tl.arange(0, ROWS)
+    channel = tl.arange(0, CHANNELS)
+    y = y.to(tl.float32)
+    amax = tl.maximum(tl.max(tl.abs(y), 1), _SMALLEST)
+    y = y * tl.div_rn(LARGEST, amax)[:, None]
+    rounded = (y + _ROUNDER).to(tl.int32, bitcast=True)
+    codes = rounded.to(tl.int8) if INT8 else y.to(tl.float8e4nv)
+    place = row.to(tl.int64)[:, None] * width + channel[None, :]
+    tl.store(codes_ptr + place, codes, mask=(row < rows)[:, None] & (channel < width)[None, :])
+    tl.store(scale_ptr + row, amax * (1 / LARGEST), mask=row < rows)
+
+
+@triton.jit
+def _quantize_kernel(
+    x_ptr,
+    turn_ptr,
+    codes_ptr,
+    scale_ptr,
+    rows,
+    x_stride,
+    channels,
+    width,
+    LARGEST: tl.constexpr,
+    INT8: tl.constexpr,
+    TURN: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    first_row = tl.program_id(0) * ROWS
+    row = first_row + tl.arange(0, ROWS)
+    channel = tl.arange(0, CHANNELS)
+    inside = (row < rows)[:, None] & (channel < channels)[None, :]
+    place = row.to(tl.int64)[:, None] * x_stride + channel[None, :]
+    y = tl.load(x_ptr + place, mask=inside, other=0.0)
+    if TURN > 0:
+        of_block = tl.arange(0, TURN)
+        turn = tl.load(turn_ptr + of_block[:, None] * TURN + of_block[None, :])
+        blocks = tl.reshape(y, (ROWS * CHANNELS // TURN, TURN))
+        if y.dtype == tl.float32:
+            turned = tl.dot(blocks, turn, input_precision="tf32")
+        else:
+            # The matrix in two parts of 16 bits, so that only its own rounding is left out.
+            high = turn.to(y.dtype)
+            low = (turn - high.to(tl.float32)).to(y.dtype)
+            turned = tl.dot(blocks, low, tl.dot(blocks, high))
+        y = tl.reshape(turned, (ROWS, CHANNELS))
+    _store_codes(
+        y, codes_ptr, scale_ptr, first_row, rows, width, LARGEST, INT8, ROWS, CHANNELS
+    )  # fmt: skip
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    summed_ptr,
+    normed_ptr,
+    codes_ptr,
+    scale_ptr,
+    rows,
+    x_stride,
+    residual_stride,
+    channels,
+    width,
+    eps,
+    RESIDUAL: tl.constexpr,
+    NORMED: tl.constexpr,
+    LARGEST: tl.constexpr,
+    INT8: tl.constexpr,
+    ROWS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+):
+    first_row = tl.program_id(0) * ROWS
+    row = first_row + tl.arange(0, ROWS)
+    channel = tl.arange(0, CHANNELS)
+    inside = (row < rows)[:, None] & (channel < channels)[None, :]
+    at = row.to(tl.int64)[:, None]
+    x = tl.load(x_ptr + at * x_stride + channel[None, :], mask=inside, other=0.0)
+    kept = at * channels + channel[None, :]
+    if RESIDUAL:
+        other = residual_ptr + at * residual_stride + channel[None, :]
+        added = tl.load(other, mask=inside, other=0.0)
+        x = (x.to(tl.float32) + added.to(tl.float32)).to(x.dtype)
+        tl.store(summed_ptr + kept, x, mask=inside)
+    y = x.to(tl.float32)
+    weight = tl.load(weight_ptr + channel, mask=channel < channels, other=0.0).to(tl.float32)
+    mean = tl.sum(y * y, 1) / channels
+    y = y * tl.rsqrt(mean + eps)[:, None] * weight[None, :]
+    if NORMED:
+        tl.store(normed_ptr + kept, y.to(x.dtype), mask=inside)
+    _store_codes(
+        y, codes_ptr, scale_ptr, first_row, rows, width, LARGEST, INT8, ROWS, CHANNELS
+    )  # fmt: skip
+
+
+def launch_quantize(x_TK: Tensor, dtype: torch.dtype, width: int, turn_bb: Tensor | None) -> Rows:
+    """`quantize_rows` on checked arguments."""
+    rows, channels = x_TK.shape
+    out = _empty(x_TK, dtype, width)
+    tile = choose_tile(rows, width, turned=turn_bb is not None)
+    if rows > 0:
+        _quantize_kernel[_grid(rows, tile)](
+            x_TK,
+            x_TK if turn_bb is None else turn_bb.float().contiguous(),
+            out.codes_TW,
+            out.scale_T,
+            rows,
+            x_TK.stride(0),
+            channels,
+            width,
+            TURN=0 if turn_bb is None else turn_bb.shape[0],
+            **_settings(dtype, tile),
+        )
+    return out
+
+
+def launch_norm(
+    x_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+    dtype: torch.dtype,
+    width: int,
+    residual_TD: Tensor | None,
+    keep_normed: bool,
+) -> NormedRows:
+    """`rms_norm_quantize` on checked arguments."""
+    rows, channels = x_TD.shape
+    out = _empty(x_TD, dtype, width)
+    summed = x_TD if residual_TD is None else x_TD.new_empty(rows, channels)
+    normed = x_TD.new_empty(rows, channels) if keep_normed else None
+    residual = x_TD if residual_TD is None else residual_TD
+    tile = choose_tile(rows, width)
+    if rows > 0:
+        _norm_kernel[_grid(rows, tile)](
+            x_TD,
+            residual,
+            weight_D,
+            summed,
+            x_TD if normed is None else normed,
+            out.codes_TW,
+            out.scale_T,
+            rows,
+            x_TD.stride(0),
+            residual.stride(0),
+            channels,
+            width,
+            eps,
+            RESIDUAL=residual_TD is not None,
+            NORMED=keep_normed,
+            **_settings(dtype, tile),
+        )
+    return NormedRows(normed, out, summed)
+
+
+def _empty(x_TK: Tensor, dtype: torch.dtype, width: int) -> Rows:
+    rows = x_TK.shape[0]
+    return Rows(
+        torch.empty(rows, width, dtype=dtype, device=x_TK.device),
+        torch.empty(rows, dtype=torch.float32, device=x_TK.device),
+    )
+
+
+def _grid(rows: int, tile: Tile) -> tuple[int]:
+    return (triton.cdiv(rows, tile.rows),)
+
+
+def _settings(dtype: torch.dtype, tile: Tile) -> dict[str, Any]:
+    """What both kernels are compiled with."""
+    return {
+        "LARGEST": largest_code(dtype),
+        "INT8": dtype == torch.int8,
+        "ROWS": tile.rows,
+        "CHANNELS": tile.channels,
+        "num_warps": tile.warps,
+        "enable_fp_fusion": False,
+    }

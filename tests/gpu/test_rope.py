@@ -1,0 +1,47 @@
+"""Heads normed and rotated on a GPU, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fourfold.kernels.rope import norm_rope, reference
+
+SHAPES = [(1, 9, 3, 64), (37, 32, 4, 128), (2000, 8, 8, 64)]
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("offset", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "width"), SHAPES)
+def test_the_kernel_is_the_reference(
+    normed: bool,
+    offset: bool,
+    dtype: torch.dtype,
+    tokens: int,
+    heads: int,
+    kv_heads: int,
+    width: int,
+) -> None:
+    qkv_TA = torch.randn(tokens, (heads + 2 * kv_heads) * width, device="cuda")
+    qkv_TA[:, 5] *= 40
+    angle = torch.rand(tokens, width // 2, device="cuda") * 6
+    cos_TC = torch.cat((angle.cos(), angle.cos()), -1)
+    sin_TC = torch.cat((-angle.sin(), angle.sin()), -1)
+    weights = [torch.rand(width, device="cuda") + 0.5 if normed else None for _ in range(2)]
+    offset_GC = torch.randn(kv_heads, width, device="cuda") if offset else None
+    arguments = (
+        qkv_TA.to(dtype), heads, kv_heads, width, cos_TC, sin_TC, *weights, 1e-6, offset_GC
+    )  # fmt: skip
+    torch.full((64 << 20,), 0x7F, dtype=torch.uint8, device="cuda")
+    ours, again, plain = (
+        norm_rope(*arguments),
+        norm_rope(*arguments),
+        reference.norm_rope(*arguments),
+    )
+    for out, second, expected in zip(ours, again, plain, strict=True):
+        assert out.is_contiguous()
+        assert torch.equal(out, second)
+        tolerance = 1e-5 if dtype == torch.float32 else 2**-7
+        torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance / 4)
+    assert torch.equal(ours[2], plain[2])
