@@ -1,10 +1,11 @@
-"""Matrix product of 8-bit activations and 8-bit weights with exact int32 accumulation.
+"""Matrix product of 8-bit activations and 8-bit weights with exact int32 accumulation, on a CPU.
 
 Activations are quantised per token just before the product, weights per output channel at load:
 `y_TO = (a_TI @ w_OI.T) * scale_T * scale_O`. The int32 sums are exact, so a token's result does not
 depend on which other tokens share the batch. oneDNN computes them with weights packed once, which
 needs activations as unsigned codes with a zero point. It is exact only where the CPU has VNNI
 (without, pairs of products saturate at 16 bits); `exact_on_cpu` asks the machine, not a table.
+Elsewhere the codes are multiplied in float32, which is as good and not faster than dense weights.
 
 Shapes: T tokens, I input width, O output width.
 """
@@ -35,13 +36,23 @@ def quantize_per_token(x_TI: Tensor) -> tuple[Tensor, Tensor]:
 
 def pack_weight(weight_OI: Tensor) -> Tensor:
     """Int8 weights [O, I] in the layout that the product reads fastest (opaque)."""
-    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight_OI, None)
-    return packed
+    return _pack(weight_OI) if exact_on_cpu() else weight_OI.float()
 
 
 def w8a8_gemm(codes_TI: Tensor, scale_T1: Tensor, packed: Tensor, scale_O: Tensor) -> Tensor:
     """Returns float32 [T, O]; exact up to the scaling. `packed` comes from `pack_weight`, `scale_O`
     is float32."""
+    if not packed.is_mkldnn:
+        return ((codes_TI.float() - ZERO_POINT) @ packed.T).mul_(scale_O).mul_(scale_T1)
+    return _product(codes_TI, packed, scale_O).mul_(scale_T1)
+
+
+def _pack(weight_OI: Tensor) -> Tensor:
+    packed: Tensor = torch.ops.onednn.qlinear_prepack(weight_OI, None)
+    return packed
+
+
+def _product(codes_TI: Tensor, packed: Tensor, scale_O: Tensor) -> Tensor:
     zero_O = _zeros(scale_O.shape[0])
     y_TO: Tensor = torch.ops.onednn.qlinear_pointwise(
         codes_TI,
@@ -58,7 +69,7 @@ def w8a8_gemm(codes_TI: Tensor, scale_T1: Tensor, packed: Tensor, scale_O: Tenso
         [],
         "",
     )
-    return y_TO.mul_(scale_T1)
+    return y_TO
 
 
 @functools.cache
@@ -76,10 +87,10 @@ def exact_on_cpu() -> bool:
     """Whether the product is exact on this CPU: tried on the inputs that saturate first."""
     if not torch._C._has_mkldnn:
         return False
-    packed = pack_weight(torch.full((64, 256), -LIMIT, dtype=torch.int8))
+    packed = _pack(torch.full((64, 256), -LIMIT, dtype=torch.int8))
     for rows in (1, 2, 32):
         codes = torch.full((rows, 256), ZERO_POINT + LIMIT, dtype=torch.uint8)
-        sums = w8a8_gemm(codes, torch.ones(rows, 1), packed, torch.ones(64))
+        sums = _product(codes, packed, torch.ones(64))
         if not bool((sums == -256 * LIMIT * LIMIT).all()):
             return False
     return True

@@ -1,0 +1,202 @@
+"""Triton kernels of `group_rows` and `combine`.
+
+Shapes: R rows, E experts, C chunks of rows, N tiles.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fourfold.kernels.routing.groups import RowGroups, most_tiles
+
+_NOBODY = tl.constexpr(1 << 30)
+_FEW = 4096  # rows that are placed by comparing all pairs
+_CHUNK = 256
+_PLACED = 32  # rows that one program places
+_COMPARED = 256  # rows that it compares them with at a time
+
+
+@triton.jit
+def _write_tiles(tiles, sizes_E, first_n, N, TILE: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Tiles first_n .. first_n + BLOCK_N - 1, from every expert's number of rows."""
+    e = tl.arange(0, sizes_E.shape[0])
+    tiles_E = (sizes_E + TILE - 1) // TILE
+    last_E = tl.cumsum(tiles_E, 0)
+    n = first_n + tl.arange(0, BLOCK_N)
+    past_EN = last_E[:, None] <= n[None, :]
+    expert = tl.sum(past_EN.to(tl.int32), 0)
+    place = n - tl.sum(tl.where(past_EN, tiles_E[:, None], 0), 0)
+    start = tl.sum(tl.where(past_EN, sizes_E[:, None], 0), 0)
+    size = tl.sum(tl.where(e[:, None] == expert[None, :], sizes_E[:, None], 0), 0)
+    tl.store(tiles + n, tl.where(n < tl.sum(tiles_E, 0), expert, -1), n < N)
+    tl.store(tiles + N + n, start + place * TILE, n < N)
+    tl.store(tiles + 2 * N + n, start + size, n < N)
+
+
+@triton.jit(do_not_specialize=["R", "N"])
+def _group_few(
+    experts,
+    order,
+    ends,
+    tiles,
+    R,
+    E,
+    N,
+    TILE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    PLACED: tl.constexpr,
+    COMPARED: tl.constexpr,
+):
+    indexing = tl.cdiv(N, BLOCK_N)
+    if tl.program_id(0) < indexing:
+        e = tl.arange(0, BLOCK_E)
+        sizes_E = tl.zeros([BLOCK_E], tl.int32)
+        for start in range(0, R, COMPARED):
+            j = start + tl.arange(0, COMPARED)
+            expert_j = tl.load(experts + j, j < R, other=0).to(tl.int32)
+            sizes_E += tl.histogram(expert_j, BLOCK_E, mask=j < R)
+        _write_tiles(tiles, sizes_E, tl.program_id(0) * BLOCK_N, N, TILE, BLOCK_N)
+        tl.store(ends + e, tl.cumsum(sizes_E, 0), (e < E) & (tl.program_id(0) == 0))
+    else:
+        i = (tl.program_id(0) - indexing) * PLACED + tl.arange(0, PLACED)
+        expert_i = tl.load(experts + i, i < R, other=_NOBODY).to(tl.int32)
+        before = tl.zeros([COMPARED, PLACED], tl.int32)
+        for start in range(0, R, COMPARED):
+            j = start + tl.arange(0, COMPARED)
+            expert_j = tl.load(experts + j, j < R, other=_NOBODY).to(tl.int32)[:, None]
+            same = (expert_j == expert_i[None, :]) & (j[:, None] < i[None, :])
+            before += (same | (expert_j < expert_i[None, :])).to(tl.int32)
+        tl.store(order + tl.sum(before, 0), i, i < R)
+
+
+@triton.jit(do_not_specialize=["R"])
+def _count(experts, counts, R, E, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
+    i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
+    expert_i = tl.load(experts + i, i < R, other=0).to(tl.int32)
+    e = tl.arange(0, BLOCK_E)
+    counts_E = tl.histogram(expert_i, BLOCK_E, mask=i < R)
+    tl.store(counts + tl.program_id(0) * E + e, counts_E, e < E)
+
+
+@triton.jit(do_not_specialize=["C"])
+def _sum_chunks(counts, totals, C, E, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Counts to the rows of an expert in the chunks before; and those in all chunks."""
+    e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
+    before_E = tl.zeros([BLOCK_E], tl.int32)
+    for start in range(0, C, BLOCK_C):
+        c = start + tl.arange(0, BLOCK_C)
+        inside = (c < C)[:, None] & (e < E)[None, :]
+        places = counts + c[:, None] * E + e[None, :]
+        counts_CE = tl.load(places, inside, other=0)
+        tl.store(places, before_E[None, :] + tl.cumsum(counts_CE, 0) - counts_CE, inside)
+        before_E += tl.sum(counts_CE, 0)
+    tl.store(totals + e, before_E, e < E)
+
+
+@triton.jit(do_not_specialize=["R", "N", "C"])
+def _place(
+    experts,
+    order,
+    ends,
+    tiles,
+    before,
+    totals,
+    R,
+    E,
+    N,
+    C,
+    TILE: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    PLACED: tl.constexpr,
+):
+    chunk = tl.program_id(0)
+    e = tl.arange(0, BLOCK_E)
+    sizes_E = tl.load(totals + e, e < E, other=0)
+    if chunk >= C:
+        _write_tiles(tiles, sizes_E, (chunk - C) * BLOCK_N, N, TILE, BLOCK_N)
+        tl.store(ends + e, tl.cumsum(sizes_E, 0), (e < E) & (chunk == C))
+    else:
+        j = chunk * CHUNK + tl.arange(0, CHUNK)
+        expert_j = tl.load(experts + j, j < R, other=_NOBODY).to(tl.int32)
+        for part in range(0, CHUNK, PLACED):
+            i = chunk * CHUNK + part + tl.arange(0, PLACED)
+            expert_i = tl.load(experts + i, i < R, other=0).to(tl.int32)
+            below = tl.where(e[:, None] < expert_i[None, :], sizes_E[:, None], 0)
+            same = (expert_j[:, None] == expert_i[None, :]) & (j[:, None] < i[None, :])
+            place = tl.load(before + chunk * E + expert_i)
+            place += tl.sum(below, 0) + tl.sum(same.to(tl.int32), 0)
+            tl.store(order + place, i, i < R)
+
+
+@triton.jit
+def _combine(out, gates, y, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    sum_D = tl.zeros([BLOCK_D], tl.float32)
+    for k in tl.static_range(K):
+        gate = tl.load(gates + token * K + k).to(tl.float32)
+        sum_D += gate * tl.load(out + (token * K + k) * D + d, d < D, other=0.0).to(tl.float32)
+    tl.store(y + token * D + d, sum_D.to(y.dtype.element_ty), d < D)
+
+
+def launch_group_rows(experts_TK: Tensor, experts: int, tile: int) -> RowGroups:
+    """`group_rows` in one launch for few rows, in three for many."""
+    rows = experts_TK.numel()
+    tiles = most_tiles(rows, experts, tile)
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=torch.int32, device=experts_TK.device)
+
+    groups = RowGroups(empty(rows), empty(experts), tile, empty(3, tiles))
+    block = max(16, triton.next_power_of_2(experts))
+    block_n = max(16, 8192 // block)
+    indexing = triton.cdiv(tiles, block_n)
+    sizes = {"TILE": tile, "BLOCK_E": block, "BLOCK_N": block_n, "PLACED": _PLACED}
+    results = (groups.order_R, groups.ends_E, groups.tiles_3N)
+    if rows <= _FEW:
+        grid = (indexing + triton.cdiv(rows, _PLACED),)
+        _group_few[grid](experts_TK, *results, rows, experts, tiles, COMPARED=_COMPARED, **sizes)
+        return groups
+    chunks = triton.cdiv(rows, _CHUNK)
+    counts_CE, totals_E = empty(chunks, experts), empty(experts)
+    _count[(chunks,)](experts_TK, counts_CE, rows, experts, CHUNK=_CHUNK, BLOCK_E=block)
+    _sum_chunks[(triton.cdiv(experts, 4),)](
+        counts_CE, totals_E, chunks, experts, BLOCK_C=512, BLOCK_E=4
+    )
+    _place[(chunks + indexing,)](
+        experts_TK,
+        *results,
+        counts_CE,
+        totals_E,
+        rows,
+        experts,
+        tiles,
+        chunks,
+        CHUNK=_CHUNK,
+        **sizes,
+    )
+    return groups
+
+
+def launch_combine(out_TKD: Tensor, gates_TK: Tensor, out_dtype: torch.dtype) -> Tensor:
+    """The weighted sum, a program for every token and 2048 channels."""
+    tokens, choices, width = out_TKD.shape
+    y_TD = torch.empty((tokens, width), dtype=out_dtype, device=out_TKD.device)
+    block = min(2048, triton.next_power_of_2(width))
+    _combine[(tokens, triton.cdiv(width, block))](
+        out_TKD,
+        gates_TK,
+        y_TD,
+        width,
+        K=choices,
+        BLOCK_D=block,
+        num_warps=max(1, min(8, block // 256)),
+    )
+    return y_TD

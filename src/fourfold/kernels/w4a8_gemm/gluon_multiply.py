@@ -1,0 +1,314 @@
+"""What the groups of warps of the Gluon kernel share, and the groups that multiply.
+
+Shapes: as in `triton_gemm`.
+"""
+
+# mypy: ignore-errors
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from fourfold.kernels.w4a8_gemm import triton_expand
+
+RUN = gl.constexpr(64)
+"""Output rows of a run."""
+
+_int8_channel = gluon.jit(triton_expand.expand_int8_channel.fn)
+_int8_group = gluon.jit(triton_expand.expand_int8_group.fn)
+_fp8_channel = gluon.jit(triton_expand.expand_fp8_channel.fn)
+_fp8_group = gluon.jit(triton_expand.expand_fp8_group.fn)
+_group_words = gluon.jit(triton_expand.group_words.fn)
+_lookup_words = gluon.jit(triton_expand.lookup_words.fn)
+
+
+@gluon.jit
+def tile_of(tiles, index, columns, T, N, TILE: gl.constexpr, GROUPED: gl.constexpr):
+    """Expert, first row, end and column of a tile; the expert is -1 where there is none."""
+    n = index // columns
+    expert, row, end = 0, n * TILE, T
+    if GROUPED:
+        expert, row, end = gl.load(tiles + n), gl.load(tiles + N + n), gl.load(tiles + 2 * N + n)
+    return gl.to_tensor(expert), row, end, index % columns
+
+
+@gluon.jit
+def run_of(column, which, WIDTH, SWIGLU: gl.constexpr):
+    """First output row of one of a tile's four runs: two of each multiplying group."""
+    if SWIGLU:
+        first = (which % 2) * WIDTH + column * (2 * RUN) + (which // 2) * RUN
+    else:
+        first = column * (4 * RUN) + which * RUN
+    return first
+
+
+@gluon.jit
+def _group(params, run: gl.constexpr, layout: gl.constexpr, SPAN: gl.constexpr):
+    """A run's parameters for its low and its high channels."""
+    low = 0
+    high = 0
+    if SPAN == 128:
+        low = params.slice(run * RUN, RUN).load(layout)
+        high = low
+    elif SPAN == 64:
+        low = params.slice(run * 2 * RUN, RUN).load(layout)
+        high = params.slice((run * 2 + 1) * RUN, RUN).load(layout)
+    return low, high
+
+
+@gluon.jit
+def _expand(packed, low, high, INT8: gl.constexpr, SPAN: gl.constexpr):
+    if SPAN == 0:
+        if INT8:
+            a, b = _int8_channel(packed, True)
+        else:
+            a, b = _fp8_channel(packed, True)
+    elif INT8:
+        low_step, low_offset = _group_words(low)
+        high_step, high_offset = _group_words(high)
+        a, b = _int8_group(
+            packed,
+            low_step[:, None],
+            low_offset[:, None],
+            high_step[:, None],
+            high_offset[:, None],
+            True,
+        )
+    else:
+        of_0_to_3, of_4_to_7 = _lookup_words(low)
+        a, b = _fp8_group(packed, of_0_to_3[:, None], of_4_to_7[:, None], True)
+    return a, b
+
+
+@gluon.jit
+def _multiply_tile(
+    x_scale,
+    w_scale,
+    order,
+    y,
+    packed,
+    params,
+    low,
+    high,
+    turned,
+    full,
+    empty,
+    expert,
+    row,
+    end,
+    column,
+    OUTPUTS,
+    K,
+    WIDTH,
+    stage,
+    phase,
+    PART: gl.constexpr,
+    UNIT: gl.constexpr,
+    INT8: gl.constexpr,
+    SPAN: gl.constexpr,
+    CHOICES: gl.constexpr,
+    SCATTER: gl.constexpr,
+    SWIGLU: gl.constexpr,
+    ROWS: gl.constexpr,
+    STAGES: gl.constexpr,
+    UNROLL: gl.constexpr,
+):
+    """Two runs of output rows against the first ROWS tokens of the tile."""
+    SUMS: gl.constexpr = gl.int32 if INT8 else gl.float32
+    MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 32])
+    LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
+    OUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    ROW: gl.constexpr = gl.SliceLayout(1, LEFT)
+    h_mma = gl.arange(0, RUN, gl.SliceLayout(1, MMA))
+    LINE: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    t_line = gl.arange(0, ROWS, LINE)
+    t_out = gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
+    h_out = gl.arange(0, RUN, gl.SliceLayout(0, OUT))
+    blocks = K // 128
+    first1 = run_of(column, 2 * PART, WIDTH, SWIGLU)
+    first2 = run_of(column, 2 * PART + 1, WIDTH, SWIGLU)
+    # What the end of the tile needs, asked for while it multiplies.
+    source_t = gl.minimum(row + t_line, end - 1)
+    if CHOICES > 0:
+        source_t = gl.load(order + source_t)
+        scale_t = gl.zeros([ROWS], gl.float32, LINE)
+    else:
+        scale_t = gl.load(x_scale + source_t)
+    of_expert = w_scale + expert * OUTPUTS
+    scale1 = gl.load(of_expert + gl.minimum(first1 + h_mma, OUTPUTS - 1))
+    scale2 = gl.load(of_expert + gl.minimum(first2 + h_mma, OUTPUTS - 1))
+    goal_t = row + t_out
+    inside = (goal_t < end)[:, None]
+    if SCATTER:
+        goal_t = gl.load(order + gl.minimum(goal_t, end - 1))
+
+    sums1 = gl.zeros([RUN, ROWS], SUMS, MMA)
+    sums2 = gl.zeros([RUN, ROWS], SUMS, MMA)
+    for block in range(0, blocks, UNROLL):
+        before = stage
+        for ahead in gl.static_range(UNROLL):
+            mbarrier.wait(full.index(stage), phase)
+            x_low = low.index(stage).slice(0, ROWS).permute((1, 0))
+            x_high = high.index(stage).slice(0, ROWS).permute((1, 0))
+            low1, high1 = _group(params.index(stage), 2 * PART, ROW, SPAN)
+            if ahead > 0:
+                # The first run's registers are free; the second run still multiplies.
+                sums1 = warpgroup_mma_wait(2, deps=(sums1,))
+            a, b = _expand(packed.index(stage * 4 + 2 * PART).load(LEFT), low1, high1, INT8, SPAN)
+            sums1 = warpgroup_mma(a, x_low, sums1, is_async=True)
+            sums1 = warpgroup_mma(b, x_high, sums1, is_async=True)
+            low2, high2 = _group(params.index(stage), 2 * PART + 1, ROW, SPAN)
+            if ahead > 0:
+                sums2 = warpgroup_mma_wait(2, deps=(sums2,))
+                mbarrier.arrive(empty.index(before), count=1)
+            a, b = _expand(
+                packed.index(stage * 4 + 2 * PART + 1).load(LEFT), low2, high2, INT8, SPAN
+            )
+            sums2 = warpgroup_mma(a, x_low, sums2, is_async=True)
+            sums2 = warpgroup_mma(b, x_high, sums2, is_async=True)
+            before = stage
+            stage += 1
+            if stage == STAGES:
+                stage = 0
+                phase ^= 1
+        # Products that outlive an iteration would make the compiler wait after each of them.
+        sums1, sums2 = warpgroup_mma_wait(0, deps=(sums1, sums2))
+        mbarrier.arrive(empty.index(before), count=1)
+        if CHOICES > 0:  # noqa: SIM102 (the outer is decided when compiled)
+            if block == 0:
+                scale_t = gl.load(x_scale + source_t // CHOICES)
+
+    scale_t = gl.convert_layout(scale_t, gl.SliceLayout(0, MMA))[None, :]
+    gate = sums1.to(gl.float32) * (scale_t * (scale1 * UNIT)[:, None])
+    up = sums2.to(gl.float32) * (scale_t * (scale2 * UNIT)[:, None])
+    y_T1 = y + goal_t.to(gl.int64)[:, None] * WIDTH
+    part = turned.slice(0, ROWS)
+    if SWIGLU:
+        both = gate / (1 + gl.exp(-gate)) * up
+        o = (column * (2 * RUN) + PART * RUN + h_out)[None, :]
+        part.store(gl.permute(both.to(y.dtype.element_ty), (1, 0)))
+        gl.store(y_T1 + o, part.load(OUT), inside & (o < WIDTH))
+    else:
+        o = (first1 + h_out)[None, :]
+        part.store(gl.permute(gate.to(y.dtype.element_ty), (1, 0)))
+        gl.store(y_T1 + o, part.load(OUT), inside & (o < WIDTH))
+        o = (first2 + h_out)[None, :]
+        part.store(gl.permute(up.to(y.dtype.element_ty), (1, 0)))
+        gl.store(y_T1 + o, part.load(OUT), inside & (o < WIDTH))
+    return stage, phase
+
+
+@gluon.jit
+def multiply(
+    x_scale,
+    w_scale,
+    order,
+    tiles,
+    y,
+    packed,
+    params,
+    low,
+    high,
+    turned,
+    full,
+    empty,
+    T,
+    OUTPUTS,
+    K,
+    N,
+    WIDTH,
+    columns,
+    PART: gl.constexpr,
+    UNIT: gl.constexpr,
+    INT8: gl.constexpr,
+    SPAN: gl.constexpr,
+    GROUPED: gl.constexpr,
+    CHOICES: gl.constexpr,
+    SCATTER: gl.constexpr,
+    SWIGLU: gl.constexpr,
+    TILE: gl.constexpr,
+    STAGES: gl.constexpr,
+    UNROLL: gl.constexpr,
+):
+    stage = 0
+    phase = 0
+    index = gl.program_id(0)
+    expert, row, end, column = tile_of(tiles, index, columns, T, N, TILE, GROUPED)
+    while index < N * columns:
+        following = index + gl.num_programs(0)
+        # Asked for a tile ahead, so that nobody waits for it.
+        ahead = tile_of(tiles, gl.minimum(following, N * columns - 1), columns, T, N, TILE, GROUPED)
+        if expert >= 0:
+            if end - row <= TILE // 2:
+                stage, phase = _multiply_tile(
+                    x_scale,
+                    w_scale,
+                    order,
+                    y,
+                    packed,
+                    params,
+                    low,
+                    high,
+                    turned,
+                    full,
+                    empty,
+                    expert,
+                    row,
+                    end,
+                    column,
+                    OUTPUTS,
+                    K,
+                    WIDTH,
+                    stage,
+                    phase,
+                    PART,
+                    UNIT,
+                    INT8,
+                    SPAN,
+                    CHOICES,
+                    SCATTER,
+                    SWIGLU,
+                    TILE // 2,
+                    STAGES,
+                    UNROLL,
+                )
+            else:
+                stage, phase = _multiply_tile(
+                    x_scale,
+                    w_scale,
+                    order,
+                    y,
+                    packed,
+                    params,
+                    low,
+                    high,
+                    turned,
+                    full,
+                    empty,
+                    expert,
+                    row,
+                    end,
+                    column,
+                    OUTPUTS,
+                    K,
+                    WIDTH,
+                    stage,
+                    phase,
+                    PART,
+                    UNIT,
+                    INT8,
+                    SPAN,
+                    CHOICES,
+                    SCATTER,
+                    SWIGLU,
+                    TILE,
+                    STAGES,
+                    UNROLL,
+                )
+        index = following
+        expert, row, end, column = ahead

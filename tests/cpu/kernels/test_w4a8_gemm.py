@@ -1,0 +1,168 @@
+"""Packing, the reference and the Triton form (in the interpreter) of the W4A8 products."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from fourfold.kernels.routing import group_rows
+from fourfold.kernels.w4a8_gemm import grouped_w4a8_gemm, reference, w4a8_gemm, w8a8_gemm
+from fourfold.kernels.w4a8_gemm.choose import (
+    Tiles,
+    choose_dense,
+    choose_grouped,
+    hopper_stages,
+)
+from fourfold.kernels.w4a8_gemm.packing import (
+    PackedW4A8,
+    W4A8Recipe,
+    dequantize,
+    pack_nibbles,
+    padded,
+    unpack_nibbles,
+)
+from fourfold.quantize.w4a8 import quantize_w4a8
+
+pytest.importorskip("triton")
+
+RECIPES = list(W4A8Recipe)
+SMALL = Tiles(half=16, tokens=16, stages=2, warps=4, programs=1)
+
+
+def quantized_rows(x_TI: torch.Tensor, recipe: W4A8Recipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [T, padded I] and scales [T]."""
+    largest = 127.0 if recipe.activations == torch.int8 else 448.0
+    scale_T = x_TI.abs().amax(-1).clamp_min(1e-30) / largest
+    scaled = x_TI / scale_T[:, None]
+    if recipe.activations == torch.int8:
+        scaled = scaled.round()
+    scaled = torch.nn.functional.pad(scaled, (0, padded(x_TI.shape[1]) - x_TI.shape[1]))
+    return scaled.to(recipe.activations), scale_T
+
+
+def random_weight(experts: int, outputs: int, inputs: int, recipe: W4A8Recipe) -> PackedW4A8:
+    weight = torch.randn(experts, outputs, inputs)
+    weight[:, ::5, ::7] *= 6
+    return quantize_w4a8(weight, recipe)
+
+
+def assert_equal(out: torch.Tensor, wanted: torch.Tensor, recipe: W4A8Recipe) -> None:
+    if recipe.activations == torch.int8:
+        assert torch.equal(out, wanted)
+    else:
+        torch.testing.assert_close(out, wanted, rtol=1e-3, atol=1e-3 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nibbles_come_back(recipe: W4A8Recipe) -> None:
+    nibbles = torch.randint(16, (2, 16, 200), dtype=torch.uint8)
+    packed = pack_nibbles(nibbles, recipe)
+    assert packed.shape == (2, 2, 16, 64)
+    assert torch.equal(unpack_nibbles(packed, recipe)[..., :200], nibbles)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_reference_is_the_product_of_what_codes_stand_for(recipe: W4A8Recipe) -> None:
+    torch.manual_seed(0)
+    weight = random_weight(1, 32, 200, recipe)
+    codes_TK, scale_T = quantized_rows(torch.randn(5, 200), recipe)
+    x_TI = (codes_TK.double() * scale_T.double()[:, None])[:, :200]
+    out = reference.w4a8_gemm(codes_TK, scale_T, weight, out_dtype=torch.float32)
+    torch.testing.assert_close(
+        out.double(), x_TI @ dequantize(weight)[0].double().T, rtol=1e-5, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize(("tokens", "split"), [(1, 1), (19, 1), (3, 2)])
+def test_dense_product(recipe: W4A8Recipe, tokens: int, split: int) -> None:
+    torch.manual_seed(1)
+    tiles = dataclasses.replace(SMALL, split=split)
+    weight = random_weight(1, 48, 200, recipe)
+    codes_TK, scale_T = quantized_rows(torch.randn(tokens, 200) * 3, recipe)
+    out = w4a8_gemm(codes_TK, scale_T, weight, out_dtype=torch.float32, tiles=tiles)
+    wanted = reference.w4a8_gemm(codes_TK, scale_T, weight, out_dtype=torch.float32)
+    assert_equal(out, wanted, recipe)
+
+
+def test_product_of_8_bit_weights() -> None:
+    torch.manual_seed(2)
+    weight_OK = torch.randint(-127, 128, (48, 128), dtype=torch.int8)
+    codes_TK, scale_T = quantized_rows(torch.randn(5, 128), W4A8Recipe.INT8_CHANNEL)
+    inputs = (codes_TK, scale_T, weight_OK, torch.rand(48))
+    out = w8a8_gemm(*inputs, out_dtype=torch.float32, tiles=SMALL)
+    assert torch.equal(out, reference.w8a8_gemm(*inputs, out_dtype=torch.float32))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("routing", ["random", "one expert", "one token"])
+def test_experts_ffn(recipe: W4A8Recipe, routing: str) -> None:
+    torch.manual_seed(3)
+    experts, choices, width, hidden = 5, 2, 144, 48
+    experts_TK = torch.randint(experts - 1, (13, choices))
+    if routing == "one expert":
+        experts_TK[:] = 2
+    elif routing == "one token":
+        experts_TK = experts_TK[:1].contiguous()
+    groups = group_rows(experts_TK, experts, tile=16)
+    gate_up = random_weight(experts, 2 * hidden, width, recipe)
+    down = random_weight(experts, width, hidden, recipe)
+    codes, scale = quantized_rows(torch.randn(experts_TK.shape[0], width), recipe)
+
+    def first(verbs: object, **options: object) -> torch.Tensor:
+        return verbs.grouped_w4a8_gemm(  # type: ignore[attr-defined]
+            codes,
+            scale,
+            gate_up,
+            groups,
+            gather=choices,
+            scatter=False,
+            swiglu=True,
+            out_dtype=torch.float32,
+            **options,
+        )
+
+    wanted_RF = first(reference)
+    torch.testing.assert_close(
+        first(_kernels, tiles=SMALL), wanted_RF, rtol=2e-3, atol=1e-3 * float(wanted_RF.abs().max())
+    )
+    codes_RK, scale_R = quantized_rows(wanted_RF, recipe)
+
+    def second(verbs: object, **options: object) -> torch.Tensor:
+        return verbs.grouped_w4a8_gemm(  # type: ignore[attr-defined]
+            codes_RK,
+            scale_R,
+            down,
+            groups,
+            gather=None,
+            scatter=True,
+            swiglu=False,
+            out_dtype=torch.float32,
+            **options,
+        )
+
+    assert_equal(second(_kernels, tiles=SMALL), second(reference), recipe)
+
+
+class _kernels:  # noqa: N801
+    grouped_w4a8_gemm = staticmethod(grouped_w4a8_gemm)
+
+
+@pytest.mark.parametrize("tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_blocks_in_flight_fit_into_shared_memory(tokens: int, itemsize: int) -> None:
+    tiles = choose_grouped(tokens, groups=True, hopper=True)
+    stages = hopper_stages(tiles, itemsize)
+    assert stages >= 4
+    assert stages * (16384 + 128 * tokens + 1024) + 128 * tokens * itemsize <= 227 << 10
+
+
+def test_a_gpu_before_hopper_gets_the_triton_form() -> None:
+    for tokens in (16, 32, 64, 128):
+        assert not choose_grouped(tokens, groups=True, hopper=False).hopper
+    for tokens in (1, 16, 32, 64, 512, 8192):
+        tiles = choose_dense(tokens, 16, bits=4, hopper=False)
+        assert not tiles.hopper
+        assert 16 % tiles.split == 0
