@@ -1,0 +1,187 @@
+"""What a decode-attention plan costs, in seconds: a model with few coefficients, fitted to
+measurements of one GPU.
+
+    t = start + full + (alone ^ 3 + last ^ 3) ^ (1 / 3) + merge
+
+Tasks run in waves, as many at once as fit on the GPU. `full` is what the waves before the last ask
+of the memory, `last` the same of the last wave, and `alone` is its longest task, which waits for
+page after page. The larger of these two counts, and both where they are near each other.
+All coefficients but those of kernels and tasks belong to a head width of 128 and scale
+with the bytes of a page of one KV head.
+
+Shapes: K candidate plans, F coefficients.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+_HEAD_WIDTH = 128
+_SHARPNESS = 3
+_TURNS = 40
+
+
+class Work(NamedTuple):
+    """What the model knows of a plan; numbers or arrays [K] of several plans.
+
+    Pages are those of one KV head.
+    """
+
+    steps: Floats
+    """1."""
+    further: Floats
+    """Kernels besides the first, the merge not counted."""
+    full: Floats
+    """The part of all reads that lies in the waves before the last, 0..1."""
+    longest: Floats
+    """Pages of the longest task of the last wave."""
+    longest_rows: Floats
+    """Most rows times pages of such a task, rows being those of its tile."""
+    pages: Floats
+    """Different pages."""
+    rereads: Floats
+    """Reads of pages beyond the first of each."""
+    row_pages: Floats
+    """Rows times pages, summed over tasks."""
+    opened: Floats
+    """Open pages."""
+    tasks: Floats
+    partials: Floats
+    """Partial results, one of a query head each."""
+    merges: Floats
+    """1 where anything is merged."""
+    merged: Floats
+    """Most partials of one row; 0 where nothing is merged."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeCost:
+    """Coefficients in seconds, of a GPU that `hardware` names."""
+
+    hardware: str
+    sms: int
+    """Streaming multiprocessors."""
+    start: float
+    """A kernel, and a task without pages."""
+    further: float
+    """Another kernel, which starts beside the first."""
+    page_alone: float
+    """One more page of the longest task."""
+    row_alone: float
+    """The same for each row of its tile."""
+    page: float
+    """One more page, when all of the GPU is busy: bytes over bandwidth."""
+    reread: float
+    """Reading a page once more, soon after."""
+    row_page: float
+    """One more row of a tile that reads a page, when all of the GPU is busy."""
+    opened: float
+    """One open page."""
+    task: float
+    """One more task, when all of the GPU is busy."""
+    partial: float
+    """Writing and reading one partial result."""
+    merge: float
+    """The merge kernel."""
+    merge_step: float
+    """One more partial of the row that has most."""
+
+    def seconds(self, work: Work, head_width: int) -> Floats:
+        """Predicted seconds of plans."""
+        alone, together, rest = _parts(_features(work, head_width), self._coefficients())
+        last = together * (1 - work.full)
+        return np.asarray(rest + together * work.full + _either(alone, last))
+
+    def _coefficients(self) -> Floats:
+        return np.array([getattr(self, name) for name in _COEFFICIENTS])
+
+
+_COEFFICIENTS = tuple(
+    f.name for f in dataclasses.fields(DecodeCost) if f.type != "str" and f.type != "int"
+)
+_ALONE = np.array([name in ("page_alone", "row_alone") for name in _COEFFICIENTS])
+_REST = np.array([name in ("start", "further", "merge", "merge_step") for name in _COEFFICIENTS])
+_TOGETHER = ~_ALONE & ~_REST
+_UNSCALED = ("start", "further", "page_alone", "row_alone", "task", "merge")
+_PER_BYTE = np.array([name not in _UNSCALED for name in _COEFFICIENTS])
+_FULL = Work._fields.index("full")
+
+
+def _features(work: Work, head_width: int) -> Floats:
+    """[K, F], what each coefficient is multiplied with."""
+    numbers = [number for i, number in enumerate(work) if i != _FULL]
+    columns = np.stack(np.broadcast_arrays(*numbers), -1).astype(np.float64)
+    columns[..., _PER_BYTE] *= head_width / _HEAD_WIDTH
+    return columns
+
+
+def _parts(features: Floats, coefficients: Floats) -> tuple[Floats, Floats, Floats]:
+    alone, together, rest = (
+        features @ np.where(part, coefficients, 0.0) for part in (_ALONE, _TOGETHER, _REST)
+    )
+    return alone, together, rest
+
+
+def _either(alone: Floats, together: Floats) -> Floats:
+    total = alone**_SHARPNESS + together**_SHARPNESS
+    return np.asarray(total ** (1 / _SHARPNESS))
+
+
+class Measurement(NamedTuple):
+    """One plan, timed."""
+
+    work: Work
+    head_width: int
+    seconds: float
+
+
+def fit(measurements: Sequence[Measurement], hardware: str, sms: int = 132) -> DecodeCost:
+    """Least squares of relative errors, coefficients not negative.
+
+    The model is linear but for the sum of cubes, of which each side counts by how much of it it is;
+    those weights and the coefficients are found in turns.
+    """
+    features = np.stack([_features(m.work, m.head_width) for m in measurements])
+    seconds = np.array([m.seconds for m in measurements])
+    full = np.array([float(m.work.full) for m in measurements])
+    weight_alone = weight_together = np.full(len(seconds), 0.5)
+    best: tuple[float, Floats] | None = None
+    for _ in range(_TURNS):
+        weighted = features.copy()
+        weighted[:, _ALONE] *= weight_alone[:, None]
+        weighted[:, _TOGETHER] *= weight_together[:, None]
+        coefficients = _non_negative(weighted / seconds[:, None], np.ones(len(seconds)))
+        alone, together, rest = _parts(features, coefficients)
+        last = together * (1 - full)
+        either = np.maximum(_either(alone, last), 1e-12)
+        error = float(np.square((rest + together * full + either) / seconds - 1.0).mean())
+        if best is None or error < best[0]:
+            best = (error, coefficients)
+        # Half way only, for the weights would swing otherwise.
+        weight_alone = (weight_alone + (alone / either) ** (_SHARPNESS - 1)) / 2
+        part = full + (1 - full) * (last / either) ** (_SHARPNESS - 1)
+        weight_together = (weight_together + part) / 2
+    assert best is not None
+    return DecodeCost(
+        hardware=hardware, sms=sms, **dict(zip(_COEFFICIENTS, map(float, best[1]), strict=True))
+    )
+
+
+def _non_negative(matrix: Floats, wanted: Floats) -> Floats:
+    """Least squares without negative coefficients: coordinate descent on the normal equations."""
+    scale = np.maximum(np.sqrt(np.square(matrix).sum(0)), 1e-300)
+    scaled = matrix / scale
+    gram, target = scaled.T @ scaled, scaled.T @ wanted
+    solution = np.zeros(matrix.shape[1])
+    for _ in range(500):
+        for i in range(len(solution)):
+            if gram[i, i] > 0:
+                step = (target[i] - gram[i] @ solution) / gram[i, i]
+                solution[i] = max(0.0, solution[i] + step)
+    return np.asarray(solution / scale)

@@ -1,0 +1,304 @@
+"""Decode attention over 8-bit pages: one program a task of the plan, and the merge of its partials.
+
+A task is a tile of query rows that share one KV head, a run of sealed pages, and perhaps the page
+its sequence is still filling. With tiles of 16 rows a program is a single warp: nothing has to be
+exchanged between warps, and several programs an SM keep enough reads in flight. Both products run
+on 8-bit tensor cores; weights go from the first product's accumulator to the second product's
+operand without leaving their registers, because values lie in `VALUE_ORDER`.
+
+Integers become floats for nothing: a sum that starts at the bits of 1.5 * 2^23 is, read as a float,
+1.5 * 2^23 plus the sum, as long as its magnitude stays below 2^22.
+
+Shapes: M query rows of a tile, N = 64 tokens per page, C head width, T tokens of a step over the
+open page.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from fourfold.kernels.decode_attention.buffers import PlanBuffers
+from fourfold.kernels.decode_attention.choose import choose_build
+from fourfold.kernels.decode_attention.plan import TASK_FIELDS
+from fourfold.kernels.pages.layout import PageCodes, PageLayout
+
+_MAGIC = tl.constexpr(12582912.0)
+_MAGIC_BITS = tl.constexpr(0x4B400000)
+_MAGIC_BITS_OF_64 = tl.constexpr(0x30000000)  # -64 * _MAGIC_BITS modulo 2^32
+_TOKENS = tl.constexpr(64)
+_HALF = tl.constexpr(64)
+_FIELDS = tl.constexpr(TASK_FIELDS)
+_LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _weighted(p8_MN, v8_hN, FP8: tl.constexpr):
+    """Sums of weights times values, float32 [M, h]."""
+    if FP8:
+        return tl.dot(p8_MN, v8_hN.T, out_dtype=tl.float32)
+    start_Mh = tl.full((p8_MN.shape[0], _HALF), _MAGIC_BITS, tl.int32)
+    sum_Mh = tl.dot(p8_MN, v8_hN.T, start_Mh, out_dtype=tl.int32)
+    return sum_Mh.to(tl.float32, bitcast=True) - _MAGIC
+
+
+@triton.jit
+def _attend_sealed(q8_MC, step_M, records, scales, pages, n_pages, kv_head, k_scale, v_scale,
+                   o_Mh, u_Mh, l_M, top_M,
+                   RECORD: tl.constexpr, G: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+                   FP8: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Attends to `n_pages` sealed pages; the state (o, l, top) grows by them. `k_scale` and
+    `v_scale` belong to the first."""
+    n_N = tl.arange(0, _TOKENS)
+    c_C = tl.arange(0, C)
+    k_NC = kv_head * (_TOKENS * C) + n_N[:, None] * C + c_C[None, :]
+    h_h = tl.arange(0, _HALF)
+    v_hN = (G + kv_head) * (_TOKENS * C) + h_h[:, None] * _TOKENS + n_N[None, :]
+    for i in tl.range(0, n_pages, num_stages=STAGES):
+        page = tl.load(pages + i).to(tl.int64)
+        k8_NC = tl.load(records + page * RECORD + k_NC)
+        v8_hN = tl.load(records + page * RECORD + v_hN)
+        if C > _HALF:
+            w8_hN = tl.load(records + page * RECORD + v_hN + _HALF * _TOKENS)
+        # The next page's scales are asked for a page ahead: they would be waited for otherwise.
+        following = tl.load(pages + tl.minimum(i + 1, n_pages - 1)).to(tl.int64)
+        at = scales + following * (RECORD // 4)
+        next_k_scale = tl.load(at)
+        next_v_scale = tl.load(at + G)
+
+        factor_M = step_M * k_scale
+        if FP8:
+            s_MN = tl.dot(q8_MC, k8_NC.T, out_dtype=tl.float32)
+            largest_M = tl.max(s_MN, 1)
+            weight_MN = tl.exp2((s_MN - largest_M[:, None]) * factor_M[:, None])
+            sum_M = tl.sum(weight_MN, 1)
+            p8_MN = (weight_MN * 448.0).to(q8_MC.dtype)
+            p8_MN = p8_MN.reshape(M, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, _TOKENS)
+            page_top_M = largest_M * factor_M
+            largest_code = 448.0
+        else:
+            start_MN = tl.full((M, _TOKENS), _MAGIC_BITS, tl.int32)
+            s_MN = tl.dot(q8_MC, k8_NC.T, start_MN, out_dtype=tl.int32)
+            s_MN = s_MN.to(tl.float32, bitcast=True)
+            largest_M = tl.max(s_MN, 1)
+            weight_MN = tl.exp2((s_MN - largest_M[:, None]) * factor_M[:, None])
+            bits_MN = (weight_MN * 127.0 + _MAGIC).to(tl.int32, bitcast=True)
+            sum_M = (tl.sum(bits_MN, 1) + _MAGIC_BITS_OF_64).to(tl.float32) * (1.0 / 127.0)
+            p8_MN = bits_MN.to(tl.int8)
+            p8_MN = p8_MN.reshape(M, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, _TOKENS)
+            page_top_M = (largest_M - _MAGIC) * factor_M
+            largest_code = 127.0
+
+        new_top_M = tl.maximum(top_M, page_top_M)
+        keep_M = tl.exp2(top_M - new_top_M)
+        take_M = tl.exp2(page_top_M - new_top_M)
+        take_v_M = take_M * (v_scale / largest_code)
+        o_Mh = o_Mh * keep_M[:, None] + _weighted(p8_MN, v8_hN, FP8) * take_v_M[:, None]
+        if C > _HALF:
+            u_Mh = u_Mh * keep_M[:, None] + _weighted(p8_MN, w8_hN, FP8) * take_v_M[:, None]
+        l_M = l_M * keep_M + sum_M * take_M
+        top_M = new_top_M
+        k_scale = next_k_scale
+        v_scale = next_v_scale
+    return o_Mh, u_Mh, l_M, top_M
+
+
+@triton.jit
+def _attend_open(q_MC, scale, open_k, open_v, slot, shown_M, tokens, kv_head, o_Mh, u_Mh, l_M,
+                 top_M, G: tl.constexpr, C: tl.constexpr, T: tl.constexpr):  # fmt: skip
+    """Attends to the first `tokens` tokens of an open page, row m to the first `shown_M[m]`."""
+    c_C = tl.arange(0, C)
+    h_h = tl.arange(0, _HALF)
+    for start in tl.range(0, tokens, T, num_stages=3):
+        t_T = start + tl.arange(0, T)
+        at_T1 = ((slot * _TOKENS + t_T) * G + kv_head)[:, None] * C
+        inside_T1 = (t_T < tokens)[:, None]
+        k_TC = tl.load(open_k + at_T1 + c_C[None, :], mask=inside_T1, other=0.0)
+        v_Th = tl.load(open_v + at_T1 + h_h[None, :], mask=inside_T1, other=0.0)
+        if C > _HALF:
+            w_Th = tl.load(open_v + at_T1 + _HALF + h_h[None, :], mask=inside_T1, other=0.0)
+        x_MT = tl.dot(q_MC, k_TC.T) * scale
+        x_MT = tl.where(t_T[None, :] < shown_M[:, None], x_MT, float("-inf"))
+        new_top_M = tl.maximum(top_M, tl.max(x_MT, 1))
+        keep_M = tl.exp2(top_M - new_top_M)
+        p_MT = tl.exp2(x_MT - new_top_M[:, None]).to(q_MC.dtype)
+        l_M = l_M * keep_M + tl.sum(p_MT.to(tl.float32), 1)
+        o_Mh = tl.dot(p_MT, v_Th, o_Mh * keep_M[:, None])
+        if C > _HALF:
+            u_Mh = tl.dot(p_MT, w_Th, u_Mh * keep_M[:, None])
+        top_M = new_top_M
+    return o_Mh, u_Mh, l_M, top_M
+
+
+@triton.jit
+def decode_kernel(q, records, scales, open_k, open_v, out, partial_o, partial_ml,
+                  tasks, rows, pages, scale,
+                  RECORD: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, C: tl.constexpr,
+                  M: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr,
+                  EARLY: tl.constexpr, FIRST: tl.constexpr):  # fmt: skip
+    """One task. `scale` includes log2(e); `scales` are the records as float32.
+
+    `EARLY`: kernels overlap the end of those before them (programmatic dependent launch). The first
+    waits for whoever made its inputs; the others start beside it, and wait for it at their end, so
+    that the merge, which waits for the last, waits for all.
+    """
+    task = tasks + tl.program_id(0) * _FIELDS
+    first_row = tl.load(task)
+    n_rows = tl.load(task + 1)
+    kv_head = tl.load(task + 2)
+    first_page = tl.load(task + 3)
+    n_pages = tl.load(task + 4)
+    slot = tl.load(task + 5)
+    visible = tl.load(task + 6)
+    partial = tl.load(task + 7)
+    if n_rows == 0:
+        if EARLY:
+            gdc_wait()
+        return
+    pages += first_page
+    m_M = tl.arange(0, M)
+    local_M = m_M // SHARED
+    real_M = local_M < n_rows
+    row_M = tl.load(rows + first_row + local_M, mask=real_M, other=0)
+    page = tl.load(pages).to(tl.int64)
+    if EARLY:
+        if FIRST:
+            gdc_wait()
+        gdc_launch_dependents()
+
+    head_M = row_M * (G * SHARED) + kv_head * SHARED + m_M % SHARED
+    c_C = tl.arange(0, C)
+    at_MC = head_M.to(tl.int64)[:, None] * C + c_C[None, :]
+    q_MC = tl.load(q + at_MC, mask=real_M[:, None], other=0.0)
+    scales += 2 * G * _TOKENS * C // 4 + kv_head
+    k_scale = tl.load(scales + page * (RECORD // 4))
+    v_scale = tl.load(scales + page * (RECORD // 4) + G)
+
+    wide_MC = q_MC.to(tl.float32)
+    largest_M = tl.maximum(tl.max(tl.abs(wide_MC), 1), 1e-30)
+    if FP8:
+        q8_MC = (wide_MC * (448.0 / largest_M)[:, None]).to(records.dtype.element_ty)
+        step_M = largest_M * (scale / 448.0)
+    else:
+        codes_MC = wide_MC * (127.0 / largest_M)[:, None] + _MAGIC
+        q8_MC = codes_MC.to(tl.int32, bitcast=True).to(tl.int8)
+        step_M = largest_M * (scale / 127.0)
+
+    o_Mh = tl.zeros((M, _HALF), tl.float32)
+    u_Mh = tl.zeros((M, _HALF), tl.float32)
+    l_M = tl.zeros((M,), tl.float32)
+    top_M = tl.full((M,), float("-inf"), tl.float32)
+    o_Mh, u_Mh, l_M, top_M = _attend_sealed(
+        q8_MC, step_M, records, scales, pages, n_pages, kv_head, k_scale, v_scale,
+        o_Mh, u_Mh, l_M, top_M, RECORD, G, M, C, FP8, STAGES,
+    )  # fmt: skip
+    if slot >= 0:
+        o_Mh, u_Mh, l_M, top_M = _attend_open(
+            q_MC, scale, open_k, open_v, slot, visible + local_M, visible + n_rows - 1, kv_head,
+            o_Mh, u_Mh, l_M, top_M, G, C, T,
+        )  # fmt: skip
+    h_h = tl.arange(0, _HALF)
+    if partial < 0:
+        to_Mh = out + head_M.to(tl.int64)[:, None] * C + h_h[None, :]
+    else:
+        to_M = partial.to(tl.int64) + m_M
+        to_Mh = partial_o + to_M[:, None] * C + h_h[None, :]
+        tl.store(partial_ml + to_M * 2, top_M, mask=real_M)
+        tl.store(partial_ml + to_M * 2 + 1, l_M, mask=real_M)
+    tl.store(to_Mh, (o_Mh / l_M[:, None]).to(q_MC.dtype), mask=real_M[:, None])
+    if C > _HALF:
+        tl.store(to_Mh + _HALF, (u_Mh / l_M[:, None]).to(q_MC.dtype), mask=real_M[:, None])
+    if EARLY and not FIRST:
+        gdc_wait()
+
+
+@triton.jit
+def merge_kernel(out, partial_o, partial_ml, merge_starts, merge_rows, head_stride,
+                 SHARED: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
+                 EARLY: tl.constexpr):  # fmt: skip
+    """Adds up the partials of one query row and head, in the order of the plan."""
+    row = tl.program_id(0)
+    head = tl.program_id(1)
+    begin = tl.load(merge_starts + row)
+    end = tl.load(merge_starts + row + 1)
+    stride = tl.load(head_stride).to(tl.int64)
+    i_B = begin + tl.arange(0, B)
+    at_B = tl.load(merge_rows + i_B, mask=i_B < end, other=0)
+    if EARLY:
+        gdc_wait()
+    if begin == end:
+        return
+    offset = (head // SHARED) * stride + head % SHARED
+    c_C = tl.arange(0, C)
+    top = -float("inf")
+    total = 0.0
+    o_C = tl.zeros((C,), tl.float32)
+    for start in tl.range(begin, end, B):
+        i_B = start + tl.arange(0, B)
+        real_B = i_B < end
+        at_B += offset
+        top_B = tl.load(partial_ml + at_B * 2, mask=real_B, other=float("-inf"))
+        l_B = tl.load(partial_ml + at_B * 2 + 1, mask=real_B, other=0.0)
+        o_BC = tl.load(
+            partial_o + at_B[:, None] * C + c_C[None, :], mask=real_B[:, None], other=0.0
+        )
+        at_B = tl.load(merge_rows + i_B + B, mask=i_B + B < end, other=0)
+        new_top = tl.maximum(top, tl.max(top_B, 0))
+        keep = tl.exp2(top - new_top)
+        weight_B = tl.exp2(top_B - new_top) * l_B
+        o_C = o_C * keep + tl.sum(o_BC.to(tl.float32) * weight_B[:, None], 0)
+        total = total * keep + tl.sum(weight_B, 0)
+        top = new_top
+    heads = tl.num_programs(1)
+    at_C = (row.to(tl.int64) * heads + head) * C + c_C
+    tl.store(out + at_C, (o_C / total).to(out.dtype.element_ty))
+
+
+def overlaps_launches(device: torch.device) -> bool:
+    """Whether a kernel can start before the one it follows has ended."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch(
+    q_RHC: Tensor,
+    records: Tensor,
+    open_k: Tensor,
+    open_v: Tensor,
+    layout: PageLayout,
+    plan: PlanBuffers,
+    scale: float,
+) -> Tensor:
+    """Launches the tasks of each tile in the order of the capacity, then the merge."""
+    shape, capacity = plan.shape, plan.capacity
+    rows, heads, width = q_RHC.shape
+    out_RHC = torch.empty_like(q_RHC)
+    codes, scales = records.view(layout.codes.dtype), records.view(torch.float32)
+    partial_o = plan.partial_o.view(q_RHC.dtype)
+    early = overlaps_launches(q_RHC.device)
+    place = 0
+    for tile, count in capacity.tasks:
+        build = choose_build(tile)
+        decode_kernel[(count,)](
+            q_RHC, codes, scales, open_k, open_v, out_RHC, partial_o, plan.partial_ml,
+            plan["tasks"][place:], plan["rows"], plan["pages"], scale * _LOG2_E,
+            RECORD=layout.record_bytes, G=shape.kv_heads, SHARED=shape.shared, C=width, M=tile,
+            T=build.open_tokens, FP8=layout.codes is PageCodes.FP8, STAGES=build.stages,
+            EARLY=early, FIRST=place == 0, num_warps=build.warps,
+            maxnreg=build.registers, launch_pdl=early,
+        )  # fmt: skip
+        place += count * TASK_FIELDS
+    if capacity.merges:
+        at_once = 16 if capacity.merged <= 16 else 64
+        merge_kernel[(rows, heads)](
+            out_RHC, partial_o, plan.partial_ml, plan["merge_starts"], plan["merge_rows"],
+            plan["stride"], SHARED=shape.shared, C=width, B=at_once, EARLY=early,
+            num_warps=at_once // 16, launch_pdl=early,
+        )  # fmt: skip
+    return out_RHC

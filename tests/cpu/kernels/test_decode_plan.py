@@ -1,0 +1,228 @@
+"""Plans of decode attention: everything is read once, merges are complete, sharing pays."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fourfold.kernels.decode_attention import (
+    DecodePlan,
+    DecodeSequences,
+    DecodeShape,
+    PlanBuffers,
+    PlanCapacity,
+    candidate_plans,
+    plan_decode,
+)
+from fourfold.kernels.decode_attention.cost import DecodeCost, Measurement, Work, fit
+from fourfold.quadrants.costs import shipped_costs
+
+COST = next(shipped_costs()).decode_attention
+# Sharing costs nothing, so that plans share wherever they can.
+EAGER = dataclasses.replace(COST, task=0.0, partial=0.0, further=0.0)
+
+
+def make(lengths: list[int], tables: list[list[int]]) -> DecodeSequences:
+    return DecodeSequences(
+        np.array(lengths, np.int64),
+        [np.array(table, np.int32) for table in tables],
+        np.arange(len(lengths), dtype=np.int64)[::-1].copy(),
+    )
+
+
+@st.composite
+def steps(draw: st.DrawFn) -> tuple[DecodeSequences, DecodeShape]:
+    """Sequences that begin with pages of earlier ones, so that trees of any depth come about."""
+    shape = DecodeShape(
+        heads=draw(st.sampled_from([4, 8, 20])),
+        kv_heads=draw(st.sampled_from([1, 2, 4])),
+        head_width=64,
+        rows=draw(st.sampled_from([1, 2, 5, 16])),
+    )
+    lengths, tables = [], []
+    fresh = 0
+    for b in range(draw(st.integers(1, 9))):
+        sealed = draw(st.sampled_from([0, 1, 2, 3, 7, 70]))
+        inherited: list[int] = []
+        if b and draw(st.booleans()):
+            parent = tables[draw(st.integers(0, b - 1))]
+            inherited = parent[: draw(st.integers(0, min(sealed, len(parent))))]
+        own = list(range(fresh, fresh + sealed - len(inherited)))
+        fresh += len(own)
+        tables.append(inherited + own)
+        lengths.append(sealed * 64 + draw(st.integers(shape.rows, 64)))
+    return make(lengths, tables), shape
+
+
+def check(plan: DecodePlan, sequences: DecodeSequences, shape: DecodeShape) -> None:
+    """Every (row, KV head) reads each of its pages once, and its partials are merged."""
+    total = len(sequences.lengths_B) * shape.rows
+    assert sorted(plan.rows_R) == list(range(total))
+    read: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
+    partials: dict[tuple[int, int], list[int]] = {}
+    direct: Counter[tuple[int, int]] = Counter()
+    opened: Counter[tuple[int, int]] = Counter()
+    written: Counter[int] = Counter()
+    tile_of = [tile for tile, count in plan.tiles for _ in range(count)]
+    assert len(tile_of) == len(plan.tasks_J8)
+    for tile, task in zip(tile_of, plan.tasks_J8.tolist(), strict=True):
+        first, rows, head, page, pages, slot, visible, partial = task
+        assert 0 < rows * shape.shared <= tile
+        for local, row in enumerate(plan.rows_R[first : first + rows].tolist()):
+            read[row, head].update(plan.pages[page : page + pages].tolist())
+            b, q = divmod(row, shape.rows)
+            if slot >= 0:
+                opened[row, head] += 1
+                assert slot == sequences.open_slots_B[b]
+                length = int(sequences.lengths_B[b])
+                assert visible + local == length - shape.rows + q + 1 - 64 * ((length - 1) // 64)
+            if partial < 0:
+                direct[row, head] += 1
+            else:
+                start = partial + local * shape.shared
+                partials.setdefault((row, head), []).append(start)
+                written.update(range(start, start + shape.shared))
+    assert all(count == 1 for count in written.values())
+    assert not written or max(written) < plan.partials
+    for row in range(total):
+        b = row // shape.rows
+        own = sequences.pages[b][: sequences.sealed_B[b]].tolist()
+        begin, end = plan.merge_starts_R[row : row + 2].tolist()
+        for head in range(shape.kv_heads):
+            assert read[row, head] == Counter(own)
+            assert opened[row, head] == 1
+            merged = (plan.merge_rows[begin:end] + head * plan.stride).tolist()
+            assert sorted(merged) == sorted(partials.get((row, head), []))
+            assert direct[row, head] == (0 if merged else 1)
+            assert len(merged) != 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps())
+def test_every_page_is_read_once(step: tuple[DecodeSequences, DecodeShape]) -> None:
+    sequences, shape = step
+    for plan in candidate_plans(sequences, shape, EAGER):
+        check(plan, sequences, shape)
+    check(plan_decode(sequences, shape, COST), sequences, shape)
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps())
+def test_the_chosen_plan_is_the_cheapest_candidate(
+    step: tuple[DecodeSequences, DecodeShape],
+) -> None:
+    sequences, shape = step
+    chosen = plan_decode(sequences, shape, COST)
+    plans = list(candidate_plans(sequences, shape, COST))
+    cheapest = min(plan.seconds for plan in plans)
+    assert cheapest <= chosen.seconds <= cheapest * 1.06
+    # What sharing saves has to be sure.
+    assert not chosen.choice.sharing or chosen.seconds == cheapest
+
+
+@settings(max_examples=30, deadline=None)
+@given(steps(), steps())
+def test_buffers_take_any_plan_that_fits(
+    one: tuple[DecodeSequences, DecodeShape], other: tuple[DecodeSequences, DecodeShape]
+) -> None:
+    """A plan in larger buffers, after another plan, is the same plan."""
+    (sequences, shape), cpu = one, torch.device("cpu")
+    plan = plan_decode(sequences, shape, COST)
+    before = plan_decode(other[0], other[1], COST)
+    capacity = PlanCapacity(
+        rows=200, tasks=((16, 900), (32, 900), (64, 900)), pages=800, merges=9000, partials=99999
+    )
+    buffers = PlanBuffers(shape, capacity, cpu)
+    if before.shape == shape:
+        buffers.load(before)
+    buffers.load(plan)
+    tasks = buffers["tasks"].numpy().reshape(-1, 8)
+    used = tasks[tasks[:, 1] > 0]
+    assert sorted(used.tolist()) == sorted(plan.tasks_J8.tolist())
+    at = 0
+    for tile, room in capacity.tasks:
+        count = dict(plan.tiles).get(tile, 0)
+        assert (tasks[at : at + count, 1] > 0).all()
+        assert not tasks[at + count : at + room].any()
+        at += room
+    starts = buffers["merge_starts"].numpy()
+    assert np.array_equal(starts[: len(plan.merge_starts_R)], plan.merge_starts_R)
+    assert (np.diff(starts)[len(plan.rows_R) :] == 0).all()
+    assert np.array_equal(buffers["pages"].numpy()[: len(plan.pages)], plan.pages)
+    assert not PlanBuffers(
+        shape, dataclasses.replace(PlanCapacity.of(plan), rows=len(plan.rows_R) - 1), cpu
+    ).fits(plan)
+
+
+def test_siblings_read_their_prefix_once() -> None:
+    prefix = list(range(128))
+    tables = [[*prefix, 1000 + b] for b in range(8)]
+    sequences = make([129 * 64 + 9] * 8, tables)
+    shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
+    plan = plan_decode(sequences, shape, COST)
+    reads = plan.tasks_J8[:, 4].sum()
+    assert plan.choice.sharing
+    assert reads == 4 * (128 + 8)
+    check(plan, sequences, shape)
+
+
+def test_a_short_prefix_is_not_worth_a_merge() -> None:
+    sequences = make([64 + 9] * 2, [[0], [0]])
+    shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
+    assert not plan_decode(sequences, shape, COST).choice.sharing
+
+
+def test_groups_within_groups_are_shared_at_every_level() -> None:
+    whole, half = list(range(40)), [list(range(100 + 40 * i, 140 + 40 * i)) for i in range(2)]
+    tables = [whole + half[i // 4] + [500 + i] for i in range(8)]
+    sequences = make([81 * 64 + 5] * 8, tables)
+    shape = DecodeShape(heads=8, kv_heads=1, head_width=128)
+    shared = [p for p in candidate_plans(sequences, shape, EAGER) if p.choice.sharing]
+    for plan in shared:
+        assert plan.tasks_J8[:, 4].sum() == 40 + 2 * 40 + 8
+        check(plan, sequences, shape)
+    assert shared
+
+
+def test_rows_that_cross_a_page_are_a_bug() -> None:
+    with pytest.raises(AssertionError, match="cross a page"):
+        plan_decode(
+            make([65], [[0]]), DecodeShape(heads=8, kv_heads=2, head_width=64, rows=2), COST
+        )
+
+
+def test_fit_finds_the_coefficients_that_made_the_measurements() -> None:
+    rng = np.random.default_rng(0)
+    measurements = []
+    for _ in range(80):
+        tile, pages, longest = rng.choice([16, 64]), rng.integers(1, 60000), rng.integers(1, 64)
+        merges = rng.integers(0, 2)
+        numbers = {
+            "steps": 1,
+            "further": rng.integers(0, 2),
+            "full": rng.uniform(),
+            "longest": longest,
+            "longest_rows": longest * tile,
+            "pages": pages,
+            "rereads": rng.integers(0, 2) * rng.integers(0, 60000),
+            "row_pages": pages * tile,
+            "opened": rng.integers(1, 1000),
+            "tasks": rng.integers(1, 3000),
+            "partials": merges * rng.integers(1, 30000),
+            "merges": merges,
+            "merged": merges * rng.integers(2, 100),
+        }
+        work = Work(**{name: np.float64(value) for name, value in numbers.items()})
+        measurements.append(Measurement(work, 128, float(COST.seconds(work, 128))))
+    fitted = fit(measurements, "made up", 132)
+    assert isinstance(fitted, DecodeCost)
+    assert fitted.hardware == "made up"
+    predicted = np.array([float(fitted.seconds(m.work, 128)) for m in measurements])
+    measured = np.array([m.seconds for m in measurements])
+    assert np.abs(predicted / measured - 1).max() < 0.1
