@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from random import Random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,21 +16,67 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from fourfold.engine.messages import SamplingParams
-from fourfold.engine.sampler import (
-    SampledRow,
-    TokenCounts,
-    logprobs,
-    penalises,
-    sample,
-    uniform,
-)
+from fourfold.engine.sampler import TokenCounts, likeliest, logprobs, penalises, sample_row
+from fourfold.kernels import sample as kernel
+from fourfold.kernels.sample import SampleParams, TokenTables, noise_key, uniform_numbers
 
 CPU = torch.device("cpu")
 LARGEST = 1 - 2**-53
+MASK = (1 << 64) - 1
 
 
-def counts_for(vocabulary: int, slots: int = 8) -> TokenCounts:
-    return TokenCounts(slots, vocabulary, CPU)
+class SampledRow(NamedTuple):
+    """A row that draws at a number of the test's choice."""
+
+    params: SamplingParams
+    uniform: float
+    slot: int
+
+
+def counts_for(vocabulary: int, slots: int = 8) -> TokenTables:
+    return TokenTables(slots, vocabulary, CPU)
+
+
+def sample(logits_SV: Tensor, rows: Sequence[SampledRow], tables: TokenTables) -> Tensor:
+    """The verb as the engine calls it, but for the keys."""
+    packed = []
+    for params, number, slot in rows:
+        row = sample_row(params, seed=0, index=0, position=0, slot=slot)
+        packed.append(row._replace(key=key_of(number)))
+    params_S = SampleParams.pack(packed, CPU)
+    wanted = torch.tensor([row.uniform for row in rows], dtype=torch.float64)
+    torch.testing.assert_close(params_S.uniform, wanted, rtol=0, atol=2**-53)
+    return kernel.sample(logits_SV, params_S, tables).tokens_S
+
+
+def key_of(number: float) -> int:
+    """The key that gives this number at position 0: the hash backwards."""
+    x = int(number * 2**53) << 11
+    for _ in range(2):
+        x = _unshifted(x, 31)
+        x = _unshifted(x * pow(0x94D049BB133111EB, -1, 1 << 64) & MASK, 27)
+        x = _unshifted(x * pow(0xBF58476D1CE4E5B9, -1, 1 << 64) & MASK, 30)
+        x = (x - 0x9E3779B97F4A7C15) & MASK
+    return x - (1 << 64) if x >> 63 else x
+
+
+def _unshifted(mixed: int, bits: int) -> int:
+    """The x of which `mixed` is x ^ (x >> bits)."""
+    x = mixed
+    for _ in range(64 // bits):
+        x = mixed ^ (x >> bits)
+    return x
+
+
+def uniform(seed: int, index: int, position: int) -> float:
+    return uniforms([(seed, index, position)])[0]
+
+
+def uniforms(rows: Sequence[tuple[int, int, int]]) -> list[float]:
+    """Numbers of (seed, index, position)."""
+    keys = torch.tensor([noise_key(seed, index) for seed, index, _ in rows])
+    numbers: list[float] = uniform_numbers(keys, torch.tensor([row[2] for row in rows])).tolist()
+    return numbers
 
 
 def logits_of(values: Sequence[float]) -> Tensor:
@@ -69,7 +116,7 @@ def check_draws(
     logits: Sequence[float],
     params: SamplingParams,
     probabilities: Sequence[float],
-    counts: TokenCounts | None = None,
+    counts: TokenTables | None = None,
 ) -> None:
     """The middle of each token's part of [0, 1) draws that token; so do the ends of the range."""
     starts = [sum(probabilities[:token]) for token in range(len(logits))]
@@ -198,8 +245,8 @@ def test_penalties(params: SamplingParams, stepwise: bool) -> None:
     repetition = RepetitionPenaltyLogitsProcessor(params.repetition_penalty)
     wanted = softmax(openai(repetition(ids, logits_of(logits))[0].tolist(), params))
     counts = counts_for(12)
-    counts.start(0, [5, 5], [1, 2])  # whoever had the slot before
-    counts.start(0, PROMPT, OUTPUT[:0] if stepwise else OUTPUT)
+    counts.start(0, [5, 5], [1, 2], {5: 9.0})  # whoever had the slot before
+    counts.start(0, PROMPT, OUTPUT[:0] if stepwise else OUTPUT, params.logit_bias)
     for token in OUTPUT if stepwise else ():
         counts.add(torch.tensor([0]), torch.tensor([token]))
     check_draws(logits, params, wanted, counts)
@@ -207,8 +254,9 @@ def test_penalties(params: SamplingParams, stepwise: bool) -> None:
 
 def test_penalties_of_one_row_do_not_touch_another() -> None:
     counts = counts_for(4)
-    counts.start(1, [0], [])
-    counts.start(3, [], [1])
+    counts.start(1, [0], [], {})
+    counts.start(2, [], [], {2: 50.0})
+    counts.start(3, [], [1], {})
     logits_SV = torch.tensor([[2.0, 1.9, 0.0, 0.0]]).repeat(4, 1)
     before = logits_SV.clone()
     params = [
@@ -227,7 +275,8 @@ def test_frequencies_match_the_distribution() -> None:
     logits = [0.0, 1.0, -1.0, 2.0, 0.5, -2.0, 1.5, 0.2, -0.3, 0.9]
     draws = 20_000
     params = SamplingParams()
-    rows = [SampledRow(params, uniform(7, 0, position), 0) for position in range(draws)]
+    numbers = uniforms([(7, 0, position) for position in range(draws)])
+    rows = [SampledRow(params, number, 0) for number in numbers]
     drawn = sample(logits_of(logits).expand(draws, -1), rows, counts_for(10))
     check_frequencies(drawn.bincount(minlength=10).tolist(), softmax(logits))
 
@@ -245,10 +294,10 @@ def check_frequencies(seen: Sequence[int], probabilities: Sequence[float]) -> No
 @pytest.mark.parametrize(
     "numbers",
     [
-        [uniform(1, 0, position) for position in range(16_000)],
-        [uniform(seed, 0, 5) for seed in range(16_000)],
-        [uniform(1, index, 5) for index in range(16_000)],
-        [uniform(seed << 40, 0, 5) for seed in range(16_000)],
+        uniforms([(1, 0, position) for position in range(16_000)]),
+        uniforms([(seed, 0, 5) for seed in range(16_000)]),
+        uniforms([(1, index, 5) for index in range(16_000)]),
+        uniforms([(seed << 40, 0, 5) for seed in range(16_000)]),
     ],
     ids=["positions", "seeds", "samples", "high seeds"],
 )
@@ -294,8 +343,9 @@ def test_a_row_draws_the_same_alone_and_in_a_batch(seed: int) -> None:
     rows = []
     for slot in range(8):
         tokens = [random.randrange(vocabulary) for _ in range(60)]
-        counts.start(slot, tokens[:30], tokens[30:])
-        rows.append(SampledRow(random_params(random), random.random(), slot))
+        params = random_params(random)
+        counts.start(slot, tokens[:30], tokens[30:], params.logit_bias)
+        rows.append(SampledRow(params, random.random(), slot))
     spreads = torch.tensor([random.choice([0.1, 1.0, 5.0]) for _ in rows])[:, None]
     generator = torch.Generator().manual_seed(seed)
     logits_SV = torch.randn(8, vocabulary, generator=generator) * spreads
@@ -347,7 +397,7 @@ def test_one_possible_token_is_drawn(params: SamplingParams, u: float) -> None:
     logits = [-math.inf] * 20
     logits[13] = -4.0
     counts = counts_for(20)
-    counts.start(0, [13, 2], [13])
+    counts.start(0, [13, 2], [13], {})
     assert sample(logits_of(logits), [SampledRow(params, u, 0)], counts).item() == 13
 
 
@@ -359,8 +409,18 @@ def test_logprobs(alternatives: int) -> None:
     wanted = logits_SV.double().log_softmax(-1)
     assert chosen_S.shape == (4,)
     assert top.values.shape == top.indices.shape == (4, alternatives)
-    likeliest = wanted.sort(-1, descending=True).values[:, :alternatives]
+    largest = wanted.sort(-1, descending=True).values[:, :alternatives]
     close = {"rtol": 0, "atol": 1e-5}
     torch.testing.assert_close(chosen_S.double(), wanted[range(4), tokens_S], **close)
-    torch.testing.assert_close(top.values.double(), likeliest, **close)
+    torch.testing.assert_close(top.values.double(), largest, **close)
     torch.testing.assert_close(top.values.double(), wanted.gather(-1, top.indices), **close)
+    for mine, theirs in zip(likeliest(logits_SV, alternatives), top, strict=True):
+        assert torch.equal(mine, theirs)
+
+
+def test_tables_are_made_when_the_first_sample_needs_them() -> None:
+    counts = TokenCounts(2, 40, CPU)
+    assert counts.tables is None
+    counts.start(1, [3], [4], {})
+    assert counts.tables is not None
+    assert counts.tables.tally_NV[1, 3:5].tolist() == [0.0, 1.0]
