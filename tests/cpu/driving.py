@@ -6,15 +6,13 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.engine import Engine
 from fourfold.engine.messages import SamplingParams, Submit, TokenOutput
 from fourfold.engine.runner import Runner
 from fourfold.models.checkpoint.source import find_source
 from fourfold.models.decoder import Decoder
-from fourfold.models.loading import LoadOptions, load_model
+from fourfold.models.loading import LoadOptions, load_model, pages_of
 from fourfold.models.precision import Precision
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
@@ -33,7 +31,7 @@ def page_gib(model: Decoder, pages: int) -> float:
 
 def make_engine(model: Decoder, *, pages: int = 64, **options: object) -> Engine:
     config = EngineConfig(kv_memory_gib=page_gib(model, pages), **options)  # type: ignore[arg-type]
-    return Engine(Runner(model, config, torch.float32), config)
+    return Engine(Runner(model, config, pages_of(model, config.kv_pages)), config)
 
 
 def submit(request_id: int, prompt: Sequence[int], params: SamplingParams, n: int = 1) -> Submit:

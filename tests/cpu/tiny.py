@@ -51,10 +51,30 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "olmoe": ("Olmoe", MOE | {"num_experts": 8, "clip_qkv": 2.0, "norm_topk_prob": False}),
 }
 
+# The same with heads as wide as the kernels want them.
+WIDE: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama-wide": (
+        "Llama",
+        {"initializer_range": 0.08, "hidden_size": 128, "head_dim": 64, "intermediate_size": 208},
+    ),
+    "qwen3-moe-wide": (
+        "Qwen3Moe",
+        MOE
+        | {
+            "num_experts": 8,
+            "initializer_range": 0.08,
+            "hidden_size": 192,
+            "moe_intermediate_size": 112,
+            "norm_topk_prob": True,
+            "head_dim": 128,
+        },
+    ),
+}
+
 
 def save_checkpoint(name: str, path: Path) -> Path:
     """Writes a tiny checkpoint of a family; the same weights every time."""
-    prefix, fields = FAMILIES[name]
+    prefix, fields = (FAMILIES | WIDE)[name]
     config = getattr(transformers, f"{prefix}Config")(**{**COMMON, **fields})
     torch.manual_seed(sum(map(ord, name)))
     model = getattr(transformers, f"{prefix}ForCausalLM")(config)

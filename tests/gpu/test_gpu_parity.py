@@ -12,7 +12,7 @@ from fourfold.engine.engine import Engine
 from fourfold.engine.messages import SamplingParams
 from fourfold.engine.runner import Runner
 from fourfold.models.checkpoint.source import find_source
-from fourfold.models.loading import LoadOptions, kv_dtype, load_model
+from fourfold.models.loading import LoadOptions, load_model, pages_of
 from fourfold.models.precision import Precision
 from tests.cpu import tiny
 from tests.cpu.driving import run, submit, tokens
@@ -28,7 +28,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 def make_engine(path: Path, precision: Precision) -> Engine:
     model = load_model(find_source(str(path)), LoadOptions(device=GPU, precision=precision))
     config = EngineConfig(kv_memory_gib=0.25, max_running=8, step_tokens=100)
-    return Engine(Runner(model, config, kv_dtype(model)), config)
+    return Engine(Runner(model, config, pages_of(model, config.kv_pages)), config)
 
 
 def test_logprobs_of_a_long_prompt(checkpoint: Path) -> None:

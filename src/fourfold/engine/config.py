@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Annotated
+
+import tyro
 
 from fourfold.errors import ConfigError
+from fourfold.models.precision import PageFormat
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,6 +22,9 @@ class EngineConfig:
     """Tokens of one step at most: one for each decoding sample, the rest for chunks of prompts."""
     kv_memory_gib: float | None = None
     """Memory for KV pages in GiB. Default: 2 on a CPU, 90 % of what is free on a GPU."""
+    kv_pages: Annotated[PageFormat, tyro.conf.EnumChoicesFromValues] = PageFormat.AUTO
+    """What keys and values are kept in. auto: int8 on a GPU whose model has quantised weights, else
+    float; fp8 needs a GPU that multiplies e4m3."""
     max_context: int | None = None
     """Prompt plus answer at most, in tokens. Default: what the model and the KV pages allow."""
     prefix_cache: bool = True

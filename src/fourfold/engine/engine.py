@@ -18,6 +18,7 @@ from fourfold.engine.messages import Abort, EngineStats, Submit, TokenOutput
 from fourfold.engine.page_pool import PagePool
 from fourfold.engine.runner import Runner
 from fourfold.engine.scheduler import Scheduler, StepPlan
+from fourfold.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,18 @@ class Engine:
         context = runner.max_context
         if config.max_context is not None:
             context = min(context, config.max_context)
-        self.scheduler = Scheduler(config, PagePool(runner.page_count), context)
+        multiple = runner.pages.chunk_multiple
+        if config.step_tokens - config.max_running < multiple:
+            raise ConfigError(
+                f"--step-tokens {config.step_tokens} must exceed --max-running "
+                f"{config.max_running} by {multiple}, the tokens of a page, or prompts would starve"
+            )
+        self.scheduler = Scheduler(
+            config,
+            PagePool(runner.page_count),
+            context,
+            chunk_multiple=multiple,
+        )
         self._inbox: queue.SimpleQueue[Submit | Abort | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._totals = EngineStats(pages_total=runner.page_count)

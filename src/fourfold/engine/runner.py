@@ -19,19 +19,13 @@ from torch import Tensor
 
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.messages import SamplingParams, TokenLogprob
-from fourfold.engine.sampler import (
-    SampledRow,
-    TokenCounts,
-    logprobs,
-    penalises,
-    sample,
-    uniform,
-)
+from fourfold.engine.sampler import TokenCounts, likeliest, logprobs, penalises, sample_row
 from fourfold.engine.scheduler import Sampled, StepPlan, Work
 from fourfold.errors import ConfigError
+from fourfold.kernels.sample import SampleParams, SampleRow, sample
 from fourfold.models.decoder import Decoder
-from fourfold.quadrants.kv_pages import PAGE_TOKENS, KVPages, PageShape
-from fourfold.quadrants.step import QuadrantStep, Span
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, PageShape, Span, make_pages
+from fourfold.quadrants.step import QuadrantStep
 
 _CPU_KV_GIB = 2.0
 _GPU_FREE_SHARE = 0.9
@@ -49,25 +43,19 @@ class Launched:
 class Runner:
     """One model on one device. Used by the engine's thread alone."""
 
-    def __init__(self, model: Decoder, config: EngineConfig, kv_dtype: torch.dtype) -> None:
+    def __init__(self, model: Decoder, config: EngineConfig, shape: PageShape) -> None:
         self.model = model
         self.device = model.frequencies.device
-        shape = PageShape(
-            layers=model.config.layers,
-            kv_heads=model.config.kv_heads,
-            head_width=model.config.head_width,
-            dtype=kv_dtype,
-        )
         page_bytes = shape.page_bytes
-        size = self._kv_bytes(config)
+        size = self._kv_bytes(config) - config.max_running * shape.slot_bytes
         if size < 2 * page_bytes:
             raise ConfigError(
-                f"{size // page_bytes:.0f} KV pages of {page_bytes / 2**20:.1f} MiB fit; "
-                "raise --kv-memory-gib"
+                f"{max(0, size // page_bytes):.0f} KV pages of {page_bytes / 2**20:.1f} MiB fit "
+                f"beside {config.max_running} open ones; raise --kv-memory-gib"
             )
         try:
             count = int(size // page_bytes)
-            self.pages = KVPages(shape, count, self.device)
+            self.pages = make_pages(shape, count, config.max_running, self.device)
         except (MemoryError, OverflowError, ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"{size / 2**30:g} GiB of KV pages cannot be allocated on {self.device}; "
@@ -96,6 +84,7 @@ class Runner:
             self.pages,
             [_span(work) for work in plan.decodes],
             [_span(work) for work in plan.prefills],
+            heads=self.model.config.query_heads,
         )
         hidden_TD = self.model(self._input_tokens(plan), step.positions_T, step)
         sampling = [work for work in plan.work if work.samples]
@@ -144,40 +133,33 @@ class Runner:
         self, hidden_TD: Tensor, plan: StepPlan, sampling: list[Work]
     ) -> Callable[[], list[Sampled]]:
         logits_SV = self.model.logits(hidden_TD[_last_rows(plan, self.device)])
-        rows = [self._row(work) for work in sampling]
-        tokens_S = sample(logits_SV, rows, self._counts)
-        slots_S = torch.tensor([row.slot for row in rows], device=self.device)
-        self._last_token[slots_S] = tokens_S
-        counted = [place for place, row in enumerate(rows) if penalises(row.params)]
-        if counted:
-            places = torch.tensor(counted, device=self.device)
-            self._counts.add(slots_S[places], tokens_S[places])
-        wanted = [row.params.logprobs for row in rows]
+        asked = [work.sequence.request.sampling for work in sampling]
+        wanted = [params.logprobs for params in asked]
+        params = SampleParams.pack([self._row(work) for work in sampling], self.device)
+        tables = self._counts.tables
+        drawn = sample(logits_SV, params, tables)
+        slots_S = params.slot.long()
+        self._last_token[slots_S] = drawn.tokens_S
+        if tables is not None and any(map(penalises, asked)):
+            # Of every row: counts of samples that penalise nothing are read by nobody.
+            tables.add(slots_S, drawn.tokens_S)
         if all(count is None for count in wanted):
-            return lambda: [Sampled(token=token) for token in tokens_S.tolist()]
-        read = _read_logprobs(logits_SV, tokens_S, max(count or 0 for count in wanted))
+            return lambda: [Sampled(token=token) for token in drawn.tokens_S.tolist()]
+        return _read_drawn(logits_SV, drawn.tokens_S, drawn.logprobs_S, wanted)
 
-        def answers() -> list[Sampled]:
-            return [
-                Sampled(
-                    token=entry.token,
-                    logprob=None if count is None else _cut(entry, count),
-                )
-                for entry, count in zip(read(), wanted, strict=True)
-            ]
-
-        return answers
-
-    def _row(self, work: Work) -> SampledRow:
+    def _row(self, work: Work) -> SampleRow:
         sequence = work.sequence
         params: SamplingParams = sequence.request.sampling
         stay = (sequence.arrival, sequence.admissions)
-        if penalises(params) and self._counted.get(sequence.slot) != stay:
+        seed = sequence.request.request_id if params.seed is None else params.seed
+        row = sample_row(params, seed, sequence.index, sequence.length, sequence.slot)
+        if row.adjusted and self._counted.get(sequence.slot) != stay:
             self._counted[sequence.slot] = stay
             output = sequence.tokens[sequence.prompt_length :]
-            self._counts.start(sequence.slot, sequence.request.prompt_ids, output)
-        seed = sequence.request.request_id if params.seed is None else params.seed
-        return SampledRow(params, uniform(seed, sequence.index, sequence.length), sequence.slot)
+            self._counts.start(
+                sequence.slot, sequence.request.prompt_ids, output, params.logit_bias
+            )
+        return row
 
     def _prompt_logprobs(
         self, hidden_TD: Tensor, plan: StepPlan
@@ -206,7 +188,7 @@ class Runner:
 
 
 def _span(work: Work) -> Span:
-    return Span(work.start, work.length, work.sequence.pages)
+    return Span(work.start, work.length, work.sequence.pages, work.sequence.slot)
 
 
 def _last_rows(plan: StepPlan, device: torch.device) -> Tensor:
@@ -216,6 +198,35 @@ def _last_rows(plan: StepPlan, device: torch.device) -> Tensor:
         if work.samples:
             rows.append(end - 1)
     return torch.tensor(rows, device=device)
+
+
+def _read_drawn(
+    logits_SV: Tensor, tokens_S: Tensor, logprobs_S: Tensor, wanted: list[int | None]
+) -> Callable[[], list[Sampled]]:
+    """Answers of rows of which each wants so many alternatives, or no log-probability (None)."""
+    places = [place for place, count in enumerate(wanted) if count]
+    top = None
+    if places:
+        logits_SV = logits_SV[torch.tensor(places).to(logits_SV.device, non_blocking=True)]
+        top = likeliest(logits_SV, max(count or 0 for count in wanted))
+
+    def answers() -> list[Sampled]:
+        tops: list[tuple[tuple[int, float], ...]] = [()] * len(wanted)
+        if top is not None:
+            listed = zip(places, top.indices.tolist(), top.values.tolist(), strict=True)
+            for place, ids, values in listed:
+                tops[place] = tuple(zip(ids, values, strict=True))[: wanted[place]]
+        return [
+            Sampled(
+                token=token,
+                logprob=None if count is None else TokenLogprob(token, logprob, others),
+            )
+            for token, logprob, others, count in zip(
+                tokens_S.tolist(), logprobs_S.tolist(), tops, wanted, strict=True
+            )
+        ]
+
+    return answers
 
 
 def _read_logprobs(
@@ -237,10 +248,6 @@ def _read_logprobs(
 
 def _concatenate(reads: list[Callable[[], list[TokenLogprob]]]) -> tuple[TokenLogprob, ...]:
     return tuple(entry for read in reads for entry in read())
-
-
-def _cut(entry: TokenLogprob, count: int) -> TokenLogprob:
-    return TokenLogprob(entry.token, entry.logprob, entry.top[:count])
 
 
 def _keep_freed_memory() -> None:

@@ -65,8 +65,11 @@ class Sampled:
 class Scheduler:
     """All samples of one engine, waiting or running. Used by the engine's thread alone."""
 
-    def __init__(self, config: EngineConfig, pool: PagePool, max_context: int) -> None:
+    def __init__(
+        self, config: EngineConfig, pool: PagePool, max_context: int, *, chunk_multiple: int = 1
+    ) -> None:
         self._config = config
+        self._chunk_multiple = chunk_multiple
         self.pool = pool
         self.max_context = max_context
         self.waiting: deque[Sequence] = deque()
@@ -110,10 +113,10 @@ class Scheduler:
         budget = self._config.step_tokens - len(decodes)
         prefills: list[Work] = []
         for sequence in self.running:
-            if budget and sequence.remaining and not sequence.pending:
+            if self._chunk(sequence, budget) and not sequence.pending:
                 budget -= self._schedule_chunk(sequence, budget, prefills)
         for sequence in list(self.waiting):
-            if not budget or not self._slots:
+            if budget < self._chunk_multiple or not self._slots:
                 break
             if _waits_for_leader(sequence):
                 continue
@@ -183,9 +186,16 @@ class Scheduler:
         return True
 
     def _schedule_chunk(self, sequence: Sequence, budget: int, prefills: list[Work]) -> int:
-        length = min(budget, sequence.remaining)
+        length = self._chunk(sequence, budget)
         prefills.append(self._take(sequence, length))
         return length
+
+    def _chunk(self, sequence: Sequence, budget: int) -> int:
+        """Tokens of the next chunk: all that are left, or as many whole multiples as there is
+        budget for."""
+        if sequence.remaining <= budget:
+            return sequence.remaining
+        return budget - budget % self._chunk_multiple
 
     def _take(self, sequence: Sequence, length: int) -> Work:
         start = sequence.computed

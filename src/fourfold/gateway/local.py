@@ -12,7 +12,7 @@ from fourfold.gateway.gateway import Gateway
 from fourfold.gateway.tokenizer import load_tokenizer
 from fourfold.models.checkpoint.source import Source
 from fourfold.models.filling import Progress
-from fourfold.models.loading import LoadOptions, kv_dtype, load_model
+from fourfold.models.loading import LoadOptions, load_model, pages_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,8 @@ def make_gateway(options: LocalOptions, progress: Progress = lambda done, total:
     """Loads the model and builds the gateway; `Gateway.start` on a running loop starts it."""
     model = load_model(options.source, options.load, progress)
     tokenizer = load_tokenizer(options.tokenizer, model.config.eos_token_ids)
-    engine = Engine(Runner(model, options.engine, kv_dtype(model)), options.engine)
+    pages = pages_of(model, options.engine.kv_pages)
+    engine = Engine(Runner(model, options.engine, pages), options.engine)
     return Gateway(
         engine,
         tokenizer,

@@ -22,6 +22,8 @@ from fourfold.models.layers import (
     SparseFFN,
     rope_frequencies,
 )
+from fourfold.models.precision import Precision
+from fourfold.quantize.weights import Activations
 
 
 class Block(nn.Module):
@@ -39,10 +41,20 @@ class Block(nn.Module):
             else DenseFFN(config.width, config.ffn_width)
         )
 
-    def forward(self, x_TD: Tensor, rope: Rope, quadrants: Quadrants) -> Tensor:
-        x_TD = x_TD + self.attention(self.attention_norm(x_TD), rope, self.layer, quadrants)
-        out_TD: Tensor = x_TD + self.ffn(self.ffn_norm(x_TD), quadrants)
-        return out_TD
+    def forward(
+        self, stream_TD: Tensor, delta_TD: Tensor | None, rope: Rope, quadrants: Quadrants
+    ) -> tuple[Tensor, Tensor]:
+        """The residual stream after this layer, but for the last addition: (stream, delta). It is
+        left to the next norm, which reads both anyway."""
+        attention, ffn = self.attention, self.ffn
+        x, stream_TD = self.attention_norm.add_and_norm(
+            stream_TD, delta_TD, attention.qkv.weight, keep=False
+        )
+        delta_TD = attention(x, rope, self.layer, quadrants)
+        x, stream_TD = self.ffn_norm.add_and_norm(
+            stream_TD, delta_TD, ffn.reader, keep=isinstance(ffn, SparseFFN)
+        )
+        return stream_TD, ffn(x, quadrants)
 
 
 class Decoder(nn.Module):
@@ -52,6 +64,8 @@ class Decoder(nn.Module):
     """
 
     frequencies: Tensor
+    precision: Precision = Precision.FLOAT32
+    """What it was loaded in."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -70,15 +84,16 @@ class Decoder(nn.Module):
         return cast(list[Block], list(self.layers))
 
     def forward(self, tokens_T: Tensor, positions_T: Tensor, quadrants: Quadrants) -> Tensor:
-        """Normed hidden states [T, D] of the rows of one step."""
-        x_TD = F.embedding(tokens_T, self.embedding.weight)
-        rope = Rope.at(positions_T, self.frequencies, x_TD.dtype)
+        """Activations hidden states [T, D] of the rows of one step."""
+        stream_TD = F.embedding(tokens_T, self.embedding.weight)
+        rope = Rope.at(positions_T, self.frequencies, stream_TD.dtype)
+        delta_TD: Tensor | None = None
         for block in self.blocks:
-            x_TD = block(x_TD, rope, quadrants)
-        hidden_TD: Tensor = self.norm(x_TD)
+            stream_TD, delta_TD = block(stream_TD, delta_TD, rope, quadrants)
+        hidden_TD: Tensor = self.norm(stream_TD if delta_TD is None else stream_TD + delta_TD)
         return hidden_TD
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Float32 logits [S, V] of chosen rows."""
-        logits_SV: Tensor = self.head(hidden_SD)
+        logits_SV: Tensor = self.head(Activations(hidden_SD))
         return logits_SV.float()

@@ -8,7 +8,10 @@ from fourfold.models.config import ModelConfig
 from fourfold.models.precision import Precision
 
 EXPERTS = "experts and routers"
+DENSE_FFN = "dense FFN"
 TIED = "embedding, also head"
+# 4-bit weights: parameters for every group of input channels.
+GROUP, GROUP_BYTES = 64, 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +39,7 @@ def footprint(config: ModelConfig) -> list[Part]:
     parts = [Part("attention", attention * layers, attention * layers)]
     if layers > sparse:
         dense = 3 * width * config.ffn_width * (layers - sparse)
-        parts.append(Part("dense FFN", dense, dense))
+        parts.append(Part(DENSE_FFN, dense, dense))
     if config.moe is not None and sparse:
         moe = config.moe
         expert = 3 * width * moe.expert_width
@@ -58,11 +61,15 @@ def footprint(config: ModelConfig) -> list[Part]:
     return parts
 
 
-def bytes_per_parameter(part: str, precision: Precision) -> int:
+def bytes_per_parameter(part: str, precision: Precision, *, on_gpu: bool) -> float:
     """Bytes one parameter of a part takes; tables that are looked up and norms stay unquantised."""
-    if precision is Precision.BFLOAT16:
-        return 2
-    if precision is Precision.W8A8 and part == TIED:
-        return 5  # looked up in float32, multiplied in int8
-    quantised = precision is Precision.W8A8 and part not in ("embedding", "norms")
-    return 1 if quantised else 4
+    looked_up = 2 if on_gpu else 4
+    if not precision.quantised:
+        return 2 if precision is Precision.BFLOAT16 else 4
+    if part == TIED:
+        return looked_up + 1  # multiplied in int8
+    if part in ("embedding", "norms"):
+        return looked_up
+    # On a CPU 4-bit codes are expanded to the int8 codes that they stand for.
+    packed = precision is not Precision.W8A8 and on_gpu and part in (EXPERTS, DENSE_FFN)
+    return 0.5 + GROUP_BYTES / GROUP if packed else 1

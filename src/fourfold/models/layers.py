@@ -10,16 +10,18 @@ K experts per token.
 from __future__ import annotations
 
 import math
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourfold.kernels.rope import norm_rope
+from fourfold.kernels.rows import rms_norm_quantize
 from fourfold.models.config import ModelConfig, RopeConfig
 from fourfold.models.router import Router
 from fourfold.quadrants.experts import ExpertWeights, Routing, swiglu
-from fourfold.quantize.weights import DenseWeight, Weight
+from fourfold.quantize.weights import Activations, DenseWeight, W8A8Weight, Weight
 
 
 class Quadrants(Protocol):
@@ -29,7 +31,7 @@ class Quadrants(Protocol):
         """Causal attention of each row over its own sequence; [T, H, C]."""
         ...
 
-    def experts(self, x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
+    def experts(self, x: Activations, routing: Routing, weights: ExpertWeights) -> Tensor:
         """The routed FFN of all rows; [T, D]."""
         ...
 
@@ -44,11 +46,11 @@ class Linear(nn.Module):
         self.weight: Weight = DenseWeight(torch.empty(outputs, inputs))
         self.bias = nn.Parameter(torch.empty(outputs), requires_grad=False) if bias else None
 
-    def forward(self, x_TI: Tensor) -> Tensor:
-        y_TO = self.weight.product(self.weight.encode(x_TI))
+    def forward(self, x: Activations) -> Tensor:
+        y_TO = self.weight.product(x.encoded_for(self.weight))
         if self.bias is not None:
             y_TO = y_TO + self.bias
-        return y_TO.to(x_TI.dtype)
+        return y_TO.to(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -62,32 +64,47 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
+    def add_and_norm(
+        self, stream_TD: Tensor, delta_TD: Tensor | None, reader: Weight, *, keep: bool
+    ) -> tuple[Activations, Tensor]:
+        """The normed sum of stream and delta for a weight that reads it, and the sum itself.
 
-class Rope:
-    """Angles of the rotary embedding for the positions of one step.
+        Where the reader takes 8-bit rows on a GPU, sum, norm and quantisation are one pass, and the
+        rows stay in floating point too only if that is asked for.
+        """
+        if isinstance(reader, DenseWeight | W8A8Weight):
+            stream_TD = stream_TD if delta_TD is None else stream_TD + delta_TD
+            return Activations(self(stream_TD)), stream_TD
+        dtype, width = reader.activations
+        x_TD, residual_TD = (stream_TD, None) if delta_TD is None else (delta_TD, stream_TD)
+        normed_TD, rows, stream_TD = rms_norm_quantize(
+            x_TD,
+            self.weight,
+            self.eps,
+            dtype,
+            width,
+            residual_TD=residual_TD,
+            keep_normed=keep,
+        )
+        return Activations(normed_TD, tuple(rows), stream_TD.dtype), stream_TD
+
+
+class Rope(NamedTuple):
+    """Angles of the rotary embedding for the positions of one step, [T, C] each.
 
     Halves are rotated against each other: `x * cos + roll(x) * sin`, the sine negated in the first
-    half. `cos` and `sin` are [T, 1, C].
+    half.
     """
 
-    def __init__(self, cos: Tensor, sin: Tensor) -> None:
-        self._cos = cos
-        self._sin = sin
+    cos_TC: Tensor
+    sin_TC: Tensor
 
     @classmethod
     def at(cls, positions_T: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rope:
         """Angles of `positions_T` for inverse `frequencies` [C / 2], rounded to `dtype`."""
         angle_TC = positions_T[:, None].float() * frequencies[None]
         cos, sin = angle_TC.cos(), angle_TC.sin()
-        return cls(
-            torch.cat((cos, cos), -1)[:, None].to(dtype),
-            torch.cat((-sin, sin), -1)[:, None].to(dtype),
-        )
-
-    def rotate(self, x_THC: Tensor) -> Tensor:
-        """The heads turned by their tokens' angles."""
-        half = x_THC.shape[-1] // 2
-        return torch.addcmul(x_THC * self._cos, x_THC.roll(half, -1), self._sin)
+        return cls(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
 
 
 def rope_frequencies(config: RopeConfig, head_width: int) -> Tensor:
@@ -106,7 +123,13 @@ def rope_frequencies(config: RopeConfig, head_width: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions; queries, keys and values in one product."""
+    """Grouped-query attention with rotary positions; queries, keys and values in one product.
+
+    `k_offset_GC`, where calibration made one, is subtracted from the rotated keys: softmax does not
+    notice, and 8-bit pages keep channels with a bias more precisely.
+    """
+
+    k_offset_GC: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -122,32 +145,30 @@ class Attention(nn.Module):
         elif config.qk_norm == "all_heads":
             self.q_norm = RMSNorm(queries, config.norm_eps)
             self.k_norm = RMSNorm(keys, config.norm_eps)
+        self.register_buffer("k_offset_GC", None)
 
-    def forward(self, x_TD: Tensor, rope: Rope, layer: int, quadrants: Quadrants) -> Tensor:
+    def forward(self, x: Activations, rope: Rope, layer: int, quadrants: Quadrants) -> Tensor:
         config = self.config
-        qkv = self.qkv(x_TD)
-        if config.qk_norm == "none" and config.qkv_clip is None:
-            heads = [config.query_heads, config.kv_heads]
-            qkv = torch.unflatten(qkv, -1, (-1, config.head_width))
-            qk, v = torch.split(qkv, [sum(heads), config.kv_heads], dim=1)
-            q, k = torch.split(rope.rotate(qk), heads, dim=1)
-            return self._attend(q, k, v, layer, quadrants)
-        q, k, v = torch.split(qkv, self.widths, dim=-1)
+        qkv_TA = self.qkv(x)
         if config.qk_norm == "all_heads":
-            q, k = self.q_norm(q), self.k_norm(k)
+            q, k, v = torch.split(qkv_TA, self.widths, dim=-1)
+            qkv_TA = torch.cat((self.q_norm(q), self.k_norm(k), v), dim=-1)
         if config.qkv_clip is not None:
-            q, k, v = (part.clamp(-config.qkv_clip, config.qkv_clip) for part in (q, k, v))
-        shape = (-1, config.head_width)
-        q, k, v = (torch.unflatten(part, -1, shape) for part in (q, k, v))
-        if config.qk_norm == "head":
-            q, k = self.q_norm(q), self.k_norm(k)
-        return self._attend(rope.rotate(q), rope.rotate(k), v, layer, quadrants)
-
-    def _attend(
-        self, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, layer: int, quadrants: Quadrants
-    ) -> Tensor:
+            qkv_TA = qkv_TA.clamp(-config.qkv_clip, config.qkv_clip)
+        per_head = config.qk_norm == "head"
+        q_THC, k_TGC, v_TGC = norm_rope(
+            qkv_TA,
+            config.query_heads,
+            config.kv_heads,
+            config.head_width,
+            *rope,
+            self.q_norm.weight if per_head else None,
+            self.k_norm.weight if per_head else None,
+            config.norm_eps,
+            self.k_offset_GC,
+        )
         out_THC = quadrants.attention(layer, q_THC, k_TGC, v_TGC)
-        out_TD: Tensor = self.output(out_THC.flatten(1))
+        out_TD: Tensor = self.output(Activations(out_THC.flatten(1)))
         return out_TD
 
 
@@ -159,8 +180,13 @@ class DenseFFN(nn.Module):
         self.gate_up = Linear(width, 2 * ffn_width)
         self.down = Linear(ffn_width, width)
 
-    def forward(self, x_TD: Tensor, quadrants: Quadrants) -> Tensor:
-        out_TD: Tensor = self.down(swiglu(self.gate_up(x_TD)))
+    @property
+    def reader(self) -> Weight:
+        """The weight that reads the FFN's input."""
+        return self.gate_up.weight
+
+    def forward(self, x: Activations, quadrants: Quadrants) -> Tensor:
+        out_TD: Tensor = self.down(Activations(swiglu(self.gate_up(x))))
         return out_TD
 
 
@@ -180,8 +206,13 @@ class SparseFFN(nn.Module):
         )
         self.shared = DenseFFN(config.width, moe.shared_width) if moe.shared_width else None
 
-    def forward(self, x_TD: Tensor, quadrants: Quadrants) -> Tensor:
-        out_TD = quadrants.experts(x_TD, self.router(x_TD), self.experts)
+    @property
+    def reader(self) -> Weight:
+        """The weight that reads the FFN's input."""
+        return self.experts.gate_up
+
+    def forward(self, x: Activations, quadrants: Quadrants) -> Tensor:
+        out_TD = quadrants.experts(x, self.router(x.kept), self.experts)
         if self.shared is not None:
-            out_TD = out_TD + self.shared(x_TD, quadrants)
+            out_TD = out_TD + self.shared(x, quadrants)
         return out_TD

@@ -49,10 +49,10 @@ def input_turn(width: int) -> Tensor | None:
 class Rotation:
     """The rotations of one model. Weights must be dense, in floating point, not yet quantised."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, device: torch.device) -> None:
         self._config = config
-        self._stream_DD = orthogonal(config.width, seed=1)
-        self._head_CC = orthogonal(config.head_width, seed=2)
+        self._stream_DD = orthogonal(config.width, seed=1).to(device)
+        self._head_CC = orthogonal(config.head_width, seed=2).to(device)
 
     def rotate_ends(self, model: Decoder) -> None:
         """Embedding, last norm and head; a head that shared the embedding's storage leaves it."""

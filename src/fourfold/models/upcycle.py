@@ -17,6 +17,7 @@ from fourfold.models.config import ModelConfig, MoEConfig
 from fourfold.models.decoder import Decoder
 from fourfold.models.layers import DenseFFN, SparseFFN
 from fourfold.quadrants.experts import ExpertWeights
+from fourfold.quantize.weights import CudaW8A8Weight
 
 EXPERTS = 8
 EXPERTS_PER_TOKEN = 2
@@ -37,14 +38,17 @@ def upcycle(model: Decoder) -> None:
     for layer, block in enumerate(model.blocks):
         dense = block.ffn
         assert isinstance(dense, DenseFFN)
+        gate_up, down = dense.gate_up.weight, dense.down.weight
+        assert not isinstance(gate_up, CudaW8A8Weight)
+        assert not isinstance(down, CudaW8A8Weight)
         with torch.device("meta"):
             sparse = SparseFFN(config)
         generator = torch.Generator().manual_seed(layer)
         router = torch.randn(EXPERTS, config.width, generator=generator)
         sparse.router.weight = nn.Parameter(router.to(device), requires_grad=False)
         sparse.experts = ExpertWeights(
-            dense.gate_up.weight.stacked(),
-            dense.down.weight.stacked(),
+            gate_up.stacked(),
+            down.stacked(),
             slots=1,
             slot_E=torch.zeros(EXPERTS, dtype=torch.int64, device=device),
         )

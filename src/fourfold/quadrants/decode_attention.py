@@ -1,8 +1,10 @@
-"""Decode attention: one query token a sequence against all of its pages, bound by KV bytes.
+"""Decode attention: the newest token of each sequence against all before it, bound by KV bytes.
 
-Plain PyTorch form: the pages of a group of sequences are gathered into one padded block and read by
-two batched products. Sequences of very different lengths would waste the padding, so rows are
-grouped by length first (`group_by_length`, a pure function).
+Two forms, by the kind of page memory. Over float pages: the pages of a group of sequences are
+gathered into one padded block and read by two batched products; sequences of very different lengths
+would waste the padding, so rows are grouped by length first (`group_by_length`, a pure function).
+Over coded pages: `paged_int8_attention_decode` reads each page where it lies, splits long sequences
+over the device and reads pages that sequences share once, as its plan for the step says.
 
 Shapes: B sequences, M pages of the longest, H query heads, G KV heads, R = H / G query heads that
 share a KV head, N tokens per page, C head width, S = M * N padded tokens.
@@ -13,17 +15,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from fourfold.quadrants.kv_pages import PAGE_TOKENS, KVPages
+from fourfold.kernels.decode_attention import (
+    DecodeSequences,
+    DecodeShape,
+    PlanBuffers,
+    paged_int8_attention_decode,
+    paged_int8_attention_decode_reference,
+    plan_decode,
+)
+from fourfold.quadrants.costs import cost_of
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, FloatPages, KVPages, Span
 
 # Reading this many padded tokens costs about as much as one more group of small launches.
 _GROUP_COST_TOKENS = 2048
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecodeGroup:
+class _Group:
     """Sequences attended to together. Tensors live on the device of the pages.
 
     `rows_B` are their rows of the step (None: rows 0..B-1 in order); `runs` names their keys and
@@ -54,57 +66,92 @@ def group_by_length(lengths: Sequence[int]) -> list[list[int]]:
     return groups
 
 
-def describe_decode(
-    lengths: Sequence[int],
-    tables: Sequence[Sequence[int]],
-    pages: KVPages,
-) -> tuple[DecodeGroup, ...]:
-    """The groups for sequences of `lengths` tokens, new ones included, in the pages of `tables`."""
-    groups = group_by_length(lengths)
-    described = []
-    for group in groups:
-        group = sorted(group)
-        used = [-(-lengths[index] // PAGE_TOKENS) for index in group]
+class FloatDecodeAttention:
+    """The decode rows of one step over float pages; described once, used by every layer."""
+
+    def __init__(self, spans: Sequence[Span], pages: FloatPages) -> None:
+        self._pages = pages
+        groups = group_by_length([span.end for span in spans])
+        self._groups = [
+            self._describe(sorted(group), spans, alone=len(groups) == 1) for group in groups
+        ]
+
+    def _describe(self, group: list[int], spans: Sequence[Span], *, alone: bool) -> _Group:
+        pages = self._pages
+        used = [-(-spans[index].end // PAGE_TOKENS) for index in group]
         longest = max(used)
         table = [
-            [*tables[i][:n], *([tables[i][0]] * (longest - n))]
+            [*spans[i].pages[:n], *([spans[i].pages[0]] * (longest - n))]
             for i, n in zip(group, used, strict=True)
         ]
-        length_B = torch.tensor([lengths[index] for index in group])
+        length_B = torch.tensor([spans[index].end for index in group])
         beyond = torch.arange(longest * PAGE_TOKENS)[None] >= length_B[:, None]
         mask = torch.zeros(beyond.shape, dtype=pages.shape.dtype).masked_fill_(
             beyond, float("-inf")
         )
-        described.append(
-            DecodeGroup(
-                rows_B=None if len(groups) == 1 else torch.tensor(group).to(pages.device),
-                runs=pages.runs(torch.tensor(table)),
-                mask=mask[:, None, None, :].to(pages.device, non_blocking=True),
-            )
+        return _Group(
+            rows_B=None if alone else torch.tensor(group).to(pages.device),
+            runs=pages.runs(torch.tensor(table)),
+            mask=mask[:, None, None, :].to(pages.device, non_blocking=True),
         )
-    return tuple(described)
+
+    def __call__(self, layer: int, q_BHC: Tensor) -> Tensor:
+        """Softmax(q k^T / sqrt(C)) v over each sequence's pages; [B, H, C] in `q_BHC`'s dtype."""
+        if len(self._groups) == 1:
+            return self._attend(layer, q_BHC, self._groups[0])
+        out_BHC = torch.empty_like(q_BHC)
+        for group in self._groups:
+            assert group.rows_B is not None
+            out_BHC[group.rows_B] = self._attend(layer, q_BHC[group.rows_B], group)
+        return out_BHC
+
+    def _attend(self, layer: int, q_BHC: Tensor, group: _Group) -> Tensor:
+        batch, heads, width = q_BHC.shape
+        kv_heads, tokens = self._pages.shape.kv_heads, group.mask.shape[-1]
+        shared = heads // kv_heads
+        kv = self._pages.gather(layer, group.runs)
+        k, v = kv.view(2, batch * kv_heads, tokens, width)
+        q = q_BHC.to(k.dtype).reshape(batch * kv_heads, shared, width)
+        scores = torch.bmm(q, k.transpose(1, 2)).view(batch, kv_heads, shared, tokens)
+        weights = torch.add(group.mask, scores, alpha=width**-0.5).softmax(-1)
+        out = torch.bmm(weights.view(batch * kv_heads, shared, tokens), v)
+        return out.view(batch, heads, width).to(q_BHC.dtype)
 
 
-def decode_attention(
-    q_BHC: Tensor, pages: KVPages, layer: int, groups: Sequence[DecodeGroup]
-) -> Tensor:
-    """Softmax(q k^T / sqrt(C)) v over each sequence's pages; [B, H, C] in the dtype of `q_BHC`."""
-    if len(groups) == 1:
-        return _attend(q_BHC, pages, layer, groups[0])
-    out_BHC = torch.empty_like(q_BHC)
-    for group in groups:
-        assert group.rows_B is not None
-        out_BHC[group.rows_B] = _attend(q_BHC[group.rows_B], pages, layer, group)
-    return out_BHC
+class CodedDecodeAttention:
+    """The decode rows of one step over coded pages: a GPU follows a plan, a CPU the reference."""
+
+    def __init__(self, spans: Sequence[Span], pages: CodedPages, heads: int) -> None:
+        self._pages = pages
+        self._sequences = DecodeSequences(
+            lengths_B=np.array([span.end for span in spans], dtype=np.int64),
+            pages=[np.array(span.pages, dtype=np.int32) for span in spans],
+            open_slots_B=np.array([span.slot for span in spans], dtype=np.int64),
+        )
+        self._plan: PlanBuffers | None = None
+        if pages.device.type == "cuda":
+            shape = DecodeShape(
+                heads=heads, kv_heads=pages.shape.kv_heads, head_width=pages.shape.head_width
+            )
+            plan = plan_decode(self._sequences, shape, cost_of(pages.device))
+            self._plan = PlanBuffers.holding(plan, pages.device)
+
+    def __call__(self, layer: int, q_BHC: Tensor) -> Tensor:
+        """Attention of each row over its sequence; [B, H, C] in the dtype of `q_BHC`."""
+        pages = self._pages
+        records, (open_k, open_v) = pages.records[layer], pages.open[layer]
+        if self._plan is None:
+            return paged_int8_attention_decode_reference(
+                q_BHC, records, open_k, open_v, pages.layout, self._sequences
+            )
+        return paged_int8_attention_decode(q_BHC, records, open_k, open_v, pages.layout, self._plan)
 
 
-def _attend(q_BHC: Tensor, pages: KVPages, layer: int, group: DecodeGroup) -> Tensor:
-    batch, heads, width = q_BHC.shape
-    kv_heads, tokens = pages.shape.kv_heads, group.mask.shape[-1]
-    shared = heads // kv_heads
-    k, v = pages.gather(layer, group.runs).view(2, batch * kv_heads, tokens, width)
-    q = q_BHC.to(k.dtype).reshape(batch * kv_heads, shared, width)
-    scores = torch.bmm(q, k.transpose(1, 2)).view(batch, kv_heads, shared, tokens)
-    weights = torch.add(group.mask, scores, alpha=width**-0.5).softmax(-1)
-    out = torch.bmm(weights.view(batch * kv_heads, shared, tokens), v)
-    return out.view(batch, heads, width).to(q_BHC.dtype)
+DecodeAttention = FloatDecodeAttention | CodedDecodeAttention
+
+
+def plan_decode_attention(spans: Sequence[Span], pages: KVPages, heads: int) -> DecodeAttention:
+    """The decode rows of one step, one span each, for a model of so many query heads."""
+    if isinstance(pages, FloatPages):
+        return FloatDecodeAttention(spans, pages)
+    return CodedDecodeAttention(spans, pages, heads)

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from fourfold.quadrants.experts import ExpertWeights, Routing, combine, visit_experts
 from fourfold.quadrants.prefill_ffn import prefill_ffn
+from fourfold.quantize.weights import Activations
 
 
-def decode_ffn(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """Routed FFN of every token; [T, D] in the dtype of `x_TD`."""
-    if x_TD.device.type != "cpu":
-        return prefill_ffn(x_TD, routing, weights)
+def decode_ffn(x: Activations, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """Routed FFN of every token; [T, D] in the dtype of `x`."""
+    if routing.gates_TK.device.type != "cpu":
+        return prefill_ffn(x, routing, weights)
+    x_TD = x.kept
     tokens, chosen = routing.experts_TK.shape
     encoded = weights.gate_up.encode(x_TD)
     if weights.slots == 1:

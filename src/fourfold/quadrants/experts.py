@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourfold.quantize.weights import Encoded, Weight
+from fourfold.quantize.weights import DenseWeight, Encoded, W8A8Weight, Weight
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +58,16 @@ def visit_experts(rows: Encoded, weights: ExpertWeights, ends: Sequence[int]) ->
 
     `rows` are encoded for `weights.gate_up` and sorted by slot, rows of slot s ending at `ends[s]`.
     """
+    gate_up, down = weights.gate_up, weights.down
+    assert isinstance(gate_up, DenseWeight | W8A8Weight)
+    assert isinstance(down, DenseWeight | W8A8Weight)
     outputs = []
     start = 0
     for slot, end in enumerate(ends):
         if end > start:
             mine = tuple(tensor[start:end] for tensor in rows)
-            hidden_RF = swiglu(weights.gate_up.product(mine, slot))
-            outputs.append(weights.down.product(weights.down.encode(hidden_RF), slot))
+            hidden_RF = swiglu(gate_up.product(mine, slot))
+            outputs.append(down.product(down.encode(hidden_RF), slot))
         start = end
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 

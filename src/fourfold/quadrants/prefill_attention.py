@@ -1,7 +1,9 @@
-"""Prefill attention: a chunk of one sequence against its prefix and itself, compute-bound.
+"""Prefill attention: chunks of prompts against their prefixes and themselves, compute-bound.
 
-Plain PyTorch form: torch's fused scaled-dot-product attention, query heads that share a KV head
-laid out as a batch so that keys are expanded without a copy.
+Two forms, by the kind of page memory. Over float pages: torch's fused attention, one chunk after
+the other, query heads that share a KV head laid out as a batch so that keys are expanded without a
+copy. Over coded pages: all chunks of the step in one call of `paged_int8_attention_prefill`, which
+reads finished pages in 8 bits and each row's own page from the step's rows.
 
 Shapes: T chunk rows, S tokens of prefix plus chunk, H query heads, G KV heads, R = H / G, C width.
 """
@@ -15,12 +17,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourfold.quadrants.kv_pages import PAGE_TOKENS, KVPages
+from fourfold.kernels.prefill_attention import describe_prefill, paged_int8_attention_prefill
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, FloatPages, KVPages, Span
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrefillChunk:
-    """Rows `start : start + rows` of a step: the tokens after the first `prefix` of a sequence.
+class _Chunk:
+    """Rows `start : start + rows`: the tokens after the first `prefix` of a sequence.
 
     `runs` names keys and values of prefix and chunk in the page memory; `mask` is true where a row
     may look, [rows, prefix + rows]. Both are None where there is no prefix (plain causal).
@@ -33,35 +36,83 @@ class PrefillChunk:
     mask: Tensor | None
 
 
-def describe_chunk(
-    start: int, rows: int, prefix: int, table: Sequence[int], pages: KVPages
-) -> PrefillChunk:
-    """The description of a chunk whose sequence's pages `table` lists."""
-    if prefix == 0:
-        return PrefillChunk(start=start, rows=rows, prefix=0, runs=None, mask=None)
-    total = prefix + rows
-    used = torch.tensor([table[: -(-total // PAGE_TOKENS)]])
-    mask = torch.ones(rows, total, dtype=torch.bool, device=pages.device).tril_(prefix)
-    return PrefillChunk(start=start, rows=rows, prefix=prefix, runs=pages.runs(used), mask=mask)
+class FloatPrefillAttention:
+    """The chunks of one step over float pages; described once, used by every layer."""
+
+    def __init__(self, spans: Sequence[Span], pages: FloatPages) -> None:
+        self._pages = pages
+        self._chunks: list[_Chunk] = []
+        start = 0
+        for span in spans:
+            self._chunks.append(self._describe(start, span))
+            start += span.length
+
+    def _describe(self, start: int, span: Span) -> _Chunk:
+        rows, prefix = span.length, span.start
+        if prefix == 0:
+            return _Chunk(start=start, rows=rows, prefix=0, runs=None, mask=None)
+        used = torch.tensor([span.pages[: -(-span.end // PAGE_TOKENS)]])
+        mask = torch.ones(rows, span.end, dtype=torch.bool, device=self._pages.device)
+        runs = self._pages.runs(used)
+        return _Chunk(start=start, rows=rows, prefix=prefix, runs=runs, mask=mask.tril_(prefix))
+
+    def __call__(self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
+        """Causal attention of the chunks' rows; [T, H, C] in the dtype of `q_THC`."""
+        outputs = []
+        for chunk in self._chunks:
+            rows = slice(chunk.start, chunk.start + chunk.rows)
+            outputs.append(self._attend(layer, q_THC[rows], k_TGC[rows], v_TGC[rows], chunk))
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend(
+        self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, chunk: _Chunk
+    ) -> Tensor:
+        rows, heads, width = q_THC.shape
+        kv_heads, dtype = self._pages.shape.kv_heads, self._pages.shape.dtype
+        if chunk.runs is None:
+            k_GSC, v_GSC = k_TGC.to(dtype).transpose(0, 1), v_TGC.to(dtype).transpose(0, 1)
+        else:
+            kv = self._pages.gather(layer, chunk.runs).view(2, kv_heads, -1, width)
+            k_GSC, v_GSC = kv[:, :, : chunk.prefix + rows]
+        shared = heads // kv_heads
+        out_GRTC = F.scaled_dot_product_attention(
+            q_THC.to(dtype).view(rows, kv_heads, shared, width).permute(1, 2, 0, 3),
+            k_GSC[:, None].expand(-1, shared, -1, -1),
+            v_GSC[:, None].expand(-1, shared, -1, -1),
+            attn_mask=chunk.mask,
+            is_causal=chunk.mask is None,
+        )
+        return out_GRTC.permute(2, 0, 1, 3).reshape(rows, heads, width).to(q_THC.dtype)
 
 
-def prefill_attention(
-    q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, pages: KVPages, layer: int, chunk: PrefillChunk
-) -> Tensor:
-    """Causal attention of one chunk; inputs are the chunk's rows alone. Returns [T, H, C]."""
-    rows, heads, width = q_THC.shape
-    kv_heads, dtype = pages.shape.kv_heads, pages.shape.dtype
-    if chunk.runs is None:
-        k_GSC, v_GSC = k_TGC.to(dtype).transpose(0, 1), v_TGC.to(dtype).transpose(0, 1)
-    else:
-        kv = pages.gather(layer, chunk.runs).view(2, kv_heads, -1, width)
-        k_GSC, v_GSC = kv[:, :, : chunk.prefix + rows]
-    shared = heads // kv_heads
-    out_GRTC = F.scaled_dot_product_attention(
-        q_THC.to(dtype).view(rows, kv_heads, shared, width).permute(1, 2, 0, 3),
-        k_GSC[:, None].expand(-1, shared, -1, -1),
-        v_GSC[:, None].expand(-1, shared, -1, -1),
-        attn_mask=chunk.mask,
-        is_causal=chunk.mask is None,
-    )
-    return out_GRTC.permute(2, 0, 1, 3).reshape(rows, heads, width).to(q_THC.dtype)
+class CodedPrefillAttention:
+    """The chunks of one step over coded pages. Chunks begin with a page."""
+
+    def __init__(self, spans: Sequence[Span], pages: CodedPages, heads: int) -> None:
+        self._pages = pages
+        chunks, row = [], 0
+        for span in spans:
+            assert span.start % PAGE_TOKENS == 0
+            chunks.append((row, span.length, span.start, span.pages))
+            row += span.length
+        self._batch = describe_prefill(
+            chunks, heads=heads, kv_heads=pages.shape.kv_heads, device=pages.device
+        )
+
+    def __call__(self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
+        """Causal attention of the chunks' rows; [T, H, C] in the dtype of `q_THC`."""
+        pages = self._pages
+        return paged_int8_attention_prefill(
+            q_THC, k_TGC, v_TGC, pages.records[layer], pages.layout, self._batch
+        )
+
+
+PrefillAttention = FloatPrefillAttention | CodedPrefillAttention
+
+
+def plan_prefill_attention(spans: Sequence[Span], pages: KVPages, heads: int) -> PrefillAttention:
+    """The chunks of one step, whose rows are those of the spans in order, for a model of so many
+    query heads."""
+    if isinstance(pages, FloatPages):
+        return FloatPrefillAttention(spans, pages)
+    return CodedPrefillAttention(spans, pages, heads)

@@ -1,8 +1,8 @@
 """Prefill FFN: many tokens of many requests through their experts at once, compute-bound.
 
 Rows are sorted by expert and every expert sees one dense product over all of its rows. In floating
-point that is one grouped product and nothing is read on the host, so a GPU is never waited for;
-torch has no grouped int8 product, so 8-bit experts are visited one by one.
+point, and in 4-bit codes on a GPU, that is one grouped product and nothing is read on the host, so
+a GPU is never waited for; a CPU visits 8-bit experts one by one.
 
 Shapes: as in `experts`.
 """
@@ -13,12 +13,18 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.grouped_gemm import grouped_gemm
+from fourfold.kernels.routing import combine as combine_rows
+from fourfold.kernels.routing import group_rows
+from fourfold.kernels.w4a8_gemm import grouped_w4a8_gemm
 from fourfold.quadrants.experts import ExpertWeights, Routing, combine, swiglu, visit_experts
-from fourfold.quantize.weights import DenseWeight
+from fourfold.quantize.weights import Activations, CudaW4A8Weight, DenseWeight
 
 
-def prefill_ffn(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """Routed FFN of every token; [T, D] in the dtype of `x_TD`."""
+def prefill_ffn(x: Activations, routing: Routing, weights: ExpertWeights) -> Tensor:
+    """Routed FFN of every token; [T, D] in the dtype of `x`."""
+    if isinstance(weights.gate_up, CudaW4A8Weight):
+        return _w4a8_ffn(x, routing, weights, weights.gate_up)
+    x_TD = x.kept
     tokens, chosen = routing.experts_TK.shape
     slot_R, order_R = weights.slot_of(routing.experts_TK).flatten().sort(stable=True)
     slot_S = torch.arange(weights.slots, device=x_TD.device)
@@ -33,3 +39,38 @@ def prefill_ffn(x_TD: Tensor, routing: Routing, weights: ExpertWeights) -> Tenso
         sorted_RD = visit_experts(rows, weights, ends_S.tolist())
     out_RD = torch.empty_like(sorted_RD).index_copy_(0, order_R, sorted_RD)
     return combine(out_RD.view(tokens, chosen, -1), routing.gates_TK).to(x_TD.dtype)
+
+
+def _w4a8_ffn(
+    x: Activations, routing: Routing, weights: ExpertWeights, gate_up: CudaW4A8Weight
+) -> Tensor:
+    """Two grouped products; the first gathers its rows and ends in SwiGLU, the second puts each row
+    back in its token's place."""
+    down = weights.down
+    assert isinstance(down, CudaW4A8Weight)
+    chosen = routing.experts_TK.shape[1]
+    groups = group_rows(weights.slot_of(routing.experts_TK), weights.slots)
+    codes_TD, scale_T = x.encoded_for(gate_up)
+    hidden_RF = grouped_w4a8_gemm(
+        codes_TD,
+        scale_T,
+        gate_up.packed,
+        groups,
+        gather=chosen,
+        scatter=False,
+        swiglu=True,
+        out_dtype=torch.bfloat16,
+    )
+    codes_RF, scale_R = down.encode(hidden_RF)
+    out_RD = grouped_w4a8_gemm(
+        codes_RF,
+        scale_R,
+        down.packed,
+        groups,
+        gather=None,
+        scatter=True,
+        swiglu=False,
+        out_dtype=torch.bfloat16,
+    )
+    out_TKD = out_RD.view(*routing.experts_TK.shape, -1)
+    return combine_rows(out_TKD, routing.gates_TK, out_dtype=x.dtype)

@@ -12,8 +12,8 @@ import torch
 import transformers
 
 from fourfold.engine.engine import Engine
-from fourfold.quadrants.kv_pages import KVPages, PageShape
-from fourfold.quadrants.step import QuadrantStep, Span
+from fourfold.quadrants.kv_pages import FloatPages, PageShape, Span
+from fourfold.quadrants.step import QuadrantStep
 from tests.cpu import tiny
 from tests.cpu.driving import GREEDY, generate, load_tiny, make_engine
 
@@ -47,7 +47,7 @@ def test_logits_of_chunks_and_of_decoding(
         head_width=model.config.head_width,
         dtype=torch.float32,
     )
-    pages = KVPages(shape, 8, torch.device("cpu"))
+    pages = FloatPages(shape, 8, torch.device("cpu"))
     [prompt] = random_prompts(150)
     table = [5, 0, 3]
     hidden = []
@@ -55,7 +55,8 @@ def test_logits_of_chunks_and_of_decoding(
     with torch.inference_mode():
         for start, end in itertools.pairwise(cuts):
             span = [Span(start, end - start, table)]
-            step = QuadrantStep(pages, *(([], span) if end - start > 1 else (span, [])))
+            rows = ([], span) if end - start > 1 else (span, [])
+            step = QuadrantStep(pages, *rows, heads=model.config.query_heads)
             ids = torch.tensor(prompt[start:end])
             hidden.append(model(ids, step.positions_T, step))
         logits = model.logits(torch.cat(hidden))

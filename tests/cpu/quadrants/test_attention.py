@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fourfold.quadrants.decode_attention import group_by_length
-from fourfold.quadrants.kv_pages import PAGE_TOKENS, KVPages, PageShape
-from fourfold.quadrants.step import QuadrantStep, Span
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, FloatPages, PageShape, Span
+from fourfold.quadrants.step import QuadrantStep
 
 WIDTH = 16
 LAYERS = 2
@@ -39,7 +39,7 @@ class Book:
         free = random.sample(range(sum(needed) + 2), sum(needed) + 2)
         self.tables = [[free.pop() for _ in range(count)] for count in needed]
         shape = PageShape(layers=LAYERS, kv_heads=self.kv_heads, head_width=WIDTH, dtype=self.dtype)
-        self.pages = KVPages(shape, sum(needed) + 2, torch.device("cpu"))
+        self.pages = FloatPages(shape, sum(needed) + 2, torch.device("cpu"))
         self.pages.data.fill_(1e4)  # what earlier owners of the pages left behind
         self.k, self.v, self.q = (
             [self._random(length, heads) for length in self.lengths]
@@ -53,7 +53,9 @@ class Book:
         end). Checks every row and returns the last layer's."""
         rows = [*((s, p, p + 1) for s, p in decodes), *prefills]
         spans = [Span(start, end - start, self.tables[s]) for s, start, end in rows]
-        step = QuadrantStep(self.pages, spans[: len(decodes)], spans[len(decodes) :])
+        step = QuadrantStep(
+            self.pages, spans[: len(decodes)], spans[len(decodes) :], heads=self.query_heads
+        )
         for layer in range(LAYERS):
             q, k, v = (
                 torch.cat([whole[s][layer, start:end] for s, start, end in rows])
@@ -68,12 +70,10 @@ class Book:
     def store(self) -> None:
         """Writes all tokens but the last of each sequence."""
         for sequence, length in enumerate(self.lengths):
-            positions = torch.arange(length - 1)
-            page_T = torch.tensor(self.tables[sequence])[positions // PAGE_TOKENS]
-            places = self.pages.places(page_T, positions % PAGE_TOKENS)
+            writes = self.pages.writes([Span(0, length - 1, self.tables[sequence])])
             for layer in range(LAYERS):
                 k, v = self.k[sequence][layer, :-1], self.v[sequence][layer, :-1]
-                self.pages.write(layer, places, k, v)
+                writes.before_attention(layer, k, v)
 
     def _naive(self, layer: int, sequence: int, start: int, end: int) -> Tensor:
         """Softmax of scaled products, one row and head after the other; [rows, H, C]."""

@@ -8,18 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold.kernels.w8a8_gemm import exact_on_cpu
 from fourfold.quadrants.decode_ffn import decode_ffn
 from fourfold.quadrants.experts import ExpertWeights, Routing
 from fourfold.quadrants.prefill_ffn import prefill_ffn
-from fourfold.quantize.weights import DenseWeight, W8A8Weight
+from fourfold.quantize.weights import Activations, DenseWeight, to_w8a8
 from tests.cpu.quadrants import naive
 
-FFN = Callable[[Tensor, Routing, ExpertWeights], Tensor]
+FFN = Callable[[Activations, Routing, ExpertWeights], Tensor]
 
-needs_int8 = pytest.mark.skipif(
-    not exact_on_cpu(), reason="this CPU has no exact int8 products (VNNI)"
-)
 both = pytest.mark.parametrize("ffn", [prefill_ffn, decode_ffn])
 # tokens, width, ffn width, experts, chosen
 SIZES = [
@@ -38,18 +34,18 @@ def dense(gate_up: Tensor, down: Tensor, slot_E: Tensor | None = None) -> Expert
 
 
 def int8(gate_up: Tensor, down: Tensor, slot_E: Tensor | None = None) -> ExpertWeights:
-    parts = W8A8Weight.quantize(gate_up), W8A8Weight.quantize(down)
+    parts = to_w8a8(gate_up), to_w8a8(down)
     return ExpertWeights(*parts, slots=len(gate_up), slot_E=slot_E)
 
 
 def check(ffn: FFN, routed: Routing, gate_up: Tensor, down: Tensor, x_TD: Tensor) -> None:
     wanted = naive.routed_ffn(x_TD, routed, gate_up, down)
-    out = ffn(x_TD, routed, dense(gate_up, down))
+    out = ffn(Activations(x_TD), routed, dense(gate_up, down))
     assert out.dtype == x_TD.dtype
     torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-5)
-    if exact_on_cpu():
-        off = (ffn(x_TD, routed, int8(gate_up, down)).double() - wanted).norm() / wanted.norm()
-        assert off < 0.05  # two products of 7-bit weights and activations
+    out = ffn(Activations(x_TD), routed, int8(gate_up, down))
+    off = (out.double() - wanted).norm() / wanted.norm()
+    assert off < 0.05  # two products of 7-bit weights and activations
 
 
 @both
@@ -82,20 +78,19 @@ def test_given_routing(ffn: FFN, experts_TK: list[list[int]]) -> None:
 
 @both
 @pytest.mark.parametrize("slots", [1, 3])
-@pytest.mark.parametrize("make", [dense, pytest.param(int8, marks=needs_int8)])
+@pytest.mark.parametrize("make", [dense, int8])
 def test_experts_that_share_slots(ffn: FFN, make: Callable[..., ExpertWeights], slots: int) -> None:
     """Shared storage answers as copies of it would."""
     slot_E = torch.tensor([2, 0, 0, 1, 2, 1, 0, 0]) % slots
     gate_up, down = naive.weights(slots, 32, 16)
     routed = naive.routing(20, 8, 3)
     x_TD = naive.tokens(20, 32)
-    shared = ffn(x_TD, routed, make(gate_up, down, slot_E))
-    copies = ffn(x_TD, routed, make(gate_up[slot_E], down[slot_E]))
+    shared = ffn(Activations(x_TD), routed, make(gate_up, down, slot_E))
+    copies = ffn(Activations(x_TD), routed, make(gate_up[slot_E], down[slot_E]))
     torch.testing.assert_close(shared, copies, rtol=1e-5, atol=1e-6)
 
 
 @both
-@needs_int8
 @pytest.mark.parametrize("width", [64, 200, 576])
 def test_int8_bits_do_not_depend_on_the_batch(ffn: FFN, width: int) -> None:
     """A token alone, in a small and in a large batch, in either quadrant: identical float32."""
@@ -103,11 +98,11 @@ def test_int8_bits_do_not_depend_on_the_batch(ffn: FFN, width: int) -> None:
     x_TD = naive.tokens(150, width)
     weights = int8(*naive.weights(8, width, 92))
     torch.set_num_threads(2)
-    whole = decode_ffn(x_TD, routed, weights)
+    whole = decode_ffn(Activations(x_TD), routed, weights)
     torch.set_num_threads(1)
     for start, end in ((0, 1), (149, 150), (20, 22), (31, 64), (0, 150)):
         part = Routing(routed.gates_TK[start:end], routed.experts_TK[start:end])
-        assert torch.equal(ffn(x_TD[start:end], part, weights), whole[start:end])
+        assert torch.equal(ffn(Activations(x_TD[start:end]), part, weights), whole[start:end])
 
 
 @both
@@ -115,7 +110,7 @@ def test_sixteen_bit_activations(ffn: FFN) -> None:
     gate_up, down = naive.weights(4, 32, 16)
     routed = naive.routing(6, 4, 2)
     x_TD = naive.tokens(6, 32).bfloat16()
-    out = ffn(x_TD, routed, dense(gate_up.bfloat16(), down.bfloat16()))
+    out = ffn(Activations(x_TD), routed, dense(gate_up.bfloat16(), down.bfloat16()))
     wanted = naive.routed_ffn(x_TD, routed, gate_up, down)
     assert out.dtype == torch.bfloat16
     assert (out.double() - wanted).norm() / wanted.norm() < 0.02

@@ -14,8 +14,8 @@ from fourfold.models.decoder import Decoder
 from fourfold.models.layers import SparseFFN
 from fourfold.models.upcycle import EXPERTS, EXPERTS_PER_TOKEN, upcycle
 from fourfold.quadrants.experts import Routing
-from fourfold.quadrants.kv_pages import KVPages, PageShape
-from fourfold.quadrants.step import QuadrantStep, Span
+from fourfold.quadrants.kv_pages import FloatPages, PageShape, Span
+from fourfold.quadrants.step import QuadrantStep
 from tests.cpu.driving import load_tiny
 
 Find = Callable[[str], Path]
@@ -30,13 +30,14 @@ def logits(model: Decoder, prompt: list[int], *, tail: int) -> Tensor:
         head_width=config.head_width,
         dtype=torch.float32,
     )
-    pages = KVPages(shape, 4, torch.device("cpu"))
+    pages = FloatPages(shape, 4, torch.device("cpu"))
     cuts = [0, *range(len(prompt) - tail, len(prompt) + 1)]
     hidden = []
     with torch.inference_mode():
         for start, end in itertools.pairwise(cuts):
             span = [Span(start, end - start, [2, 0, 3])]
-            step = QuadrantStep(pages, *(([], span) if start == 0 else (span, [])))
+            rows = ([], span) if start == 0 else (span, [])
+            step = QuadrantStep(pages, *rows, heads=model.config.query_heads)
             hidden.append(model(torch.tensor(prompt[start:end]), step.positions_T, step))
         return model.logits(torch.cat(hidden))
 

@@ -15,11 +15,8 @@ from fourfold.kernels.w8a8_gemm import (
     w8a8_gemm,
 )
 from fourfold.models.rotation import input_turn
-from fourfold.quantize.weights import W8A8Weight
+from fourfold.quantize.weights import W8A8Weight, to_w8a8
 
-needs_int8 = pytest.mark.skipif(
-    not exact_on_cpu(), reason="this CPU has no exact int8 products (VNNI)"
-)
 NEAREST = 0.5001  # of a step; the rest is for float32 roundings next to a half
 SHAPES = [(1, 64, 1), (2, 65, 7), (5, 255, 64), (33, 1024, 100), (200, 64, 33), (3, 8192, 16)]
 shapes = pytest.mark.parametrize(("tokens", "inputs", "outputs"), SHAPES)
@@ -57,17 +54,15 @@ def test_rows_of_extreme_values_have_finite_codes(value: float) -> None:
     torch.testing.assert_close(back, wanted, rtol=1e-2, atol=1e-38)
 
 
-@needs_int8
 def test_weights_are_the_nearest_codes() -> None:
     """Products with one-hot tokens give the weights back, a column each."""
     w = random_values(50, 37)
-    weight = W8A8Weight.quantize(w)
+    weight = to_w8a8(w)
     back = weight.product(weight.encode(torch.eye(37))).T.double()
     step = w.double().abs().amax(-1, keepdim=True) / LIMIT
     assert bool(((w.double() - back).abs() <= step * NEAREST).all())
 
 
-@needs_int8
 @shapes
 def test_sums_are_exact(tokens: int, inputs: int, outputs: int) -> None:
     """Also where almost everything cancels, or every product has the largest size."""
@@ -80,15 +75,17 @@ def test_sums_are_exact(tokens: int, inputs: int, outputs: int) -> None:
     sums = (codes.long() - ZERO_POINT) @ weight.long().T
     packed = pack_weight(weight)
     out = w8a8_gemm(codes, torch.ones(tokens, 1), packed, torch.ones(outputs))
-    assert torch.equal(out, sums.float())
+    # Without VNNI float32 adds the products, exactly as long as no sum needs more than its bits.
+    exact = exact_on_cpu() or inputs * LIMIT**2 < 2**24
+    rtol, atol = (0.0, 0.0) if exact else (1e-4, inputs)
+    torch.testing.assert_close(out, sums.float(), rtol=rtol, atol=atol)
 
 
-@needs_int8
 @shapes
 def test_products_stay_within_the_rounding_of_codes(tokens: int, inputs: int, outputs: int) -> None:
     """|x w - x' w'| <= |x| sw/2 + |w| sx/2 + sx sw/4, summed over the inputs."""
     x, w = random_values(tokens, inputs, seed=1), random_values(outputs, inputs, seed=2)
-    weight = W8A8Weight.quantize(w)
+    weight = to_w8a8(w)
     out = weight.product(weight.encode(x))
     assert (out.dtype, out.shape) == (torch.float32, (tokens, outputs))
     x, w = x.double(), w.double()
@@ -97,12 +94,11 @@ def test_products_stay_within_the_rounding_of_codes(tokens: int, inputs: int, ou
     assert bool(((out - x @ w.T).abs() <= bound * (1 + 1e-4)).all())
 
 
-@needs_int8
 @shapes
 def test_bits_do_not_depend_on_the_batch(tokens: int, inputs: int, outputs: int) -> None:
     """Nor on the threads that share the work."""
     x = random_values(tokens, inputs)
-    weight = W8A8Weight.quantize(random_values(outputs, inputs, seed=3))
+    weight = to_w8a8(random_values(outputs, inputs, seed=3))
     torch.set_num_threads(2)
     whole = weight.product(weight.encode(x))
     torch.set_num_threads(1)
@@ -110,7 +106,6 @@ def test_bits_do_not_depend_on_the_batch(tokens: int, inputs: int, outputs: int)
         assert torch.equal(weight.product(weight.encode(x[start:end])), whole[start:end])
 
 
-@needs_int8
 def test_turning_loses_nothing_and_spreads_outliers() -> None:
     x, w = random_values(40, 256, spread=False), random_values(30, 256, seed=2, spread=False)
     x[:, 7::64] *= 50
@@ -120,29 +115,27 @@ def test_turning_loses_nothing_and_spreads_outliers() -> None:
         error = weight.product(weight.encode(x)) - wanted
         return float(error.norm() / wanted.norm())
 
-    plain, turned = off(W8A8Weight.quantize(w)), off(W8A8Weight.quantize(w, input_turn(256)))
+    plain, turned = off(to_w8a8(w)), off(to_w8a8(w, input_turn(256)))
     assert turned < 0.02
     assert turned < plain
 
 
-@needs_int8
 def test_stacked_weights_hold_one_matrix_a_slot() -> None:
     stack = torch.stack([random_values(10, 24, seed=s, spread=False) for s in range(3)])
     x = random_values(4, 24)
-    weight = W8A8Weight.quantize(stack)
+    weight = to_w8a8(stack)
     encoded = weight.encode(x)
     for slot in range(3):
-        alone = W8A8Weight.quantize(stack[slot])
+        alone = to_w8a8(stack[slot])
         assert torch.equal(weight.product(encoded, slot), alone.product(encoded))
         assert torch.equal(alone.stacked().product(encoded, 0), alone.product(encoded))
 
 
-@needs_int8
 def test_zeros_stay_zero() -> None:
     """A token of zeros and a channel of zeros have no scale to divide by."""
     x, w = random_values(3, 16, spread=False), random_values(5, 16, spread=False)
     x[1], w[2] = 0.0, 0.0
-    weight = W8A8Weight.quantize(w)
+    weight = to_w8a8(w)
     out = weight.product(weight.encode(x))
     assert bool(out.isfinite().all())
     assert not out[1].any()
