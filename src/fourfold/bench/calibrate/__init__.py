@@ -1,0 +1,1 @@
+"""`fourfold calibrate`: the quadrants' cost models, fitted to this GPU."""
