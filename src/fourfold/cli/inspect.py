@@ -27,42 +27,46 @@ class Options:
 def run(options: Options) -> int:
     from rich.console import Console
 
-    from fourfold.models.checkpoint.source import SourceKind
     from fourfold.models.loading import (
-        activation_dtype,
         check_tensors,
         check_widths,
-        choose_precision,
+        is_upcycled,
         open_checkpoint,
-        page_dtype,
+        page_shape,
         read_model_config,
         resolve_device,
+        served_precision,
     )
+    from fourfold.models.precision import PageFormat
     from fourfold.models.upcycle import upcycled_config
+    from fourfold.quadrants.kv_pages import PAGE_TOKENS
 
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
     source = options.model.source()
     device = resolve_device(options.model.device)
-    precision = choose_precision(options.model.precision, device)
     try:
         checkpoint = open_checkpoint(source)
+        precision = served_precision(options.model.precision, device, checkpoint)
         family, config = read_model_config(checkpoint.fields(), checkpoint.where)
-        check_widths(config, device, activation_dtype(precision))
+        check_widths(config, device, precision)
         if options.model.load != "dummy":
             check_tensors(checkpoint, config, family.place(config))
     except CheckpointError as error:
         console.print(f"{source.model_id} would be refused: {error}")
         return 1
-    embedded = source.kind is SourceKind.EMBEDDED
+    embedded = is_upcycled(source, checkpoint)
     if embedded:
         config = upcycled_config(config)
     console.print(source.model_id, style="bold", end="  ")
     console.print(str(source.path))
     for name, value in _architecture(config):
         console.print(f"  {name:<12} {value}")
-    console.print(_sizes(config, precision, experts_share_storage=embedded))
-    token = 2 * config.layers * config.kv_heads * config.head_width * page_dtype(precision).itemsize
-    console.print(f"KV pages take {token / 2**10:.1f} KiB a token.")
+    on_gpu = device.type != "cpu"
+    console.print(_sizes(config, precision, on_gpu=on_gpu, experts_share_storage=embedded))
+    pages = page_shape(config, precision, device, PageFormat.AUTO)
+    kept = pages.codes or str(pages.dtype).removeprefix("torch.")
+    token = pages.page_bytes / PAGE_TOKENS
+    console.print(f"KV pages ({kept}) take {token / 2**10:.1f} KiB a token.")
     console.print("It would be served.")
     return 0
 
@@ -88,18 +92,21 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
     return [*rows, ("FFN", f"{experts} in {sparse} of {config.layers} layers, {gates}")]
 
 
-def _sizes(config: ModelConfig, precision: Precision, *, experts_share_storage: bool) -> Table:
+def _sizes(
+    config: ModelConfig, precision: Precision, *, on_gpu: bool, experts_share_storage: bool
+) -> Table:
     from rich.table import Table
 
     from fourfold.models.footprint import EXPERTS, bytes_per_parameter, footprint
 
     table = Table("part", "parameters", "active per token", f"GiB as {precision}", box=None)
-    total = active = stored = 0
+    total = active = 0
+    stored = 0.0
     for part in footprint(config):
         held = part.total
         if experts_share_storage and part.name == EXPERTS:
             held //= config.moe.experts if config.moe else 1
-        size = held * bytes_per_parameter(part.name, precision)
+        size = held * bytes_per_parameter(part.name, precision, on_gpu=on_gpu)
         table.add_row(part.name, f"{part.total:,}", f"{part.active:,}", f"{size / _GIB:.3f}")
         total, active, stored = total + part.total, active + part.active, stored + size
     table.add_row("all", f"{total:,}", f"{active:,}", f"{stored / _GIB:.3f}")

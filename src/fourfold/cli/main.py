@@ -23,9 +23,12 @@ COMMANDS = {
     "serve": "answer OpenAI clients over HTTP",
     "chat": "talk to a model in the terminal",
     "generate": "answer a JSONL file of prompts, in order and resumable",
+    "quantize": "write a model with 4-bit weights, calibrated on a text",
     "inspect": "show what a checkpoint holds, needs, and whether it would be served",
+    "calibrate": "time the kernels on this GPU, for plans and schedules that suit it",
     "bench serve": "load an OpenAI-compatible server and measure it",
     "bench offline": "measure the engine alone, beside other engines",
+    "bench kernels": "every kernel's speed beside this GPU's limits, and its error",
     "bench quality": "what a precision costs in perplexity and agreement on a text",
 }
 _INTERRUPTED = 130

@@ -10,10 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from fourfold.errors import CheckpointError, ConfigError
+from fourfold.kernels.pages.layout import PageCodes
 from fourfold.kernels.w8a8_gemm import exact_on_cpu
+from fourfold.models.checkpoint.fourfold_format import FourfoldFormat
 from fourfold.models.checkpoint.source import Source, SourceKind
 from fourfold.models.checkpoint.tensors import Checkpoint
 from fourfold.models.config import ConfigReader, ModelConfig
@@ -21,13 +22,16 @@ from fourfold.models.decoder import Decoder
 from fourfold.models.families.family import Family, Placements
 from fourfold.models.families.registry import find_family
 from fourfold.models.filling import CheckpointFiller, Filler, Progress, RandomFiller
-from fourfold.models.layers import Linear, SparseFFN
-from fourfold.models.precision import Precision
-from fourfold.models.rotation import Rotation, input_turn
+from fourfold.models.layers import SparseFFN
+from fourfold.models.precision import PageFormat, Precision
+from fourfold.models.quantising import Quantiser
 from fourfold.models.router import UniformRouter
 from fourfold.models.upcycle import upcycle
-from fourfold.quadrants.experts import ExpertWeights
-from fourfold.quantize.weights import DenseWeight, W8A8Weight
+from fourfold.quadrants.kv_pages import PageShape
+from fourfold.quantize.weights import DenseWeight
+
+# What the kernels that read 8-bit pages on a GPU are made for.
+KERNEL_HEAD_WIDTHS = (64, 128)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,37 +75,90 @@ def choose_precision(asked: Precision, device: torch.device) -> Precision:
     AUTO is bfloat16 on a GPU. On a CPU it is W8A8 where int8 products are exact (VNNI), else
     bfloat16 where the CPU multiplies it natively, else float32.
     """
-    if asked is Precision.W8A8:
-        if device.type != "cpu":
-            raise ConfigError("precision w8a8 runs on the CPU only; use bfloat16 on a GPU")
-        if not exact_on_cpu():
-            raise ConfigError("this CPU has no exact int8 products; use --precision float32")
+    on_cpu = device.type == "cpu"
+    if asked is Precision.W8A8 and not on_cpu:
+        raise ConfigError("precision w8a8 runs on the CPU only; use w4a8 or bfloat16 on a GPU")
+    if asked is Precision.W4A8_FP8 and (
+        on_cpu or torch.cuda.get_device_capability(device) < (8, 9)
+    ):
+        raise ConfigError("precision w4a8-fp8 needs a Hopper or Ada GPU; use w4a8")
+    if asked is Precision.W4A8 and not on_cpu and torch.cuda.get_device_capability(device) < (8, 0):
+        raise ConfigError("precision w4a8 needs an Ampere or newer GPU; use bfloat16")
     if asked is not Precision.AUTO:
         return asked
-    if device.type != "cpu":
+    if not on_cpu:
         return Precision.BFLOAT16
     if exact_on_cpu():
         return Precision.W8A8
     return Precision.BFLOAT16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else Precision.FLOAT32
 
 
-def activation_dtype(precision: Precision) -> torch.dtype:
+def served_precision(asked: Precision, device: torch.device, checkpoint: Checkpoint) -> Precision:
+    """`choose_precision` for a checkpoint: AUTO serves weights that are packed as they are, where
+    the device can. `ConfigError` where they would have to be packed a second time."""
+    packed = packed_format(checkpoint)
+    if packed is None:
+        return choose_precision(asked, device)
+    fp8 = packed.recipe.activations == torch.float8_e4m3fn
+    own, other = Precision.W4A8, Precision.W4A8_FP8
+    if fp8:
+        own, other = other, own
+    if asked is other:
+        raise ConfigError(f"{checkpoint.where} is packed as {packed.recipe}; use --precision {own}")
+    if asked is Precision.AUTO and (device.type != "cpu" or (not fp8 and exact_on_cpu())):
+        asked = own
+    return choose_precision(asked, device)
+
+
+def packed_format(checkpoint: Checkpoint) -> FourfoldFormat | None:
+    """How a checkpoint's weights are packed, where `fourfold quantize` wrote it."""
+    from fourfold.models.checkpoint.directory import DirectoryCheckpoint
+
+    return checkpoint.quantised if isinstance(checkpoint, DirectoryCheckpoint) else None
+
+
+def activation_dtype(precision: Precision, device: torch.device) -> torch.dtype:
     """What hidden states are kept in."""
-    return torch.bfloat16 if precision is Precision.BFLOAT16 else torch.float32
-
-
-def page_dtype(precision: Precision) -> torch.dtype:
-    """What keys and values are kept in: 16 bits wherever the device multiplies them natively."""
-    if precision is Precision.W8A8 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if precision is Precision.BFLOAT16 or (precision.quantised and device.type != "cpu"):
         return torch.bfloat16
-    return activation_dtype(precision)
+    return torch.float32
 
 
-def kv_dtype(model: Decoder) -> torch.dtype:
-    """`page_dtype` of the precision a model was loaded in."""
-    if isinstance(model.head.weight, W8A8Weight):
-        return page_dtype(Precision.W8A8)
-    return model.embedding.weight.dtype
+def page_shape(
+    config: ModelConfig, precision: Precision, device: torch.device, asked: PageFormat
+) -> PageShape:
+    """The pages of a model served in a precision; `ConfigError` where the device cannot read them.
+
+    FLOAT pages have 16 bits wherever the device multiplies them natively. AUTO is INT8 on a GPU
+    that serves quantised weights, if the kernels read heads of this width.
+    """
+    dtype = activation_dtype(precision, device)
+    if precision.quantised and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        dtype = torch.bfloat16
+    on_gpu = device.type != "cpu"
+    readable = config.head_width in KERNEL_HEAD_WIDTHS
+    if asked is PageFormat.AUTO:
+        quantised = on_gpu and precision.quantised and readable
+        asked = PageFormat.INT8 if quantised else PageFormat.FLOAT
+    if asked is PageFormat.FP8 and on_gpu and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError("--kv-pages fp8 needs a Hopper or Ada GPU; use int8")
+    if asked is not PageFormat.FLOAT and on_gpu and not readable:
+        raise ConfigError(
+            f"8-bit pages of heads {config.head_width} wide cannot be read on a GPU (only "
+            f"{' and '.join(map(str, KERNEL_HEAD_WIDTHS))}); use --kv-pages float"
+        )
+    return PageShape(
+        layers=config.layers,
+        kv_heads=config.kv_heads,
+        head_width=config.head_width,
+        dtype=dtype if asked is PageFormat.FLOAT or not on_gpu else torch.bfloat16,
+        codes=None if asked is PageFormat.FLOAT else PageCodes(asked.value),
+    )
+
+
+def pages_of(model: Decoder, asked: PageFormat) -> PageShape:
+    """`page_shape` of a model that is loaded."""
+    return page_shape(model.config, model.precision, model.frequencies.device, asked)
 
 
 def open_checkpoint(source: Source) -> Checkpoint:
@@ -146,15 +203,16 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, placements: Place
         raise CheckpointError(f"{checkpoint.where}: {'; '.join(problems)}")
 
 
-def check_widths(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> None:
+def check_widths(config: ModelConfig, device: torch.device, precision: Precision) -> None:
     """Raises `CheckpointError` where a GPU could not multiply the experts' matrices."""
     if device.type != "cuda" or config.moe is None:
         return
-    step = 16 // dtype.itemsize  # torch's grouped product wants rows of whole 16 bytes
+    # torch's grouped product wants rows of whole 16 bytes; the W4A8 kernels write tiles of 16.
+    step = 16 if precision.quantised else 16 // activation_dtype(precision, device).itemsize
     if config.width % step or config.moe.expert_width % step:
         raise CheckpointError(
             f"experts of {config.width} x {config.moe.expert_width} cannot be multiplied on a GPU, "
-            f"which needs multiples of {step} as {dtype}; use --device cpu"
+            f"which needs multiples of {step} in {precision}; use --device cpu"
         )
 
 
@@ -162,56 +220,60 @@ def load_model(
     source: Source, options: LoadOptions, progress: Progress = lambda done, total: None
 ) -> Decoder:
     """The model, ready to compute. Raises `CheckpointError` or `ConfigError`."""
-    precision = choose_precision(options.precision, options.device)
-    checkpoint = open_checkpoint(source)
+    device, checkpoint = options.device, open_checkpoint(source)
     family, config = read_model_config(checkpoint.fields(), checkpoint.where)
-    dtype = activation_dtype(precision)
-    check_widths(config, options.device, dtype)
+    packed = packed_format(checkpoint)
+    precision = served_precision(options.precision, device, checkpoint)
+    check_widths(config, device, precision)
     with torch.device("meta"):
         model = Decoder(config)
+    model.precision = precision
     placements = family.place(config)
-    if options.dummy:
-        filler: Filler = RandomFiller(model, placements, options.device, dtype)
-    else:
+    if not options.dummy:
         check_tensors(checkpoint, config, placements)
-        filler = CheckpointFiller(model, placements, options.device, dtype, checkpoint, progress)
-    rotation = Rotation(config) if precision is Precision.W8A8 else None
-    for layer, block in enumerate(model.blocks):
-        filler.fill(f"layers.{layer}.")
-        if rotation is not None:
-            rotation.rotate_block(block)
-            quantize_weights(block)
-    filler.fill("")
-    if config.tied_embeddings:
-        model.head.weight = DenseWeight(model.embedding.weight)
-    if rotation is not None:
-        rotation.rotate_ends(model)
-        quantize_weights(model.head)
-    if source.kind is SourceKind.EMBEDDED:
+    as_packed = packed is not None and precision in (Precision.W4A8, Precision.W4A8_FP8)
+    if as_packed and not options.dummy:
+        from fourfold.models.checkpoint.directory import DirectoryCheckpoint
+        from fourfold.models.packed_filling import PackedFiller
+
+        assert isinstance(checkpoint, DirectoryCheckpoint)
+        dtype = activation_dtype(precision, device)
+        PackedFiller(model, placements, device, dtype, checkpoint, progress).fill()
+    else:
+        filled = torch.float32 if precision.quantised else activation_dtype(precision, device)
+        filler: Filler = (
+            RandomFiller(model, placements, device, filled)
+            if options.dummy
+            else CheckpointFiller(model, placements, device, filled, checkpoint, progress)
+        )
+        _fill_by_layer(model, filler, device)
+    if is_upcycled(source, checkpoint):
         upcycle(model)
     if options.uniform_routing:
         route_uniformly(model)
-    model.frequencies = model.frequencies.to(options.device)
+    model.frequencies = model.frequencies.to(device)
     return model.eval()
 
 
-def quantize_weights(part: nn.Module) -> None:
-    """Makes every dense weight of a part of the model int8, in place.
+def is_upcycled(source: Source, checkpoint: Checkpoint) -> bool:
+    """Whether a dense checkpoint is served as a mixture of experts, as the embedded default is."""
+    packed = packed_format(checkpoint)
+    return source.kind is SourceKind.EMBEDDED or (packed is not None and packed.upcycled)
 
-    What a gated FFN's last product reads has outliers of its own, so it is turned on the way.
-    """
-    for name, module in list(part.named_modules()):
-        if isinstance(module, Linear):
-            assert isinstance(module.weight, DenseWeight)
-            weight = module.weight.weight
-            turn = input_turn(weight.shape[-1]) if name.endswith("ffn.down") else None
-            module.weight = W8A8Weight.quantize(weight, turn)
-        elif isinstance(module, ExpertWeights):
-            assert isinstance(module.gate_up, DenseWeight)
-            assert isinstance(module.down, DenseWeight)
-            down = module.down.weight
-            module.gate_up = W8A8Weight.quantize(module.gate_up.weight)
-            module.down = W8A8Weight.quantize(down, input_turn(down.shape[-1]))
+
+def _fill_by_layer(model: Decoder, filler: Filler, device: torch.device) -> None:
+    """Fills a model and quantises each layer, if its precision asks for it, before the next."""
+    config, precision = model.config, model.precision
+    quantiser = Quantiser(config, precision, device) if precision.quantised else None
+    for layer, block in enumerate(model.blocks):
+        filler.fill(f"layers.{layer}.")
+        if quantiser is not None:
+            quantiser.quantise_block(block)
+    filler.fill("")
+    if config.tied_embeddings:
+        model.head.weight = DenseWeight(model.embedding.weight)
+    if quantiser is not None:
+        quantiser.quantise_ends(model)
 
 
 def route_uniformly(model: Decoder) -> None:

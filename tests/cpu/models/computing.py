@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from fourfold.models.decoder import Decoder
-from fourfold.quadrants.kv_pages import PAGE_TOKENS, KVPages, PageShape
-from fourfold.quadrants.step import QuadrantStep, Span
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, FloatPages, PageShape, Span
+from fourfold.quadrants.step import QuadrantStep
 
 PROMPT = torch.randint(3, 320, (70,), generator=torch.Generator().manual_seed(5)).tolist()
 
@@ -24,6 +24,8 @@ def logits(model: Decoder, prompt: Sequence[int]) -> Tensor:
         dtype=torch.float32,
     )
     count = -(-len(prompt) // PAGE_TOKENS)
-    pages = KVPages(shape, count, torch.device("cpu"))
-    step = QuadrantStep(pages, [], [Span(0, len(prompt), list(range(count)))])
+    pages = FloatPages(shape, count, torch.device("cpu"))
+    step = QuadrantStep(
+        pages, [], [Span(0, len(prompt), list(range(count)))], heads=model.config.query_heads
+    )
     return model.logits(model(torch.tensor(prompt), step.positions_T, step))

@@ -8,7 +8,6 @@ import pytest
 
 from fourfold.errors import CheckpointError
 from fourfold.gateway.tokenizer import Tokenizer, load_tokenizer
-from fourfold.kernels.w8a8_gemm import exact_on_cpu
 from fourfold.models.checkpoint.source import Source, SourceKind, find_source
 from fourfold.models.decoder import Decoder
 from fourfold.models.loading import LoadOptions, load_model
@@ -30,8 +29,6 @@ def tokenizer() -> Tokenizer:
 @functools.cache
 def upcycled(precision: Precision = Precision.FLOAT32) -> Decoder:
     """As it is served by default: a mixture of experts made from the dense file."""
-    if precision is Precision.W8A8 and not exact_on_cpu():
-        pytest.skip("this CPU has no exact int8 products, so w8a8 is refused")
     return load_model(source(), LoadOptions(precision=precision))
 
 

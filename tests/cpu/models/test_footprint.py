@@ -64,7 +64,9 @@ def test_bytes_are_those_of_the_loaded_model(
 ) -> None:
     model = load_model(find_source(str(checkpoint(family))), LoadOptions(precision=precision))
     parts = footprint(model.config)
-    told = sum(part.total * bytes_per_parameter(part.name, precision) for part in parts)
+    told = sum(
+        part.total * bytes_per_parameter(part.name, precision, on_gpu=False) for part in parts
+    )
     tensors = {p.data_ptr(): p for p in model.parameters()}  # a tied head is held once
     routers = [p for p in tensors.values() if p.shape == (4, model.config.width)]
     # Routers stay float32 in every precision; they are too small for `inspect` to tell apart.

@@ -1,21 +1,39 @@
-"""A Hugging Face directory: config.json and one or more memory-mapped safetensors files."""
+"""A Hugging Face directory: config.json and one or more memory-mapped safetensors files.
+
+Where config.json has a quantization_config that we honour, weights are presented under their plain
+names as what their codes stand for, and the field is not shown.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Set
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fourfold.errors import CheckpointError
+from fourfold.models.checkpoint.fourfold_format import FourfoldFormat, read_fourfold
+from fourfold.models.checkpoint.published import PublishedFormat, Stored, read_published
 
+_QUANTISATION = "quantization_config"
+_CONTENTS = "weight_shape"
 # What weights may be stored in; anything else holds the codes of some quantisation.
-_BITS = {"F64": 64, "F32": 32, "F16": 16, "BF16": 16, "F8_E4M3": 8, "F8_E5M2": 8}
+_FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+
+
+class _Entry(NamedTuple):
+    """One stored tensor; that of a `weight_shape` has its contents as shape."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
 
 
 class DirectoryCheckpoint:
@@ -26,6 +44,67 @@ class DirectoryCheckpoint:
         self._path = path
 
     def fields(self) -> Mapping[str, Any]:
+        fields = dict(self._config)
+        if self._format is not None:
+            del fields[_QUANTISATION]
+        return fields
+
+    @property
+    def quantised(self) -> FourfoldFormat | None:
+        """How its weights are packed, where they are packed as we serve them."""
+        return self._format if isinstance(self._format, FourfoldFormat) else None
+
+    def coded(self) -> Set[str]:
+        """The plain names of the weights that are stored as codes."""
+        return self._coded.keys()
+
+    def stored_names(self) -> Set[str]:
+        """Every tensor in the files."""
+        return self._index.keys()
+
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        plain = {name: self._index[name].shape for name in self._plain}
+        return plain | {name: stored.shape for name, stored in self._coded.items()}
+
+    def nbytes(self, name: str) -> int:
+        return sum(self._index[stored].nbytes for stored in self._parts(name).values())
+
+    def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, parts in self.stored(names):
+            stored = self._coded.get(name)
+            if stored is None or self._format is None:
+                yield name, parts["weight"]
+            else:
+                yield name, self._format.decode(name, stored, parts)
+
+    def stored(self, names: set[str]) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
+        """The named weights as they are in the files: what they are made of, by suffix. A tensor
+        that is stored plainly is its own `weight`."""
+        with contextlib.ExitStack() as opened:
+
+            @functools.cache
+            def file(path: Path) -> Any:
+                return opened.enter_context(safe_open(path, framework="pt"))
+
+            order: Callable[[str], tuple[Path, str]] = lambda name: (  # noqa: E731
+                self._index[next(iter(self._parts(name).values()))].file,
+                name,
+            )
+            for name in sorted(names, key=order):
+                yield (
+                    name,
+                    {
+                        part: file(self._index[stored].file).get_tensor(stored)
+                        for part, stored in self._parts(name).items()
+                    },
+                )
+
+    def _parts(self, name: str) -> Mapping[str, str]:
+        coded = self._coded.get(name)
+        return {"weight": name} if coded is None else coded.names
+
+    @functools.cached_property
+    def _config(self) -> Mapping[str, Any]:
         file = self._path / "config.json"
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
@@ -35,43 +114,62 @@ class DirectoryCheckpoint:
             raise CheckpointError(f"{file} is not a JSON object")
         return fields
 
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: shape for name, (_, shape, _) in self._index.items()}
-
-    def nbytes(self, name: str) -> int:
-        return self._index[name][2]
-
-    def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-        for file in sorted({self._index[name][0] for name in names}):
-            with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 (safe_open is not iterable)
-                    if name in names:
-                        yield name, opened.get_tensor(name)
+    @functools.cached_property
+    def _format(self) -> PublishedFormat | FourfoldFormat | None:
+        config = self._config.get(_QUANTISATION)
+        if config is None:
+            return None
+        if isinstance(config, dict) and config.get("quant_method") == "fourfold":
+            return read_fourfold(config, self.where)
+        return read_published(config, self.where)
 
     @functools.cached_property
-    def _index(self) -> dict[str, tuple[Path, tuple[int, ...], int]]:
-        """File, shape and bytes of every tensor."""
-        index = {}
-        codes = []
-        for file in self._files():
-            try:
-                with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118
-                        stored = opened.get_slice(name)
-                        shape = tuple(stored.get_shape())
-                        dtype = stored.get_dtype()
-                        if dtype not in _BITS:
-                            codes.append(f"{name} ({dtype})")
-                        bits = _BITS.get(dtype, 0)
-                        index[name] = file, shape, math.prod(shape) * bits // 8
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
+    def _coded(self) -> Mapping[str, Stored]:
+        """The weights that are stored as codes, by their plain names."""
+        if self._format is None:
+            return {}
+        return self._format.weights(
+            {name: entry.shape for name, entry in self._index.items()},
+            {name: entry.dtype for name, entry in self._index.items()},
+        )
+
+    @functools.cached_property
+    def _plain(self) -> list[str]:
+        """The tensors that are stored as what they are."""
+        format, coded = self._format, self._coded
+        plain = [
+            name
+            for name in self._index
+            if name not in coded and (format is None or not format.is_companion(name, coded))
+        ]
+        codes = [
+            f"{name} ({self._index[name].dtype})"
+            for name in plain
+            if self._index[name].dtype not in _FLOATS
+        ]
         if codes:
             shown = f"{', '.join(codes[:4])}{', ...' if len(codes) > 4 else ''}"
             raise CheckpointError(
                 f"{self._path}: {len(codes)} tensors are not floating-point weights: {shown}; "
                 "use a checkpoint that is not quantised"
             )
+        return plain
+
+    @functools.cached_property
+    def _index(self) -> dict[str, _Entry]:
+        index = {}
+        for file in self._files():
+            try:
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118 (safe_open is not iterable)
+                        stored = opened.get_slice(name)
+                        shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
+                        nbytes = math.prod(shape) * _bits(dtype) // 8
+                        if name.rpartition(".")[2] == _CONTENTS:
+                            shape = tuple(opened.get_tensor(name).flatten().tolist())
+                        index[name] = _Entry(file, shape, dtype, nbytes)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
         return index
 
     def _files(self) -> list[Path]:
@@ -94,3 +192,9 @@ class DirectoryCheckpoint:
                 f"{self._path} has no *.safetensors; convert the checkpoint to safetensors first"
             )
         return files
+
+
+def _bits(dtype: str) -> int:
+    """Bits of one element of a safetensors dtype such as F8_E4M3, BF16 or I32."""
+    digits = dtype.partition("_")[0].lstrip("BFIUCOL")
+    return int(digits) if digits else 8
