@@ -1,0 +1,100 @@
+"""Decode attention over INT8 pages: mixed lengths, batches, several rows, siblings.
+
+The work is the bytes of the KV pages that have to be read, shared pages once. Where all sequences
+have one length, PyTorch's attention over contiguous 16-bit keys and values is the baseline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from fourfold.bench.calibrate.decode_steps import RandomStep, StepOf
+from fourfold.bench.kernels.case import Case
+from fourfold.kernels.decode_attention import (
+    DecodeShape,
+    PlanBuffers,
+    paged_int8_attention_decode_reference,
+    plan_decode,
+)
+from fourfold.kernels.pages import PAGE_TOKENS
+from fourfold.quadrants.costs import cost_of
+
+_SEQUENCES = 64
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """Every case, one after another."""
+    lengths = np.random.default_rng(1).uniform(np.log(128), np.log(32768), _SEQUENCES)
+    # Somewhere within a page, so that the rows of a sequence lie in one.
+    mixed = tuple((np.exp(lengths).astype(int) // PAGE_TOKENS * PAGE_TOKENS + 40).tolist())
+    for rows in (1, 2, 8):
+        yield _case(
+            f"int8 64 x 128..32k, {rows} rows", StepOf(lengths=mixed, shape=_of(rows)), device
+        )
+    for batch in (1, 64, 256):
+        for context in (512, 4096):
+            step = StepOf(lengths=(context,) * batch, shape=_of(1))
+            yield _case(f"int8 {batch} x {context}", step, device)
+    for width, shared in ((64, 4), (128, 1)):
+        shape = DecodeShape(heads=32, kv_heads=32 // shared, head_width=width)
+        step = StepOf(lengths=(2048,) * _SEQUENCES, shape=shape)
+        yield _case(f"int8 64 x 2048, width {width}, GQA {shared}", step, device)
+    for prefix, groups in ((512, 1), (8192, 1), (8192, 8)):
+        step = StepOf(
+            lengths=tuple(prefix + 64 + 8 * i for i in range(8)) * groups,
+            shape=_of(1),
+            siblings=8,
+            shared_pages=prefix // 64,
+        )
+        yield _case(f"int8 {groups} x 8 siblings over {prefix}", step, device)
+
+
+def _of(rows: int) -> DecodeShape:
+    return DecodeShape(heads=32, kv_heads=4, head_width=128, rows=rows)
+
+
+def _case(name: str, step: StepOf, device: torch.device) -> Case:
+    made = RandomStep(step, device, layers=1)
+    cost = cost_of(device)
+    buffers = PlanBuffers.holding(plan_decode(made.sequences, made.shape, cost), device)
+
+    def run() -> torch.Tensor:
+        return made.attend(0, buffers)
+
+    def error() -> float:
+        wanted = paged_int8_attention_decode_reference(
+            made.q[0], made.records[0], made.open_k[0], made.open_v[0], made.layout, made.sequences
+        ).float()
+        return float((run().float() - wanted).norm() / wanted.norm())
+
+    same = len(set(step.lengths)) == 1
+    return Case(
+        kernel="paged_int8_attention_decode",
+        case=name,
+        run=run,
+        work=float(step.page_bytes),
+        unit="B",
+        ceiling="copy bandwidth",
+        error=error,
+        baseline=_sdpa(step, made.q[0]) if same else None,
+        baseline_name="PyTorch SDPA, bfloat16" if same else None,
+        baseline_work=float(_contiguous_bytes(step)) if same else None,
+    )
+
+
+def _contiguous_bytes(step: StepOf) -> int:
+    """Of 16-bit keys and values of every sequence."""
+    return 4 * sum(step.lengths) * step.shape.kv_heads * step.shape.head_width
+
+
+def _sdpa(step: StepOf, q_BHC: torch.Tensor) -> Callable[[], object]:
+    """The library's call for sequences of one length and one row each."""
+    size = (len(step.lengths), step.shape.kv_heads, step.lengths[0], step.shape.head_width)
+    k_BGTC, v_BGTC = (torch.randn(size, dtype=q_BHC.dtype, device=q_BHC.device) for _ in range(2))
+    return lambda: F.scaled_dot_product_attention(
+        q_BHC[:, :, None], k_BGTC, v_BGTC, enable_gqa=True
+    )

@@ -1,0 +1,102 @@
+"""Filling pages, in the shape of Qwen3-30B-A3B.
+
+Shapes: J jobs, S rows, G KV heads, N = 64 tokens per page, C head width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fourfold.bench.kernels.case import Case
+from fourfold.kernels.pages import (
+    PAGE_TOKENS,
+    VALUE_ORDER,
+    PageCodes,
+    PageLayout,
+    append_rows,
+    seal_pages,
+)
+
+_KV_HEADS, _HEAD_WIDTH = 4, 128
+
+
+def cases(device: torch.device) -> Iterator[Case]:
+    """A long prefill, one chunk of 16k tokens, and what a decode step adds."""
+    for codes in PageCodes:
+        yield _seal(2048, codes, device)
+    for pages in (256, 4):
+        yield _seal(pages, PageCodes.INT8, device)
+    for rows in (256, 64):
+        yield _append(rows, device)
+
+
+def _keys_and_values(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """bfloat16 [rows, G, C], with a channel of the keys eight times as large as the others."""
+    shape = (rows, _KV_HEADS, _HEAD_WIDTH)
+    k, v = (torch.randn(shape, dtype=torch.bfloat16, device=device) for _ in range(2))
+    k[..., 7] *= 8
+    return k, v
+
+
+def _seal(pages: int, codes: PageCodes, device: torch.device) -> Case:
+    layout = PageLayout(kv_heads=_KV_HEADS, head_width=_HEAD_WIDTH, codes=codes)
+    k_SGC, v_SGC = _keys_and_values(pages * PAGE_TOKENS, device)
+    records = torch.empty(pages, layout.record_bytes, dtype=torch.uint8, device=device)
+    first_row_J = torch.arange(pages, dtype=torch.int32, device=device) * PAGE_TOKENS
+    page_J = torch.randperm(pages, device=device).int()
+    run = partial(seal_pages, records, layout, k_SGC, v_SGC, first_row_J, page_J)
+
+    def error() -> float:
+        records.fill_(0x7F)
+        run()
+        views = layout.views(records[page_J.long()])
+        order = torch.tensor(VALUE_ORDER, device=device)
+        keys_JGNC = views.keys.float() * views.scales[:, 0, :, None, None]
+        values_JGCN = views.values.float() * views.scales[:, 1, :, None, None]
+        expected_k, expected_v = (
+            torch.unflatten(x, 0, (pages, PAGE_TOKENS)).transpose(1, 2).float()
+            for x in (k_SGC, v_SGC)
+        )
+        of_values = expected_v[:, :, order].transpose(2, 3)
+        return max(
+            float((out - expected).norm() / expected.norm())
+            for out, expected in ((keys_JGNC, expected_k), (values_JGCN, of_values))
+        )
+
+    read = k_SGC.nbytes + v_SGC.nbytes
+    return Case(
+        kernel="seal_pages",
+        case=f"{pages} pages, {_KV_HEADS} heads x {_HEAD_WIDTH}, {codes}",
+        run=run,
+        work=float(read + pages * (layout.code_bytes + 8 * _KV_HEADS)),
+        unit="B",
+        ceiling="copy bandwidth",
+        error=error,
+    )
+
+
+def _append(rows: int, device: torch.device) -> Case:
+    k_TGC, v_TGC = _keys_and_values(rows, device)
+    open_k, open_v = _keys_and_values(rows * PAGE_TOKENS, device)
+    row_J = torch.arange(rows, dtype=torch.int32, device=device)
+    place_J = torch.randperm(open_k.shape[0], device=device)[:rows].int()
+    run = partial(append_rows, open_k, open_v, k_TGC, v_TGC, row_J, place_J)
+
+    def error() -> float:
+        open_k.fill_(float("nan"))
+        run()
+        return float((open_k[place_J.long()] - k_TGC).norm() / k_TGC.norm())
+
+    return Case(
+        kernel="append_rows",
+        case=f"{rows} rows, {_KV_HEADS} heads x {_HEAD_WIDTH}",
+        run=run,
+        work=2.0 * (k_TGC.nbytes + v_TGC.nbytes),
+        unit="B",
+        ceiling="copy bandwidth",
+        error=error,
+    )
