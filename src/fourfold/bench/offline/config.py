@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from fourfold.errors import ConfigError
-from fourfold.models.precision import Precision
+from fourfold.models.precision import PageFormat, Precision
 
 Peer = Literal["transformers", "llama.cpp"]
 
@@ -26,6 +26,8 @@ class OfflineBenchConfig:
     """A directory, a .gguf file or a hub id; without it, the embedded default. Peers need GGUF."""
     precision: Annotated[Precision, tyro.conf.EnumChoicesFromValues] = Precision.AUTO
     """What we compute in."""
+    kv_pages: Annotated[PageFormat, tyro.conf.EnumChoicesFromValues] = PageFormat.AUTO
+    """What we keep keys and values in."""
     load: Literal["checkpoint", "dummy"] = "checkpoint"
     """dummy: random weights; only the configuration is read. Peers then have nothing to load."""
     routing: Literal["router", "uniform"] = "router"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from fourfold.models.checkpoint.source import Source, find_source
-from fourfold.models.precision import Precision
+from fourfold.models.precision import PageFormat, Precision
 
 
 class Task(msgspec.Struct, frozen=True, kw_only=True):
@@ -26,6 +26,7 @@ class Task(msgspec.Struct, frozen=True, kw_only=True):
     engine: str
     model: str | None
     precision: Precision
+    kv_pages: PageFormat
     dummy: bool
     uniform_routing: bool
     prompt_tokens: int
@@ -94,7 +95,7 @@ def _fourfold(source: Source, task: Task) -> Contestant:
     from fourfold.engine.engine import Engine as Heart
     from fourfold.engine.messages import SamplingParams, Submit
     from fourfold.engine.runner import Runner
-    from fourfold.models.loading import LoadOptions, kv_dtype, load_model, resolve_device
+    from fourfold.models.loading import LoadOptions, load_model, pages_of, resolve_device
 
     options = LoadOptions(
         device=resolve_device("auto"),
@@ -107,7 +108,7 @@ def _fourfold(source: Source, task: Task) -> Contestant:
     config = EngineConfig(
         prefix_cache=False, max_running=task.batch, step_tokens=max(longest, task.batch + 1)
     )
-    heart = Heart(Runner(model, config, kv_dtype(model)), config)
+    heart = Heart(Runner(model, config, pages_of(model, task.kv_pages)), config)
 
     def timed(prompts: list[list[int]], tokens: int) -> tuple[float, float]:
         sampling = SamplingParams(temperature=0.0, max_tokens=tokens)

@@ -55,6 +55,7 @@ def _run(engine: str, config: OfflineBenchConfig) -> Figures:
         engine=engine,
         model=config.model,
         precision=config.precision,
+        kv_pages=config.kv_pages,
         dummy=config.load == "dummy",
         uniform_routing=config.routing == "uniform",
         prompt_tokens=config.prompt_tokens,

@@ -2,57 +2,65 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import sys
 
 from fourfold.bench.command_line import command_line
 from fourfold.bench.quality.config import QualityBenchConfig
+from fourfold.bench.quality.needles import Needle, hide_needles
 from fourfold.bench.record import Result, new_record, write
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.engine import Engine
 from fourfold.engine.messages import SamplingParams, Submit, TokenLogprob
 from fourfold.engine.runner import Runner
 from fourfold.errors import ConfigError
-from fourfold.gateway.tokenizer import load_tokenizer
+from fourfold.gateway.tokenizer import Tokenizer, load_tokenizer
 from fourfold.models.checkpoint.source import Source, find_source
-from fourfold.models.loading import (
-    LoadOptions,
-    choose_precision,
-    kv_dtype,
-    load_model,
-    resolve_device,
-)
-from fourfold.models.precision import Precision
+from fourfold.models.loading import LoadOptions, load_model, pages_of, resolve_device
+from fourfold.models.precision import PageFormat, Precision
 
 Reading = list[TokenLogprob]
+"""What a model thought of every token of a piece but the first."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Readings:
+    """What one contestant made of the pieces, and what it is called."""
+
+    case: str
+    windows: list[Reading]
+    needles: list[Reading]
 
 
 def main(config: QualityBenchConfig) -> int:
     """Runs the benchmark, prints its figures and writes its record."""
     source = find_source(config.model)
-    device = resolve_device("auto")
-    precision = choose_precision(config.precision, device)
-    windows = _windows(config, source)
-    readings = {}
-    for asked in dict.fromkeys((Precision.FLOAT32, precision)):
-        print(f"reading {len(windows)} windows in {asked}", file=sys.stderr)
-        readings[asked] = _read(source, LoadOptions(device=device, precision=asked), windows)
-    results = _compare(readings[Precision.FLOAT32], readings[precision], precision)
+    original = source if config.reference is None else find_source(config.reference)
+    tokenizer = load_tokenizer(source)
+    ids = _text_ids(config, tokenizer)
+    windows = _windows(config, ids)
+    needles = hide_needles(ids, tokenizer, count=config.needles, length=config.needle_tokens)
+    pieces = [*windows, *(needle.tokens for needle in needles)]
+    contestants = (
+        (original, Precision.FLOAT32, PageFormat.FLOAT),
+        (source, config.precision, config.kv_pages),
+    )
+    readings = []
+    for contestant in contestants:
+        case, read = _read(*contestant, pieces)
+        readings.append(Readings(case, read[: len(windows)], read[len(windows) :]))
+    reference, other = readings
+    results = _compare(reference, other, needles)
     for result in results:
-        print(f"{result.case:<10} {result.metric:<16} {result.value:.4f} {result.unit}")
+        print(f"{result.case:<24} {result.metric:<16} {result.value:.4f} {result.unit}")
     if config.out is not None:
-        write(
-            new_record(
-                "quality",
-                command_line("fourfold bench quality", config, positional="model"),
-                results,
-            ),
-            config.out,
-        )
+        command = command_line("fourfold bench quality", config, positional="model")
+        write(new_record(config.name, command, results), config.out)
     return 0
 
 
-def _windows(config: QualityBenchConfig, source: Source) -> list[list[int]]:
+def _text_ids(config: QualityBenchConfig, tokenizer: Tokenizer) -> list[int]:
     if config.text is None:
         from pydoc_data.topics import topics
 
@@ -62,41 +70,77 @@ def _windows(config: QualityBenchConfig, source: Source) -> list[list[int]]:
             text = config.text.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{config.text} cannot be read: {error}") from error
-    ids = load_tokenizer(source).encode(text, add_special_tokens=False)
-    needed = config.windows * config.window_tokens
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    needed = max(config.windows * config.window_tokens, config.needle_tokens)
     if len(ids) < needed:
         raise ConfigError(f"the text has {len(ids)} tokens; {needed} are asked for, read fewer")
+    return ids
+
+
+def _windows(config: QualityBenchConfig, ids: list[int]) -> list[list[int]]:
     stride = len(ids) // config.windows
     return [ids[i * stride : i * stride + config.window_tokens] for i in range(config.windows)]
 
 
-def _read(source: Source, options: LoadOptions, windows: list[list[int]]) -> Reading:
-    """What the model thought of every token of every window but the first ones."""
-    model = load_model(source, options)
+def _read(
+    source: Source, precision: Precision, kv_pages: PageFormat, pieces: list[list[int]]
+) -> tuple[str, list[Reading]]:
+    """What a model in a precision is called, and what it thought of the pieces."""
+    model = load_model(source, LoadOptions(device=resolve_device("auto"), precision=precision))
+    shape = pages_of(model, kv_pages)
+    case = str(model.precision) + (f", {shape.codes} pages" if shape.codes else "")
+    print(f"reading {len(pieces)} pieces of text in {case}", file=sys.stderr)
     config = EngineConfig(prefix_cache=False)
-    engine = Engine(Runner(model, config, kv_dtype(model)), config)
+    engine = Engine(Runner(model, config, shape), config)
     sampling = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1, prompt_logprobs=True)
-    for number, window in enumerate(windows):
-        engine.submit(Submit(request_id=number, prompt_ids=tuple(window), sampling=sampling))
+    for number, piece in enumerate(pieces):
+        engine.submit(Submit(request_id=number, prompt_ids=tuple(piece), sampling=sampling))
     engine.receive(wait=False)
-    heard: dict[int, tuple[TokenLogprob, ...]] = {}
+    heard: dict[int, Reading] = {}
     while not engine.scheduler.idle:
         for output in engine.step() or ():
-            heard[output.request_id] = output.prompt_logprobs or ()
-    return [entry for number in sorted(heard) for entry in heard[number]]
+            if output.error is not None:
+                raise ConfigError(f"a piece of the text could not be read: {output.error}")
+            heard[output.request_id] = list(output.prompt_logprobs or ())
+    return case, [heard[number] for number in sorted(heard)]
 
 
-def _compare(reference: Reading, other: Reading, precision: Precision) -> list[Result]:
-    tokens = len(reference)
-    same = sum(a.top[0][0] == b.top[0][0] for a, b in zip(reference, other, strict=True))
-    exact, ours, case = _perplexity(reference), _perplexity(other), str(precision)
-    return [
-        Result(case="float32", metric="perplexity", value=exact, unit="ppl"),
+def _compare(reference: Readings, other: Readings, needles: list[Needle]) -> list[Result]:
+    pairs = [
+        (a, b)
+        for ours, theirs in zip(reference.windows, other.windows, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    same = sum(a.top[0][0] == b.top[0][0] for a, b in pairs)
+    exact, ours = _perplexity([a for a, _ in pairs]), _perplexity([b for _, b in pairs])
+    case = other.case
+    results = [
+        Result(case=reference.case, metric="perplexity", value=exact, unit="ppl"),
         Result(case=case, metric="perplexity", value=ours, unit="ppl"),
         Result(case=case, metric="over float32", value=100 * (ours / exact - 1), unit="%"),
-        Result(case=case, metric="same likeliest", value=100 * same / tokens, unit="% of tokens"),
-        Result(case=case, metric="tokens read", value=tokens, unit="tokens"),
+        Result(
+            case=case, metric="same likeliest", value=100 * same / len(pairs), unit="% of tokens"
+        ),
+        Result(case=case, metric="tokens read", value=len(pairs), unit="tokens"),
     ]
+    if needles:
+        results += [
+            Result(
+                case=f"{readings.case}, {len(needles)} facts in {len(needles[0].tokens)} tokens",
+                metric="facts found",
+                value=100 * _found(readings.needles, needles) / len(needles),
+                unit="% of facts",
+            )
+            for readings in (reference, other)
+        ]
+    return results
+
+
+def _found(readings: list[Reading], needles: list[Needle]) -> int:
+    return sum(
+        all(entry.top[0][0] == entry.token for entry in reading[-needle.answer :])
+        for reading, needle in zip(readings, needles, strict=True)
+    )
 
 
 def _perplexity(reading: Reading) -> float:
