@@ -113,12 +113,13 @@ def round_to_grid(scaled: Tensor, group: Tensor | None, recipe: W4A8Recipe) -> T
 
 
 def quantize_w4a8(weight: Tensor, recipe: W4A8Recipe) -> PackedW4A8:
-    """Rounds weights [O, K] or [E, O, K] to the nearest codes, a piece at a time: a CPU then works in
-    its caches, and a GPU needs little memory beside the weights."""
+    """Rounds weights [O, K] or [E, O, K] to the nearest codes, a piece at a time: a CPU then works
+    in its caches, and a GPU needs little memory beside the weights."""
     weight_EOK = weight.view(-1, *weight.shape[-2:])
     experts, outputs, inputs = weight_EOK.shape
     rows = max(1, _PIECE[weight.device.type == "cpu"] // inputs)
-    pieces = [_round_rows(piece, recipe) for piece in weight_EOK.flatten(0, 1).split(rows)]
+    whole = torch.split(weight_EOK.flatten(0, 1), rows)
+    pieces = [_round_rows(piece, recipe) for piece in whole]
     nibbles, scales, groups = (
         torch.cat(parts).view(experts, outputs, -1) for parts in zip(*pieces, strict=True)
     )
