@@ -10,8 +10,8 @@ from fourfold.models.precision import Precision
 EXPERTS = "experts and routers"
 DENSE_FFN = "dense FFN"
 TIED = "embedding, also head"
-# 4-bit weights: parameters for every group of input channels.
-GROUP, GROUP_BYTES = 64, 2
+# Bytes of a 4-bit weight with its share of its group's parameters (`quantising.RECIPES`).
+_PACKED = {Precision.W4A8: 0.5 + 2 / 64, Precision.W4A8_FP8: 0.5 + 1 / 128}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,5 +71,5 @@ def bytes_per_parameter(part: str, precision: Precision, *, on_gpu: bool) -> flo
     if part in ("embedding", "norms"):
         return looked_up
     # On a CPU 4-bit codes are expanded to the int8 codes that they stand for.
-    packed = precision is not Precision.W8A8 and on_gpu and part in (EXPERTS, DENSE_FFN)
-    return 0.5 + GROUP_BYTES / GROUP if packed else 1
+    packed = on_gpu and part in (EXPERTS, DENSE_FFN)
+    return _PACKED.get(precision, 1) if packed else 1

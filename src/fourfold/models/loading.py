@@ -129,12 +129,12 @@ def page_shape(
 ) -> PageShape:
     """The pages of a model served in a precision; `ConfigError` where the device cannot read them.
 
-    FLOAT pages have 16 bits wherever the device multiplies them natively. AUTO is INT8 on a GPU
-    that serves quantised weights, if the kernels read heads of this width.
+    FLOAT pages have 16 bits wherever the device multiplies them natively. Open pages of 8-bit ones
+    are in the dtype of the activations: a chunk reads its own page from those, a decoding sequence
+    from its open page, and both must be the same. AUTO is INT8 on a GPU that serves quantised
+    weights, if the kernels read heads of this width.
     """
     dtype = activation_dtype(precision, device)
-    if precision.quantised and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        dtype = torch.bfloat16
     on_gpu = device.type != "cpu"
     readable = config.head_width in KERNEL_HEAD_WIDTHS
     if asked is PageFormat.AUTO:
@@ -147,11 +147,17 @@ def page_shape(
             f"8-bit pages of heads {config.head_width} wide cannot be read on a GPU (only "
             f"{' and '.join(map(str, KERNEL_HEAD_WIDTHS))}); use --kv-pages float"
         )
+    if asked is not PageFormat.FLOAT and on_gpu and dtype is torch.float32:
+        raise ConfigError(
+            "8-bit pages on a GPU go with 16-bit activations; use another --precision than float32"
+        )
+    if asked is PageFormat.FLOAT and precision.quantised:
+        dtype = torch.bfloat16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else dtype
     return PageShape(
         layers=config.layers,
         kv_heads=config.kv_heads,
         head_width=config.head_width,
-        dtype=dtype if asked is PageFormat.FLOAT or not on_gpu else torch.bfloat16,
+        dtype=dtype,
         codes=None if asked is PageFormat.FLOAT else PageCodes(asked.value),
     )
 

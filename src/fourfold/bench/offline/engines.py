@@ -96,6 +96,7 @@ def _fourfold(source: Source, task: Task) -> Contestant:
     from fourfold.engine.messages import SamplingParams, Submit
     from fourfold.engine.runner import Runner
     from fourfold.models.loading import LoadOptions, load_model, pages_of, resolve_device
+    from fourfold.quadrants.kv_pages import PAGE_TOKENS
 
     options = LoadOptions(
         device=resolve_device("auto"),
@@ -106,7 +107,9 @@ def _fourfold(source: Source, task: Task) -> Contestant:
     model = load_model(source, options)
     longest = max(task.prompt_tokens, task.batch * task.batch_prompt_tokens)
     config = EngineConfig(
-        prefix_cache=False, max_running=task.batch, step_tokens=max(longest, task.batch + 1)
+        prefix_cache=False,
+        max_running=task.batch,
+        step_tokens=max(longest, task.batch + PAGE_TOKENS),
     )
     heart = Heart(Runner(model, config, pages_of(model, task.kv_pages)), config)
 

@@ -1,0 +1,63 @@
+"""What pages a model's precision goes with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fourfold.errors import ConfigError
+from fourfold.models.config import ModelConfig
+from fourfold.models.footprint import EXPERTS, bytes_per_parameter
+from fourfold.models.loading import page_shape
+from fourfold.models.precision import PageFormat, Precision
+from fourfold.models.quantising import RECIPES
+from fourfold.quadrants.costs import weight_bits
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+def config(head_width: int = 128) -> ModelConfig:
+    return ModelConfig(
+        family="llama",
+        vocabulary=320,
+        layers=2,
+        width=256,
+        query_heads=4,
+        kv_heads=2,
+        head_width=head_width,
+        ffn_width=256,
+        max_positions=512,
+        norm_eps=1e-6,
+    )
+
+
+def test_auto_follows_the_weights() -> None:
+    for precision in (Precision.W4A8, Precision.W4A8_FP8):
+        assert page_shape(config(), precision, GPU, PageFormat.AUTO).codes == "int8"
+    assert page_shape(config(), Precision.BFLOAT16, GPU, PageFormat.AUTO).codes is None
+    assert page_shape(config(96), Precision.W4A8, GPU, PageFormat.AUTO).codes is None
+    assert page_shape(config(), Precision.W4A8, CPU, PageFormat.AUTO).codes is None
+
+
+@pytest.mark.parametrize("precision", [Precision.W8A8, Precision.W4A8, Precision.FLOAT32])
+def test_open_pages_are_as_precise_as_the_rows_of_a_chunk(precision: Precision) -> None:
+    """Whatever the CPU multiplies natively: else cutting a prompt could change its answer."""
+    assert page_shape(config(), precision, CPU, PageFormat.INT8).dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("width", "precision", "complaint"),
+    [(96, Precision.W4A8, "96 wide"), (128, Precision.FLOAT32, "16-bit activations")],
+)
+def test_what_the_kernels_do_not_read_is_refused(
+    width: int, precision: Precision, complaint: str
+) -> None:
+    with pytest.raises(ConfigError, match=complaint):
+        page_shape(config(width), precision, GPU, PageFormat.INT8)
+
+
+@pytest.mark.parametrize("precision", RECIPES)
+def test_inspect_counts_the_bits_of_the_recipe(precision: Precision) -> None:
+    inputs = 1 << 20  # so that a channel's own scale does not show
+    bits = weight_bits(RECIPES[precision], inputs)
+    assert 8 * bytes_per_parameter(EXPERTS, precision, on_gpu=True) == pytest.approx(bits, abs=1e-3)
