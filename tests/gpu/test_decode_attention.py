@@ -13,10 +13,14 @@ from fourfold.kernels.decode_attention import (
     PlanBuffers,
     PlanCapacity,
     candidate_plans,
+    empty_partials,
+    merge_and_quantize,
     paged_int8_attention_decode,
+    paged_int8_attention_decode_unmerged,
     plan_decode,
 )
-from fourfold.kernels.pages import PageCodes
+from fourfold.kernels.pages import PageCodes, SealJobs, seal_pages
+from fourfold.kernels.rows import quantize_rows
 from tests.cpu.kernels.test_decode_attention import COST, Step, error
 
 GPU = torch.device("cuda:0")
@@ -113,3 +117,82 @@ def test_planning_is_off_the_critical_path() -> None:
     assert not done.query()
     torch.cuda.synchronize()
     assert np.array_equal(buffers["pages"].cpu().numpy(), plan.pages)
+
+
+@pytest.mark.parametrize("codes", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("beside", [0, 3, 200])
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(32, 4, 128), (9, 3, 64)])
+def test_rows_are_merged_on_their_way_to_8_bits(
+    codes: torch.dtype, beside: int, heads: int, kv_heads: int, width: int
+) -> None:
+    """Whether rows are whole, in few pieces or in many, with pages sealed in the same launch."""
+    shape = DecodeShape(heads=heads, kv_heads=kv_heads, head_width=width)
+    step = Step([1, 2000, 2600, 3000, 2650, 64, 66], shape, {3: (1, 20)}, torch.bfloat16)
+    further = torch.randn(beside, heads, width, device=GPU, dtype=torch.bfloat16)
+    channels = -(-heads * width // 128) * 128
+    tensors = [t.to(GPU) for t in (step.q_RHC, step.records, step.open_k, step.open_v)]
+    jobs = torch.tensor([[0, 128, 64], [1, 0, -1]], dtype=torch.int32, device=GPU)
+    for plan in candidate_plans(step.sequences, shape, COST):
+        buffers = PlanBuffers.holding(plan, GPU)
+        arguments = (*tensors, step.layout, buffers)
+        merged = torch.cat((paged_int8_attention_decode(*arguments), further)).flatten(1)
+        wanted = quantize_rows(merged, codes, channels)
+        sealed = [torch.zeros_like(tensors[1]) for _ in range(2)]
+        ours_jobs, their_jobs = (
+            SealJobs(records, step.layout, *tensors[2:], *jobs) for records in sealed
+        )
+        results = []
+        for _ in range(2):
+            unmerged = paged_int8_attention_decode_unmerged(*arguments)
+            rows = torch.cat((unmerged, further))
+            results.append(merge_and_quantize(rows, buffers, codes, channels, ours_jobs))
+        ours = results[0]
+        for part, again in zip(ours, results[1], strict=True):
+            assert torch.equal(part.view(torch.uint8), again.view(torch.uint8))
+        seal_pages(*their_jobs)
+        assert torch.equal(*sealed)
+        torch.testing.assert_close(ours.scale_T, wanted.scale_T, rtol=1e-2, atol=0)
+        difference = (ours.codes_TW.float() - wanted.codes_TW.float()).abs()
+        assert (difference > (2 if codes == torch.int8 else 33)).float().mean() < 1e-3
+        assert not difference[len(unmerged) :].any()
+        assert not ours.codes_TW[:, heads * width :].float().any()
+
+
+def test_a_layer_in_a_graph_follows_plans_of_a_covering_capacity() -> None:
+    """Words and partials shared by two capacities, rows padded, every launch a dependent one."""
+    shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
+    steps = [
+        Step(lengths, shape, sharing, torch.bfloat16)
+        for lengths, sharing in (
+            ([70, 300], {}),
+            ([2000, 2600, 3000, 64], {1: (0, 20), 2: (0, 25)}),
+        )
+    ]
+    plans = [plan_decode(step.sequences, shape, COST) for step in steps]
+    capacities = [PlanCapacity.covering(plan, 6) for plan in plans]
+    size = max(map(PlanBuffers.words_needed, capacities))
+    words = torch.zeros(size, dtype=torch.int32, device=GPU)
+    partials = empty_partials(shape, max(capacities, key=lambda c: c.partials), GPU)
+    for step, plan, capacity in zip(steps, plans, capacities, strict=True):
+        part = words[: PlanBuffers.words_needed(capacity)]
+        buffers = PlanBuffers(shape, capacity, GPU, words=part, partials=partials)
+        q = torch.zeros(6, 32, 128, dtype=torch.bfloat16, device=GPU)
+        arguments = (q, *(t.to(GPU) for t in vars_of(step)), step.layout, buffers)
+        buffers.load(plan)
+        merge_and_quantize(
+            paged_int8_attention_decode_unmerged(*arguments), buffers, torch.int8, 4096
+        )
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            out = paged_int8_attention_decode_unmerged(*arguments)
+            codes, scale = merge_and_quantize(out, buffers, torch.int8, 4096)
+        count = len(step.q_RHC)
+        q[:count] = step.q_RHC.to(GPU)
+        for sharing in (False, True):
+            for candidate in candidate_plans(step.sequences, shape, COST):
+                if candidate.choice.sharing is sharing and buffers.fits(candidate):
+                    buffers.load(candidate)
+                    buffers.partial_o.fill_(math.nan)
+                    graph.replay()
+                    rows = (codes.float() * scale[:, None]).view(6, 32, 128)[:count]
+                    assert error(rows.cpu(), step.reference()) < 0.02, candidate.choice

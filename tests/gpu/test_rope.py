@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fourfold.kernels.rope import norm_rope, reference
+from fourfold.kernels.rope import OpenRows, norm_rope, norm_rope_append, reference
 
 SHAPES = [(1, 9, 3, 64), (37, 32, 4, 128), (2000, 8, 8, 64)]
 
@@ -45,3 +45,31 @@ def test_the_kernel_is_the_reference(
         tolerance = 1e-5 if dtype == torch.float32 else 2**-7
         torch.testing.assert_close(out, expected, rtol=tolerance, atol=tolerance / 4)
     assert torch.equal(ours[2], plain[2])
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "heads", "kv_heads", "width"), SHAPES)
+def test_keys_and_values_go_to_their_open_pages(
+    keep: bool, dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, width: int
+) -> None:
+    """The same bits as `norm_rope` gives and `append_rows` would copy, and nothing beside them."""
+    qkv_TA = torch.randn(tokens, (heads + 2 * kv_heads) * width, device="cuda").to(dtype)
+    angles = torch.randn(2, tokens, width, device="cuda")
+    weights = (torch.rand(width, device="cuda"), torch.rand(width, device="cuda"))
+    options = (*weights, 1e-6, torch.randn(kv_heads, width, device="cuda"))
+    place_T = torch.randperm(tokens + 64, device="cuda")[:tokens].int()
+    place_T[1::5] = -1
+    rows = torch.full((4, tokens + 64, kv_heads, width), float("nan"), device="cuda", dtype=dtype)
+    arguments = (qkv_TA, heads, kv_heads, width, *angles)
+    q, k, v = norm_rope_append(*arguments, OpenRows(rows[0], rows[1], place_T), *options, keep=keep)
+    expected = norm_rope(*arguments, *options)
+    assert torch.equal(q, expected[0])
+    wanted = place_T >= 0
+    for kept, part in zip(rows[2:], expected[1:], strict=True):
+        kept[place_T[wanted].long()] = part[wanted]
+    assert torch.equal(rows[:2].view(torch.int16), rows[2:].view(torch.int16))
+    assert (k is not None) is (v is not None) is keep
+    if k is not None and v is not None:
+        assert torch.equal(k, expected[1])
+        assert torch.equal(v, expected[2])

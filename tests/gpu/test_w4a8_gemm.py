@@ -127,16 +127,18 @@ def test_dense_product(recipe: W4A8Recipe, tokens: int, shape: tuple[int, int]) 
     )
 
 
-@pytest.mark.parametrize("tokens", [1, 40, 1500])
+@pytest.mark.parametrize("tokens", [1, 19, 40, 200, 1500])
+@pytest.mark.parametrize("inputs", [640, 1024])
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
-def test_product_of_8_bit_weights(tokens: int, dtype: torch.dtype) -> None:
+def test_product_of_8_bit_weights(tokens: int, inputs: int, dtype: torch.dtype) -> None:
     torch.manual_seed(tokens)
     recipe = W4A8Recipe.INT8_CHANNEL if dtype == torch.int8 else W4A8Recipe.FP8_CHANNEL
-    weight, scale_O = quantized_rows(random_rows(1008, 640), recipe)
-    inputs = (*quantized_rows(random_rows(tokens, 640), recipe), weight, scale_O)
+    weight, scale_O = quantized_rows(random_rows(1008, inputs), recipe)
+    rows = quantized_rows(random_rows(tokens, inputs), recipe)
+    arguments = (*rows, weight, scale_O)
     poison()
-    out = w4a8_gemm.w8a8_gemm(*inputs, out_dtype=torch.float32)
-    assert_equal(out, reference.w8a8_gemm(*inputs, out_dtype=torch.float32), recipe)
+    out = w4a8_gemm.w8a8_gemm(*arguments, out_dtype=torch.float32)
+    assert_equal(out, reference.w8a8_gemm(*arguments, out_dtype=torch.float32), recipe)
 
 
 def routed(tokens: int, choices: int, experts: int, how: str) -> torch.Tensor:
@@ -169,10 +171,10 @@ def test_rows_are_grouped(tokens: int, how: str) -> None:
 @pytest.mark.parametrize("hopper", [False, pytest.param(True, marks=ON_HOPPER)])
 def test_experts_ffn(recipe: W4A8Recipe, tokens: int, how: str, hopper: bool) -> None:
     torch.manual_seed(tokens)
-    experts, choices, width, hidden = 24, 4, 336, 208
+    experts, choices, width, hidden = 24, 4, 464, 208
     experts_TK = routed(tokens, choices, experts, how)
     groups = routing.group_rows(experts_TK, experts)
-    tiles = choose_grouped(groups.tile, groups=hopper, hopper=hopper)
+    tiles = choose_grouped(groups.tile, 4, groups=hopper, hopper=hopper)
     gate_up = random_weight(experts, 2 * hidden, width, recipe)
     down = random_weight(experts, width, hidden, recipe)
     rows = quantized_rows(random_rows(tokens, width), recipe)

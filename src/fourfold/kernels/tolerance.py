@@ -19,8 +19,10 @@ TOLERANCES = {
     "quantize_rows": {"int8": 0.05, "fp8": 0.05},
     "rms_norm_quantize": {"int8": 0.05, "fp8": 0.05},
     "norm_rope": {"": 0.01},
+    "norm_rope_append": {"": 0.01},
     "seal_pages": {"int8": 0.05, "fp8": 0.05},
     "append_rows": {"": 0.0},
+    "route": {"": 0.01},
 }
 """For every kernel what each recipe is allowed; "" where a kernel has one recipe."""
 

@@ -15,10 +15,21 @@ from fourfold.kernels.decode_attention import (
     DecodeShape,
     PlanBuffers,
     candidate_plans,
+    merge_and_quantize,
     paged_int8_attention_decode,
     paged_int8_attention_decode_reference,
+    paged_int8_attention_decode_unmerged,
+    triton_merge,
 )
-from fourfold.kernels.pages import PAGE_TOKENS, VALUE_ORDER, PageCodes, PageLayout, seal_pages
+from fourfold.kernels.pages import (
+    PAGE_TOKENS,
+    VALUE_ORDER,
+    PageCodes,
+    PageLayout,
+    SealJobs,
+    seal_pages,
+)
+from fourfold.kernels.rows import quantize_rows
 from fourfold.quadrants.costs import shipped_costs
 
 CPU = torch.device("cpu")
@@ -203,3 +214,58 @@ def test_the_finest_plan_shares_what_it_can() -> None:
     plans = [p for p in candidate_plans(step.sequences, shape, COST) if p.choice.sharing]
     assert all({tile for tile, _ in plan.tiles} == {16, 64} for plan in plans)
     assert plans
+
+
+@pytest.mark.parametrize("case", ["several rows", "groups in groups", "exactly full pages"])
+def test_rows_are_merged_on_their_way_to_8_bits(case: str) -> None:
+    """With rows beyond the plan's, as in a step that also prefills, and padded channels."""
+    lengths, shape, sharing = CASES[case]
+    step = Step(lengths, shape, sharing)
+    further = torch.randn(3, shape.heads, shape.head_width).half()
+    plans = list(candidate_plans(step.sequences, shape, COST))
+    width = shape.heads * shape.head_width + 128
+    for plan in (plans[0], plans[-1]):
+        buffers = PlanBuffers.holding(plan, CPU)
+        arguments = (step.q_RHC, step.records, step.open_k, step.open_v, step.layout, buffers)
+        merged = torch.cat((paged_int8_attention_decode(*arguments), further)).flatten(1)
+        wanted = quantize_rows(merged, torch.int8, width)
+        unmerged = paged_int8_attention_decode_unmerged(*arguments)
+        ours = merge_and_quantize(torch.cat((unmerged, further)), buffers, torch.int8, width)
+        torch.testing.assert_close(ours.scale_T, wanted.scale_T, rtol=2e-3, atol=0)
+        difference = ours.codes_TW.float() - wanted.codes_TW.float()
+        # A merged value may be rounded the other way, and then its code.
+        assert (difference.abs() <= 1).all()
+        assert (difference != 0).float().mean() < 0.1
+        assert not difference[-3:].any()
+
+
+@pytest.mark.parametrize("jobs", [0, 1, 3])
+def test_pages_are_sealed_in_the_launch_that_codes_the_rows(
+    jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_merge, "_SEALING_PROGRAMS", 5)
+    shape = DecodeShape(heads=8, kv_heads=2, head_width=64)
+    step = Step([64, 200, 128, 63], shape)
+    plan = PlanBuffers.holding(next(candidate_plans(step.sequences, shape, COST)), CPU)
+    first_row_J = torch.tensor([128, 64, 192, 0], dtype=torch.int32)
+    page_J = torch.tensor([3, 0, 1, -1], dtype=torch.int32)
+    page_J[jobs:] = -1
+    records = [torch.full((5, step.layout.record_bytes), 77, dtype=torch.uint8) for _ in range(2)]
+    ours, theirs = (
+        SealJobs(r, step.layout, step.open_k, step.open_v, first_row_J, page_J) for r in records
+    )
+    arguments = (step.q_RHC, step.records, step.open_k, step.open_v, step.layout, plan)
+    out = paged_int8_attention_decode_unmerged(*arguments)
+    alone = merge_and_quantize(out, plan, torch.int8, 512)
+    both = merge_and_quantize(out, plan, torch.int8, 512, ours)
+    for part, expected in zip(both, alone, strict=True):
+        assert torch.equal(part, expected)
+    seal_pages(*theirs)
+    assert torch.equal(*records)
+
+
+def test_rows_without_a_plan_are_coded_as_they_are() -> None:
+    out_THC = torch.randn(3, 4, 32).bfloat16()
+    ours = merge_and_quantize(out_THC, None, torch.int8, 256)
+    for part, wanted in zip(ours, quantize_rows(out_THC.flatten(1), torch.int8, 256), strict=True):
+        assert torch.equal(part, wanted)

@@ -18,6 +18,7 @@ from fourfold.kernels.decode_attention import (
     PlanBuffers,
     PlanCapacity,
     candidate_plans,
+    empty_partials,
     plan_decode,
 )
 from fourfold.kernels.decode_attention.cost import DecodeCost, Measurement, Work, fit
@@ -61,46 +62,45 @@ def steps(draw: st.DrawFn) -> tuple[DecodeSequences, DecodeShape]:
 
 
 def check(plan: DecodePlan, sequences: DecodeSequences, shape: DecodeShape) -> None:
-    """Every (row, KV head) reads each of its pages once, and its partials are merged."""
+    """Every row reads each of its pages once, and its partials are merged."""
     total = len(sequences.lengths_B) * shape.rows
     assert sorted(plan.rows_R) == list(range(total))
-    read: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
-    partials: dict[tuple[int, int], list[int]] = {}
-    direct: Counter[tuple[int, int]] = Counter()
-    opened: Counter[tuple[int, int]] = Counter()
+    read: dict[int, Counter[int]] = defaultdict(Counter)
+    partials: dict[int, list[int]] = defaultdict(list)
+    direct: Counter[int] = Counter()
+    opened: Counter[int] = Counter()
     written: Counter[int] = Counter()
     tile_of = [tile for tile, count in plan.tiles for _ in range(count)]
-    assert len(tile_of) == len(plan.tasks_J8)
-    for tile, task in zip(tile_of, plan.tasks_J8.tolist(), strict=True):
-        first, rows, head, page, pages, slot, visible, partial = task
+    assert len(tile_of) == len(plan.tasks_J7)
+    for tile, task in zip(tile_of, plan.tasks_J7.tolist(), strict=True):
+        first, rows, page, pages, slot, visible, partial = task
         assert 0 < rows * shape.shared <= tile
         for local, row in enumerate(plan.rows_R[first : first + rows].tolist()):
-            read[row, head].update(plan.pages[page : page + pages].tolist())
+            read[row].update(plan.pages[page : page + pages].tolist())
             b, q = divmod(row, shape.rows)
             if slot >= 0:
-                opened[row, head] += 1
+                opened[row] += 1
                 assert slot == sequences.open_slots_B[b]
                 length = int(sequences.lengths_B[b])
                 assert visible + local == length - shape.rows + q + 1 - 64 * ((length - 1) // 64)
             if partial < 0:
-                direct[row, head] += 1
+                direct[row] += 1
             else:
                 start = partial + local * shape.shared
-                partials.setdefault((row, head), []).append(start)
+                partials[row].append(start)
                 written.update(range(start, start + shape.shared))
     assert all(count == 1 for count in written.values())
-    assert not written or max(written) < plan.partials
+    assert not written or max(written) < plan.stride
     for row in range(total):
         b = row // shape.rows
-        own = sequences.pages[b][: sequences.sealed_B[b]].tolist()
+        own = list(sequences.pages[b][: sequences.sealed_B[b]])
         begin, end = plan.merge_starts_R[row : row + 2].tolist()
-        for head in range(shape.kv_heads):
-            assert read[row, head] == Counter(own)
-            assert opened[row, head] == 1
-            merged = (plan.merge_rows[begin:end] + head * plan.stride).tolist()
-            assert sorted(merged) == sorted(partials.get((row, head), []))
-            assert direct[row, head] == (0 if merged else 1)
-            assert len(merged) != 1
+        assert read[row] == Counter(own)
+        assert opened[row] == 1
+        merged = plan.merge_rows[begin:end].tolist()
+        assert sorted(merged) == sorted(partials[row])
+        assert direct[row] == (0 if merged else 1)
+        assert len(merged) != 1
 
 
 @settings(max_examples=60, deadline=None)
@@ -142,15 +142,16 @@ def test_buffers_take_any_plan_that_fits(
     if before.shape == shape:
         buffers.load(before)
     buffers.load(plan)
-    tasks = buffers["tasks"].numpy().reshape(-1, 8)
-    used = tasks[tasks[:, 1] > 0]
-    assert sorted(used.tolist()) == sorted(plan.tasks_J8.tolist())
-    at = 0
-    for tile, room in capacity.tasks:
-        count = dict(plan.tiles).get(tile, 0)
-        assert (tasks[at : at + count, 1] > 0).all()
-        assert not tasks[at + count : at + room].any()
+    tasks, header = buffers["tasks"].numpy().reshape(-1, 7), buffers["header"].tolist()
+    assert header[0] == plan.stride
+    assert dict(plan.tiles) == {
+        tile: count for (tile, _), count in zip(capacity.tasks, header[1:], strict=True) if count
+    }
+    used, at = [], 0
+    for (_, room), count in zip(capacity.tasks, header[1:], strict=True):
+        used += tasks[at : at + count].tolist()
         at += room
+    assert sorted(used) == sorted(plan.tasks_J7.tolist())
     starts = buffers["merge_starts"].numpy()
     assert np.array_equal(starts[: len(plan.merge_starts_R)], plan.merge_starts_R)
     assert (np.diff(starts)[len(plan.rows_R) :] == 0).all()
@@ -166,9 +167,9 @@ def test_siblings_read_their_prefix_once() -> None:
     sequences = make([129 * 64 + 9] * 8, tables)
     shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
     plan = plan_decode(sequences, shape, COST)
-    reads = plan.tasks_J8[:, 4].sum()
+    reads = plan.tasks_J7[:, 3].sum()
     assert plan.choice.sharing
-    assert reads == 4 * (128 + 8)
+    assert reads == 128 + 8
     check(plan, sequences, shape)
 
 
@@ -185,7 +186,7 @@ def test_groups_within_groups_are_shared_at_every_level() -> None:
     shape = DecodeShape(heads=8, kv_heads=1, head_width=128)
     shared = [p for p in candidate_plans(sequences, shape, EAGER) if p.choice.sharing]
     for plan in shared:
-        assert plan.tasks_J8[:, 4].sum() == 40 + 2 * 40 + 8
+        assert plan.tasks_J7[:, 3].sum() == 40 + 2 * 40 + 8
         check(plan, sequences, shape)
     assert shared
 
@@ -226,3 +227,44 @@ def test_fit_finds_the_coefficients_that_made_the_measurements() -> None:
     predicted = np.array([float(fitted.seconds(m.work, 128)) for m in measurements])
     measured = np.array([m.seconds for m in measurements])
     assert np.abs(predicted / measured - 1).max() < 0.1
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps(), st.integers(0, 40))
+def test_a_covering_capacity_holds_every_plan_of_as_many_tasks(
+    step: tuple[DecodeSequences, DecodeShape], padding: int
+) -> None:
+    sequences, shape = step
+    rows = len(sequences.lengths_B) * shape.rows + padding
+    plans = list(candidate_plans(sequences, shape, EAGER))
+    for plan in plans:
+        capacity = PlanCapacity.covering(plan, rows)
+        needed = PlanCapacity.of(plan)
+        assert needed.merges <= capacity.merges
+        assert needed.partials <= capacity.partials
+        assert PlanCapacity.covering(plan, rows) == capacity
+    largest = max((PlanCapacity.covering(plan, rows) for plan in plans), key=lambda c: c.partials)
+    cpu = torch.device("cpu")
+    partials = empty_partials(shape, largest, cpu)
+    words = torch.full((PlanBuffers.words_needed(largest) + 8,), -7, dtype=torch.int32)
+    for plan in plans:
+        capacity = PlanCapacity.covering(plan, rows)
+        if PlanBuffers.words_needed(capacity) > len(words) - 8:
+            continue
+        part = words[4:][: PlanBuffers.words_needed(capacity)]
+        buffers = PlanBuffers(shape, capacity, cpu, words=part, partials=partials)
+        buffers.load(plan)
+        starts = buffers["merge_starts"].tolist()
+        assert starts[len(plan.rows_R) :] == [len(plan.merge_rows)] * (padding + 1)
+        assert buffers["pages"].data_ptr() - words.data_ptr() >= 16
+        assert words[:4].tolist() == [-7] * 4
+
+
+def test_plans_of_growing_sequences_need_few_capacities() -> None:
+    shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
+    capacities = set()
+    for length in range(300, 1300, 20):
+        tables = np.split(np.arange(256 * 21), 256)
+        sequences = make([length] * 256, [table.tolist() for table in tables])
+        capacities.add(PlanCapacity.covering(plan_decode(sequences, shape, COST), 256))
+    assert len(capacities) <= 3

@@ -113,14 +113,18 @@ def test_tiles_cover_every_row_once_and_the_longest_comes_first() -> None:
     )
     tokens = 2 * 64 // batch.padded_group
     assert batch.padded_group == 8
+    empty = len(rows)
+    assert batch.lengths_B.tolist() == [*rows, 0]
+    tiles = [tile for tile in batch.tiles_W2.tolist() if tile[0] != empty]
     covered = [
         (chunk, token)
-        for chunk, first in batch.tiles_W2.tolist()
+        for chunk, first in tiles
         for token in range(first, min(first + tokens, rows[chunk]))
     ]
     assert sorted(covered) == [(i, token) for i, n in enumerate(rows) for token in range(n)]
-    assert batch.tiles_W2[0].tolist()[0] == 0
-    assert batch.tiles_W2[-1].tolist() == [1, 0]
+    assert batch.tiles_W2[: len(tiles)].tolist() == tiles
+    assert tiles[0][0] == 0
+    assert tiles[-1] == [1, 0]
 
 
 def test_the_choice_follows_hardware_and_shape() -> None:

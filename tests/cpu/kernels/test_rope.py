@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourfold.kernels.rope import norm_rope, reference, triton_rope
+from fourfold.kernels.rope import OpenRows, norm_rope, norm_rope_append, reference, triton_rope
 from fourfold.kernels.rope.choose import Tile, choose_tile
 from fourfold.kernels.rope.triton_rope import launch
 
@@ -121,3 +121,33 @@ def test_no_tokens() -> None:
     q, k, v = launch(qkv_TA, HEADS, KV_HEADS, WIDTH, cos_TC, sin_TC, None, None, 1e-6, None)
     assert q.shape == (0, HEADS, WIDTH)
     assert k.shape == v.shape == (0, KV_HEADS, WIDTH)
+
+
+def opened_rows(dtype: torch.dtype) -> OpenRows:
+    """Three slots of 64 rows, poisoned; the second and the last token go nowhere."""
+    rows = [torch.full((192, KV_HEADS, WIDTH), float("nan")).to(dtype) for _ in range(2)]
+    return OpenRows(*rows, torch.tensor([130, -1, 3, 191, -1], dtype=torch.int32))
+
+
+@pytest.mark.parametrize("keep", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tile", [None, Tile(1, 4, 1), Tile(3, 2, 4)])
+def test_keys_and_values_go_to_their_open_pages(
+    keep: bool, dtype: torch.dtype, tile: Tile | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if tile is not None:
+        monkeypatch.setattr(triton_rope, "choose_tile", lambda *shape: tile)
+    qkv_TA, cos_TC, sin_TC = inputs(dtype)
+    arguments = (qkv_TA, HEADS, KV_HEADS, WIDTH, cos_TC, sin_TC)
+    options = (torch.rand(WIDTH), torch.rand(WIDTH), 1e-6, torch.randn(KV_HEADS, WIDTH))
+    ours, theirs = opened_rows(dtype), opened_rows(dtype)
+    q, k, v = launch(*arguments, *options, ours, keep=keep)
+    wanted = norm_rope_append(*arguments, theirs, *options, keep=True)
+    torch.testing.assert_close(q, wanted[0])
+    assert (k is not None) is (v is not None) is keep
+    for rows, expected in zip((k, v), wanted[1:], strict=True):
+        if keep:
+            torch.testing.assert_close(rows, expected)
+    for kept, expected in zip(ours[:2], theirs[:2], strict=True):
+        torch.testing.assert_close(kept, expected, equal_nan=True)
+        assert kept.isnan().all((1, 2)).sum() == 192 - 3

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fourfold.kernels.routing import combine, group_rows
+from fourfold.kernels.routing import Rule, Spread, combine, group_rows, route
 from fourfold.kernels.routing.groups import RowGroups, choose_tile, most_tiles
 
 triton_routing = pytest.importorskip("fourfold.kernels.routing.triton_routing")
+launch_route = pytest.importorskip("fourfold.kernels.routing.triton_route").launch_route
 launch_combine = triton_routing.launch_combine
 launch_group_rows = triton_routing.launch_group_rows
 
@@ -34,6 +35,33 @@ def test_rows_are_sorted_stably(
     tile = choose_tile(tokens * choices, experts)
     wanted = group_rows(experts_TK, experts)
     _assert_same(launch_group_rows(experts_TK, experts, tile), wanted)
+
+
+@pytest.mark.parametrize("tokens", [1, 37, 600])
+@pytest.mark.parametrize("share", [0.0, 0.6])
+def test_rows_of_padding_belong_to_no_expert(tokens: int, share: float) -> None:
+    torch.manual_seed(tokens)
+    experts_TK = torch.randint(20, (tokens, 8))
+    live_T = (torch.rand(tokens) < share).int()
+    # Padding may name experts that there are not.
+    experts_TK[live_T == 0] = 1 << 20
+    alone = experts_TK[live_T != 0]
+    for groups in (
+        group_rows(experts_TK, 20, tile=16, live_T=live_T),
+        launch_group_rows(experts_TK, 20, 16, live_T),
+    ):
+        rows = int(groups.ends_E[-1])
+        assert rows == alone.numel()
+        if rows == 0:
+            assert bool((groups.tiles_3N[0] == -1).all())
+            continue
+        wanted = group_rows(alone, 20, tile=16)
+        assert torch.equal(groups.ends_E, wanted.ends_E)
+        place = torch.arange(tokens * 8).view(tokens, 8)[live_T != 0].flatten()
+        assert torch.equal(groups.order_R[:rows].long(), place[wanted.order_R.long()])
+        there = wanted.tiles_3N[:, wanted.tiles_3N[0] >= 0]
+        assert torch.equal(groups.tiles_3N[:, : there.shape[1]], there)
+        assert bool((groups.tiles_3N[0, there.shape[1] :] == -1).all())
 
 
 @pytest.mark.parametrize("tokens", [40, 1025])
@@ -66,3 +94,73 @@ def test_combine_sums_in_order(dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         y_TD.double(), wanted, rtol=2**-7 if dtype is torch.bfloat16 else 1e-5, atol=1e-6
     )
+
+
+def test_padding_sums_to_zeros() -> None:
+    out_TKD, gates_TK = torch.randn(5, 3, 304), torch.rand(5, 3)
+    out_TKD[2] = float("nan")
+    live_T = torch.tensor([1, 0, 0, 1, 1], dtype=torch.int32)
+    for y_TD in (
+        combine(out_TKD, gates_TK, out_dtype=torch.float32, live_T=live_T),
+        launch_combine(out_TKD, gates_TK, torch.float32, live_T),
+    ):
+        assert not y_TD[1:3].any()
+        wanted = combine(out_TKD, gates_TK, out_dtype=torch.float32)
+        torch.testing.assert_close(y_TD[[0, 3, 4]], wanted[[0, 3, 4]])
+
+
+# float16 stands for both formats of 16 bits: the interpreter multiplies no bfloat16.
+RULES = [
+    Rule(8),
+    Rule(3, scale=2.5),
+    Rule(1, normalise=False),
+    Rule(2, "sigmoid"),
+    Rule(4, "sigmoid", normalise=False, scale=0.5),
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "tokens", "width", "experts"),
+    [(torch.float16, 1, 2048, 128), (torch.float32, 19, 200, 60)],
+)
+def test_routes(
+    dtype: torch.dtype,
+    rule: Rule,
+    biased: bool,
+    spread: bool,
+    tokens: int,
+    width: int,
+    experts: int,
+) -> None:
+    torch.manual_seed(tokens)
+    x_TD, weight_ED = torch.randn(tokens, width).to(dtype), torch.randn(experts, width) / 8
+    bias_E = torch.rand(experts) if biased else None
+    ours, theirs = (Spread(5 << 20, torch.tensor(7)) if spread else None for _ in range(2))
+    gates_TK, experts_TK = launch_route(x_TD, weight_ED, rule, bias_E, ours)
+    wanted = route(x_TD, weight_ED, rule, bias_E=bias_E, spread=theirs)
+    assert (gates_TK.dtype, experts_TK.dtype) == (torch.float32, torch.int64)
+    assert torch.equal(experts_TK, wanted[1])
+    torch.testing.assert_close(gates_TK, wanted[0], rtol=1e-4, atol=1e-9)
+    if ours is not None:
+        assert ours.steps.item() == 8
+
+
+def test_ties_go_to_the_first_expert_and_nan_to_different_ones() -> None:
+    x_TD = torch.tensor([[1.0, 0.0], [float("nan"), 0.0], [0.0, 0.0]])
+    weight_ED = torch.tensor([[1.0, 0.0], [2.0, 0.0], [1.0, 0.0], [2.0, 0.0], [0.0, 0.0]])
+    experts_TK = launch_route(x_TD, weight_ED, Rule(3), None, None)[1]
+    assert experts_TK[0].tolist() == [1, 3, 0]
+    assert len({*experts_TK[1].tolist()} & {*range(5)}) == 3
+    assert experts_TK[2].tolist() == [0, 1, 2]
+    assert torch.equal(route(x_TD[[0, 2]], weight_ED, Rule(3))[1], experts_TK[[0, 2]])
+
+
+def test_routes_many_tokens() -> None:
+    x_TD, weight_ED = torch.randn(530, 64).half(), torch.randn(8, 64)
+    gates_TK, experts_TK = launch_route(x_TD, weight_ED, Rule(2), None, None)
+    wanted = route(x_TD, weight_ED, Rule(2))
+    assert torch.equal(experts_TK, wanted[1])
+    torch.testing.assert_close(gates_TK, wanted[0], rtol=1e-4, atol=1e-9)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from fourfold.kernels.routing.triton_routing import launch_combine
 from fourfold.kernels.rows import Rows, quantize_rows, reference, rms_norm_quantize
 from fourfold.kernels.rows.choose import choose_tile
 from fourfold.kernels.rows.quantize import WIDEST
@@ -124,6 +125,39 @@ def test_a_norm_and_its_codes(
         # Sums are added up in another order, so a code may be the neighbour.
         differing = ours.rows.codes_TW.float() != plain.rows.codes_TW.float()
         assert differing.float().mean() < (0.02 if dtype == torch.int8 else 0.1)
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_norm_of_what_experts_returned(residual: bool, padded: bool) -> None:
+    out_TKD, gates_TK = torch.randn(5, 3, 96), torch.rand(5, 3)
+    residual_TD = torch.randn(5, 96) if residual else None
+    live_T = torch.tensor([1, 1, 0, 1, 0], dtype=torch.int32) if padded else None
+    if padded:
+        out_TKD[2], gates_TK[4] = float("nan"), float("nan")
+        gates_TK[2] = 0
+    weight_D = torch.rand(96)
+    ours = launch_norm(
+        out_TKD, weight_D, 1e-6, torch.int8, 128, residual_TD, True, gates_TK, live_T
+    )
+    summed_TD = launch_combine(out_TKD, gates_TK, torch.float32, live_T)
+    plain = launch_norm(summed_TD, weight_D, 1e-6, torch.int8, 128, residual_TD, True)
+    assert torch.equal(ours.residual_TD, plain.residual_TD)
+    assert ours.normed_TD is not None
+    assert plain.normed_TD is not None
+    assert torch.equal(ours.normed_TD, plain.normed_TD)
+    assert same(ours.rows, plain.rows)
+    wanted = rms_norm_quantize(
+        out_TKD,
+        weight_D,
+        1e-6,
+        torch.int8,
+        128,
+        residual_TD=residual_TD,
+        gates_TK=gates_TK,
+        live_T=live_T,
+    )
+    torch.testing.assert_close(ours.residual_TD, wanted.residual_TD)
 
 
 def test_no_rows() -> None:

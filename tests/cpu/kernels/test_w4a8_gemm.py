@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
@@ -87,12 +88,14 @@ def test_dense_product(recipe: W4A8Recipe, tokens: int, split: int) -> None:
     assert_equal(out, wanted, recipe)
 
 
-def test_product_of_8_bit_weights() -> None:
+@pytest.mark.parametrize("split", [1, 2])
+def test_product_of_8_bit_weights(split: int) -> None:
     torch.manual_seed(2)
-    weight_OK = torch.randint(-127, 128, (48, 128), dtype=torch.int8)
-    codes_TK, scale_T = quantized_rows(torch.randn(5, 128), W4A8Recipe.INT8_CHANNEL)
+    weight_OK = torch.randint(-127, 128, (48, 256), dtype=torch.int8)
+    codes_TK, scale_T = quantized_rows(torch.randn(5, 256), W4A8Recipe.INT8_CHANNEL)
     inputs = (codes_TK, scale_T, weight_OK, torch.rand(48))
-    out = w8a8_gemm(*inputs, out_dtype=torch.float32, tiles=SMALL)
+    tiles = dataclasses.replace(SMALL, split=split)
+    out = w8a8_gemm(*inputs, out_dtype=torch.float32, tiles=tiles)
     assert torch.equal(out, reference.w8a8_gemm(*inputs, out_dtype=torch.float32))
 
 
@@ -152,17 +155,22 @@ class _kernels:  # noqa: N801
 
 @pytest.mark.parametrize("tokens", [16, 32, 64, 128])
 @pytest.mark.parametrize("itemsize", [2, 4])
-def test_blocks_in_flight_fit_into_shared_memory(tokens: int, itemsize: int) -> None:
-    tiles = choose_grouped(tokens, groups=True, hopper=True)
+@pytest.mark.parametrize("blocks", [5, 6])
+def test_blocks_in_flight_fit_into_shared_memory(tokens: int, itemsize: int, blocks: int) -> None:
+    tiles = choose_grouped(tokens, blocks, groups=True, hopper=True)
     stages = hopper_stages(tiles, itemsize)
     assert stages >= 4
-    assert stages * (16384 + 128 * tokens + 1024) + 128 * tokens * itemsize <= 227 << 10
+    runs = tiles.half // 32
+    sums = 512 * tokens if tiles.split > 1 else 0
+    used = stages * (runs * 4352 + 128 * tokens) + 128 * tokens * itemsize + sums
+    assert tiles.programs * used <= 227 << 10
 
 
 def test_a_gpu_before_hopper_gets_the_triton_form() -> None:
     for tokens in (16, 32, 64, 128):
-        assert not choose_grouped(tokens, groups=True, hopper=False).hopper
+        assert not choose_grouped(tokens, 4, groups=True, hopper=False).hopper
     for tokens in (1, 16, 32, 64, 512, 8192):
-        tiles = choose_dense(tokens, 16, bits=4, hopper=False)
-        assert not tiles.hopper
-        assert 16 % tiles.split == 0
+        for bits, blocks in itertools.product((4, 8), (6, 16)):
+            tiles = choose_dense(tokens, blocks, bits=bits, outputs=4096, hopper=False)
+            assert not tiles.hopper
+            assert blocks % tiles.split == 0

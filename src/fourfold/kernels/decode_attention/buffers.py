@@ -1,8 +1,9 @@
-"""A decode plan on the device: one buffer, one copy, and room for the partial results.
+"""A decode plan on the device: one run of words, one copy, and room for the partial results.
 
 Everything a kernel reads of a plan lies at a place that only depends on the capacity, so a CUDA
-graph that was captured with one plan can be replayed with another: `load` the next plan into the
-same buffers before the replay.
+graph that was captured with one plan can be replayed with another that fits: `load` the next plan
+into the same buffers before the replay, or `fill` words on the host and copy them with whatever
+else a step needs.
 
 Shapes: R query rows, J tasks, C head width.
 """
@@ -10,14 +11,22 @@ Shapes: R query rows, J tasks, C head width.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from fourfold.kernels.decode_attention.plan import TASK_FIELDS, DecodePlan, DecodeShape
+from fourfold.kernels.decode_attention.plan import TASK_FIELDS, TILES, DecodePlan, DecodeShape
 
 _ALIGNMENT = 32  # words
+_HEADER = 1 + len(TILES)
+FEW_PARTIALS, MANY_PARTIALS = 8, 64
+"""Partials of one row: up to few, one program merges all heads; beyond, each head has its own."""
+# Few of each, so that few graphs are captured.
+_TASK_CLASSES = tuple(32 * 4**i for i in range(9))
+_PAGE_CLASSES = tuple(16384 * 16**i for i in range(5))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +43,8 @@ class PlanCapacity:
     """Partials, counted once for each query row and not for each head of it."""
     partials: int
     """Partial results, one of a query head each."""
-    merged: int = 16
-    """Partials of one row, usually: how many a merge reads at once. More are possible."""
+    merged: int = FEW_PARTIALS
+    """Partials of one row, usually. More are possible."""
 
     @classmethod
     def of(cls, plan: DecodePlan) -> PlanCapacity:
@@ -46,40 +55,76 @@ class PlanCapacity:
             pages=len(plan.pages),
             merges=len(plan.merge_rows),
             partials=plan.partials,
-            merged=int(plan.work.merged),
+            merged=plan.merged,
         )
+
+    @classmethod
+    def covering(cls, plan: DecodePlan, rows: int) -> PlanCapacity:
+        """One of few capacities that hold the plan, for a batch padded to `rows` query rows.
+
+        Numbers of tasks are rounded up generously, since a task that is not there costs next to
+        nothing; merges and partials are as many as so many tasks can make.
+        """
+        assert rows >= len(plan.rows_R)
+        shape = plan.shape
+        tasks = tuple((tile, _class_of(count, _TASK_CLASSES)) for tile, count in plan.tiles)
+        pieces = sum(count * (tile // shape.shared) for tile, count in tasks)
+        return cls(
+            rows=rows,
+            tasks=tasks,
+            pages=_class_of(len(plan.pages), _PAGE_CLASSES),
+            merges=pieces,
+            partials=pieces * shape.heads,
+            merged=FEW_PARTIALS if plan.merged <= FEW_PARTIALS else MANY_PARTIALS,
+        )
+
+
+def _class_of(number: int, classes: Sequence[int]) -> int:
+    """The smallest class that holds so many."""
+    return next(size for size in classes if size >= number)
 
 
 class PlanBuffers:
     """Device memory for plans of one shape within a capacity.
 
-    `load` replaces the plan; it enqueues one copy on the current stream and does not wait. What was
-    launched before on that stream still sees the plan before.
+    `words`, int32 [`words_needed(capacity)`], and `partials`, the `partial_o` and `partial_ml` of
+    buffers at least as large, may be given, so that many buffers whose launches follow each other
+    share them.
     """
 
-    def __init__(self, shape: DecodeShape, capacity: PlanCapacity, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: DecodeShape,
+        capacity: PlanCapacity,
+        device: torch.device,
+        *,
+        words: Tensor | None = None,
+        partials: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         self.shape = shape
         self.capacity = capacity
-        parts = {
-            "stride": 1,
-            "merge_starts": capacity.rows + 1,
-            "rows": capacity.rows,
-            "merge_rows": capacity.merges,
-            "tasks": sum(count for _, count in capacity.tasks) * TASK_FIELDS,
-            "pages": capacity.pages,
-        }
-        self._offsets: dict[str, int] = {}
-        size = 0
-        for name, words in parts.items():
-            self._offsets[name] = size
-            size += -(-words // _ALIGNMENT) * _ALIGNMENT
-        self._words = torch.zeros(size, dtype=torch.int32, device=device)
-        self._sizes = parts
-        # Means of values, in whichever 16-bit dtype the queries have.
-        self.partial_o = torch.empty(
-            capacity.partials, shape.head_width, dtype=torch.bfloat16, device=device
-        )
-        self.partial_ml = torch.empty(capacity.partials, 2, dtype=torch.float32, device=device)
+        self._sizes = _sizes(capacity)
+        self._offsets = _offsets(self._sizes)
+        size = self.words_needed(capacity)
+        if words is None:
+            words = torch.zeros(size, dtype=torch.int32, device=device)
+        assert words.dtype == torch.int32
+        assert words.shape == (size,)
+        assert words.is_contiguous()
+        assert words.data_ptr() % 16 == 0, "words of a plan begin at a multiple of 16 bytes"
+        self._words = words
+        if partials is None:
+            partials = empty_partials(shape, capacity, device)
+        self.partial_o, self.partial_ml = partials
+        assert self.partial_o.shape[1:] == (shape.head_width,)
+        assert len(self.partial_ml) >= capacity.partials
+        assert len(self.partial_o) >= capacity.partials
+
+    @staticmethod
+    def words_needed(capacity: PlanCapacity) -> int:
+        """Words of a plan on the device, and of the host's copy that `fill` writes."""
+        sizes = _sizes(capacity)
+        return _offsets(sizes)["pages"] + _aligned(sizes["pages"])
 
     @classmethod
     def holding(cls, plan: DecodePlan, device: torch.device) -> PlanBuffers:
@@ -89,7 +134,8 @@ class PlanBuffers:
         return buffers
 
     def __getitem__(self, name: str) -> Tensor:
-        """A part of the plan, int32: stride, merge_starts, rows, merge_rows, tasks or pages."""
+        """A part of the plan, int32: header (partials of a KV head, then tasks of each tile of the
+        capacity), merge_starts, rows, tasks, merge_rows or pages."""
         return self._words[self._offsets[name] :][: self._sizes[name]]
 
     def fits(self, plan: DecodePlan) -> bool:
@@ -106,34 +152,80 @@ class PlanBuffers:
         )
 
     def load(self, plan: DecodePlan) -> None:
-        """Makes `plan` the one that later launches follow."""
-        assert self.fits(plan), "a plan beyond the capacity of its buffers"
+        """Makes `plan` the one that later launches follow.
+
+        Enqueues one copy on the current stream and does not wait. What was launched before on that
+        stream still sees the plan before.
+        """
         # From PyTorch's cache of pinned memory, which does not give it out again before the copy.
         staging = torch.empty(len(self._words), dtype=torch.int32, pin_memory=self._words.is_cuda)
-        words = staging.numpy()
-        self._fill(words, plan)
-        self._words.copy_(staging, non_blocking=True)
+        used = self.fill(staging.numpy(), plan)
+        self._words[:used].copy_(staging[:used], non_blocking=True)
 
-    def _fill(self, words: np.ndarray[tuple[int], np.dtype[np.int32]], plan: DecodePlan) -> None:
-        def put(name: str, values: np.ndarray[tuple[int, ...], np.dtype[np.int32]]) -> None:
-            start = self._offsets[name]
-            words[start : start + values.size] = values.ravel()
+    def fill(self, words: NDArray[np.int32], plan: DecodePlan) -> int:
+        """Writes a plan as the device wants it to `words`, int32 [`words_needed(capacity)`].
 
-        words[self._offsets["stride"]] = plan.stride
-        put("merge_starts", plan.merge_starts_R)
+        Returns how many words from the first on have to be copied to the device; what lies between
+        the parts, or behind those that the plan uses, may be anything.
+        """
+        assert self.fits(plan), "a plan beyond the capacity of its buffers"
+
+        def put(start: int, values: NDArray[np.int32]) -> int:
+            words[start : start + values.size] = values.reshape(-1)
+            return start + values.size
+
+        at = self._offsets
+        counts = dict(plan.tiles)
+        words[at["header"]] = plan.stride
+        for i, (tile, _) in enumerate(self.capacity.tasks):
+            words[at["header"] + 1 + i] = counts.get(tile, 0)
+        beyond = put(at["merge_starts"], plan.merge_starts_R)
         # Rows beyond the plan have nothing to merge.
-        beyond = self._offsets["merge_starts"] + len(plan.merge_starts_R)
-        words[beyond : self._offsets["rows"]] = plan.merge_starts_R[-1]
-        put("rows", plan.rows_R)
-        put("merge_rows", plan.merge_rows)
-        put("pages", plan.pages)
-        start, given, tasks_of = self._offsets["tasks"], 0, {}
+        words[beyond : at["merge_starts"] + self.capacity.rows + 1] = plan.merge_starts_R[-1]
+        put(at["rows"], plan.rows_R)
+        put(at["merge_rows"], plan.merge_rows)
+        given, tasks_of = 0, {}
         for tile, count in plan.tiles:
-            tasks_of[tile] = plan.tasks_J8[given : given + count]
+            tasks_of[tile] = plan.tasks_J7[given : given + count]
             given += count
+        start = at["tasks"]
         for tile, room in self.capacity.tasks:
-            tasks = tasks_of.get(tile, plan.tasks_J8[:0])
-            words[start : start + tasks.size] = tasks.ravel()
-            # A task without rows does nothing.
-            words[start + tasks.size : start + room * TASK_FIELDS] = 0
+            if tile in tasks_of:
+                put(start, tasks_of[tile])
             start += room * TASK_FIELDS
+        return put(at["pages"], plan.pages)
+
+
+def empty_partials(
+    shape: DecodeShape, capacity: PlanCapacity, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Room for the partial results of any plan within a capacity, and within smaller ones: means of
+    values, 16 bits in whichever dtype the queries have, and pairs of float32."""
+    return (
+        torch.empty(capacity.partials, shape.head_width, dtype=torch.bfloat16, device=device),
+        torch.empty(capacity.partials, 2, dtype=torch.float32, device=device),
+    )
+
+
+def _sizes(capacity: PlanCapacity) -> dict[str, int]:
+    """Words of each part. Page tables come last: the copy ends where they do."""
+    return {
+        "header": _HEADER,
+        "merge_starts": capacity.rows + 1,
+        "rows": capacity.rows,
+        "tasks": sum(count for _, count in capacity.tasks) * TASK_FIELDS,
+        "merge_rows": capacity.merges,
+        "pages": capacity.pages,
+    }
+
+
+def _offsets(sizes: dict[str, int]) -> dict[str, int]:
+    offsets, end = {}, 0
+    for name, words in sizes.items():
+        offsets[name] = end
+        end += _aligned(words)
+    return offsets
+
+
+def _aligned(words: int) -> int:
+    return -(-words // _ALIGNMENT) * _ALIGNMENT

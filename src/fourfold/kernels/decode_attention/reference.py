@@ -48,7 +48,7 @@ def paged_int8_attention_decode_reference(
         k_NGC, v_NGC = open_k[start : start + shown], open_v[start : start + shown]
         parts = [_attend_open(q_GMC, k_NGC, v_NGC, new, scale)]
         if sealed_B[b]:
-            pages = torch.from_numpy(sequences.pages[b][: sealed_B[b]].astype("int64"))
+            pages = torch.as_tensor(sequences.pages[b][: sealed_B[b]]).long()
             parts.append(_attend_sealed(q_GMC, records[pages.to(records.device)], layout, scale))
         o_GMC = _merge(*(torch.cat(part) for part in zip(*parts, strict=True)))
         out = o_GMC.view(layout.kv_heads, new, -1, width).transpose(0, 1).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""Decode attention over 8-bit pages: one program a task of the plan, and the merge of its partials.
+"""Decode attention over 8-bit pages: one program a task of the plan.
 
 A task is a tile of query rows that share one KV head, a run of sealed pages, and perhaps the page
 its sequence is still filling. With tiles of 16 rows a program is a single warp: nothing has to be
@@ -28,6 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fourfold.kernels.decode_attention.buffers import PlanBuffers
 from fourfold.kernels.decode_attention.choose import choose_build
 from fourfold.kernels.decode_attention.plan import TASK_FIELDS
+from fourfold.kernels.dependent_launch import overlaps_launches
 from fourfold.kernels.pages.layout import PageCodes, PageLayout
 
 _MAGIC = tl.constexpr(12582912.0)
@@ -36,6 +37,7 @@ _MAGIC_BITS_OF_64 = tl.constexpr(0x30000000)  # -64 * _MAGIC_BITS modulo 2^32
 _TOKENS = tl.constexpr(64)
 _HALF = tl.constexpr(64)
 _FIELDS = tl.constexpr(TASK_FIELDS)
+_FEW_PROGRAMS = 264
 _LOG2_E = math.log2(math.e)
 
 
@@ -138,27 +140,56 @@ def _attend_open(q_MC, scale, open_k, open_v, slot, shown_M, tokens, kv_head, o_
 
 
 @triton.jit
+def _prefetch(pointers):
+    """Asks for the lines at `pointers` to be brought to the L2 cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def _prefetch_task(records, open_k, open_v, page, n_pages, slot, shown, kv_head,
+                   RECORD: tl.constexpr, G: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Asks for the first sealed page and the open page of a task, as far as it has them."""
+    if n_pages > 0:
+        line = tl.arange(0, _TOKENS * C // 128) * 128
+        keys = records + page * RECORD + kv_head * (_TOKENS * C)
+        _prefetch(keys + line)
+        _prefetch(keys + G * _TOKENS * C + line)
+    if slot >= 0:
+        token = tl.minimum(tl.arange(0, _TOKENS), shown - 1)
+        at = ((slot * _TOKENS + token) * G + kv_head) * C
+        for half in tl.static_range(0, C, 64):
+            _prefetch(open_k + at + half)
+            _prefetch(open_v + at + half)
+
+
+@triton.jit
 def decode_kernel(q, records, scales, open_k, open_v, out, partial_o, partial_ml,
-                  tasks, rows, pages, scale,
+                  header, tasks, rows, pages, scale,
                   RECORD: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, C: tl.constexpr,
                   M: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr,
-                  EARLY: tl.constexpr, FIRST: tl.constexpr):  # fmt: skip
-    """One task. `scale` includes log2(e); `scales` are the records as float32.
+                  EARLY: tl.constexpr, FEW: tl.constexpr, INDEX: tl.constexpr):  # fmt: skip
+    """One KV head of a task. `scale` includes log2(e); `scales` are the records as float32.
 
-    `EARLY`: kernels overlap the end of those before them (programmatic dependent launch). The first
-    waits for whoever made its inputs; the others start beside it, and wait for it at their end, so
-    that the merge, which waits for the last, waits for all.
+    `INDEX`: the place of the tile among those of the capacity. `EARLY`: kernels overlap the end of
+    those before them (programmatic dependent launch). The first waits for whoever made its inputs;
+    the others start beside it, and wait for it at their end, so that the merge, which waits for the
+    last, waits for all. `FEW`: there are so few programs that memory is idle while they wait.
     """
-    task = tasks + tl.program_id(0) * _FIELDS
+    kv_head = tl.program_id(0) % G
+    count = tl.load(header + 1 + INDEX)
+    stride = tl.load(header)
+    task = tasks + tl.program_id(0) // G * _FIELDS
     first_row = tl.load(task)
     n_rows = tl.load(task + 1)
-    kv_head = tl.load(task + 2)
-    first_page = tl.load(task + 3)
-    n_pages = tl.load(task + 4)
-    slot = tl.load(task + 5)
-    visible = tl.load(task + 6)
-    partial = tl.load(task + 7)
-    if n_rows == 0:
+    first_page = tl.load(task + 2)
+    n_pages = tl.load(task + 3)
+    slot = tl.load(task + 4)
+    visible = tl.load(task + 5)
+    partial = tl.load(task + 6)
+    if tl.program_id(0) >= count * G:
         if EARLY:
             gdc_wait()
         return
@@ -169,7 +200,12 @@ def decode_kernel(q, records, scales, open_k, open_v, out, partial_o, partial_ml
     row_M = tl.load(rows + first_row + local_M, mask=real_M, other=0)
     page = tl.load(pages).to(tl.int64)
     if EARLY:
-        if FIRST:
+        if FEW:
+            _prefetch_task(
+                records, open_k, open_v, page, n_pages, slot, visible + n_rows - 1, kv_head,
+                RECORD, G, C,
+            )  # fmt: skip
+        if INDEX == 0:
             gdc_wait()
         gdc_launch_dependents()
 
@@ -208,65 +244,18 @@ def decode_kernel(q, records, scales, open_k, open_v, out, partial_o, partial_ml
     if partial < 0:
         to_Mh = out + head_M.to(tl.int64)[:, None] * C + h_h[None, :]
     else:
-        to_M = partial.to(tl.int64) + m_M
+        to_M = (partial + kv_head * stride).to(tl.int64) + m_M
         to_Mh = partial_o + to_M[:, None] * C + h_h[None, :]
         tl.store(partial_ml + to_M * 2, top_M, mask=real_M)
         tl.store(partial_ml + to_M * 2 + 1, l_M, mask=real_M)
     tl.store(to_Mh, (o_Mh / l_M[:, None]).to(q_MC.dtype), mask=real_M[:, None])
     if C > _HALF:
         tl.store(to_Mh + _HALF, (u_Mh / l_M[:, None]).to(q_MC.dtype), mask=real_M[:, None])
-    if EARLY and not FIRST:
+    if EARLY and INDEX > 0:
         gdc_wait()
 
 
-@triton.jit
-def merge_kernel(out, partial_o, partial_ml, merge_starts, merge_rows, head_stride,
-                 SHARED: tl.constexpr, C: tl.constexpr, B: tl.constexpr,
-                 EARLY: tl.constexpr):  # fmt: skip
-    """Adds up the partials of one query row and head, in the order of the plan."""
-    row = tl.program_id(0)
-    head = tl.program_id(1)
-    begin = tl.load(merge_starts + row)
-    end = tl.load(merge_starts + row + 1)
-    stride = tl.load(head_stride).to(tl.int64)
-    i_B = begin + tl.arange(0, B)
-    at_B = tl.load(merge_rows + i_B, mask=i_B < end, other=0)
-    if EARLY:
-        gdc_wait()
-    if begin == end:
-        return
-    offset = (head // SHARED) * stride + head % SHARED
-    c_C = tl.arange(0, C)
-    top = -float("inf")
-    total = 0.0
-    o_C = tl.zeros((C,), tl.float32)
-    for start in tl.range(begin, end, B):
-        i_B = start + tl.arange(0, B)
-        real_B = i_B < end
-        at_B += offset
-        top_B = tl.load(partial_ml + at_B * 2, mask=real_B, other=float("-inf"))
-        l_B = tl.load(partial_ml + at_B * 2 + 1, mask=real_B, other=0.0)
-        o_BC = tl.load(
-            partial_o + at_B[:, None] * C + c_C[None, :], mask=real_B[:, None], other=0.0
-        )
-        at_B = tl.load(merge_rows + i_B + B, mask=i_B + B < end, other=0)
-        new_top = tl.maximum(top, tl.max(top_B, 0))
-        keep = tl.exp2(top - new_top)
-        weight_B = tl.exp2(top_B - new_top) * l_B
-        o_C = o_C * keep + tl.sum(o_BC.to(tl.float32) * weight_B[:, None], 0)
-        total = total * keep + tl.sum(weight_B, 0)
-        top = new_top
-    heads = tl.num_programs(1)
-    at_C = (row.to(tl.int64) * heads + head) * C + c_C
-    tl.store(out + at_C, (o_C / total).to(out.dtype.element_ty))
-
-
-def overlaps_launches(device: torch.device) -> bool:
-    """Whether a kernel can start before the one it follows has ended."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def launch(
+def launch_tasks(
     q_RHC: Tensor,
     records: Tensor,
     open_k: Tensor,
@@ -275,30 +264,24 @@ def launch(
     plan: PlanBuffers,
     scale: float,
 ) -> Tensor:
-    """Launches the tasks of each tile in the order of the capacity, then the merge."""
-    shape, capacity = plan.shape, plan.capacity
-    rows, heads, width = q_RHC.shape
+    """Launches the tasks of each tile in the order of the capacity; rows in one piece are written
+    to the output, the others to the plan's partial results."""
+    shape = plan.shape
     out_RHC = torch.empty_like(q_RHC)
     codes, scales = records.view(layout.codes.dtype), records.view(torch.float32)
-    partial_o = plan.partial_o.view(q_RHC.dtype)
     early = overlaps_launches(q_RHC.device)
     place = 0
-    for tile, count in capacity.tasks:
+    for i, (tile, count) in enumerate(plan.capacity.tasks):
         build = choose_build(tile)
-        decode_kernel[(count,)](
-            q_RHC, codes, scales, open_k, open_v, out_RHC, partial_o, plan.partial_ml,
-            plan["tasks"][place:], plan["rows"], plan["pages"], scale * _LOG2_E,
-            RECORD=layout.record_bytes, G=shape.kv_heads, SHARED=shape.shared, C=width, M=tile,
-            T=build.open_tokens, FP8=layout.codes is PageCodes.FP8, STAGES=build.stages,
-            EARLY=early, FIRST=place == 0, num_warps=build.warps,
+        decode_kernel[(count * shape.kv_heads,)](
+            q_RHC, codes, scales, open_k, open_v, out_RHC, plan.partial_o.view(q_RHC.dtype),
+            plan.partial_ml, plan["header"], plan["tasks"][place:], plan["rows"], plan["pages"],
+            scale * _LOG2_E,
+            RECORD=layout.record_bytes, G=shape.kv_heads, SHARED=shape.shared,
+            C=shape.head_width, M=tile, T=build.open_tokens, FP8=layout.codes is PageCodes.FP8,
+            STAGES=build.stages, EARLY=early,
+            FEW=count * shape.kv_heads <= _FEW_PROGRAMS, INDEX=i, num_warps=build.warps,
             maxnreg=build.registers, launch_pdl=early,
         )  # fmt: skip
         place += count * TASK_FIELDS
-    if capacity.merges:
-        at_once = 16 if capacity.merged <= 16 else 64
-        merge_kernel[(rows, heads)](
-            out_RHC, partial_o, plan.partial_ml, plan["merge_starts"], plan["merge_rows"],
-            plan["stride"], SHARED=shape.shared, C=width, B=at_once, EARLY=early,
-            num_warps=at_once // 16, launch_pdl=early,
-        )  # fmt: skip
     return out_RHC

@@ -9,11 +9,34 @@ heads, N = 64 tokens per page, C head width.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from fourfold.kernels.pages import reference
 from fourfold.kernels.pages.layout import PageLayout
+
+
+class SealJobs(NamedTuple):
+    """Pages that are to be sealed; the arguments of `seal_pages`."""
+
+    records_PR: Tensor
+    layout: PageLayout
+    k_SGC: Tensor
+    v_SGC: Tensor
+    first_row_J: Tensor
+    page_J: Tensor
+
+    def check(self) -> None:
+        """Whether shapes and dtypes agree."""
+        layout = self.layout
+        assert self.records_PR.dtype == torch.uint8
+        assert self.records_PR.shape[1:] == (layout.record_bytes,), "records of another layout"
+        assert self.records_PR.stride(1) == 1
+        _check_rows(self.k_SGC, self.v_SGC, self.first_row_J, self.page_J)
+        shape = (layout.kv_heads, layout.head_width)
+        assert self.k_SGC.shape[1:] == shape, "rows of another layout"
 
 
 def seal_pages(
@@ -33,18 +56,14 @@ def seal_pages(
     and `page_J` are int32 or int64 on the same device; no two jobs may have the same page. Padding
     bytes are left as they are. No host synchronisation.
     """
-    assert records_PR.dtype == torch.uint8
-    assert records_PR.shape[1:] == (layout.record_bytes,), "records of another layout"
-    assert records_PR.stride(1) == 1
-    _check_rows(k_SGC, v_SGC, first_row_J, page_J)
-    assert k_SGC.shape[1:] == (layout.kv_heads, layout.head_width), "rows of another layout"
-    arguments = (records_PR, layout, k_SGC, v_SGC, first_row_J, page_J)
+    jobs = SealJobs(records_PR, layout, k_SGC, v_SGC, first_row_J, page_J)
+    jobs.check()
     if not records_PR.is_cuda:
-        reference.seal_pages(*arguments)
+        reference.seal_pages(*jobs)
         return
     from fourfold.kernels.pages.triton_pages import launch_seal
 
-    launch_seal(*arguments)
+    launch_seal(*jobs)
 
 
 def append_rows(

@@ -17,7 +17,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fourfold.kernels.dependent_launch import overlaps_launches
 from fourfold.kernels.pages.layout import PAGE_TOKENS, PageLayout
 from fourfold.kernels.pages.reference import SMALLEST
 
@@ -27,7 +29,7 @@ _N = tl.constexpr(PAGE_TOKENS)
 
 
 @triton.jit
-def _quantized(x, LARGEST: tl.constexpr, INT8: tl.constexpr):
+def quantized_tile(x, LARGEST: tl.constexpr, INT8: tl.constexpr):
     """Codes of a tile, and its scale."""
     x = x.to(tl.float32)
     amax = tl.maximum(tl.max(tl.abs(x)), _SMALLEST)
@@ -41,6 +43,44 @@ def _quantized(x, LARGEST: tl.constexpr, INT8: tl.constexpr):
 def _value_order(place):
     """`VALUE_ORDER`: within 16, bits 3 2 1 0 of the token are bits 1 3 2 0 of its place."""
     return (place & 48) | ((place & 2) << 2) | ((place >> 1) & 6) | (place & 1)
+
+
+@triton.jit
+def seal_half(
+    codes_ptr,
+    scales_ptr,
+    k_ptr,
+    v_ptr,
+    first,
+    page,
+    head,
+    values,
+    record_stride,
+    k_stride,
+    v_stride,
+    G: tl.constexpr,
+    C: tl.constexpr,
+    LARGEST: tl.constexpr,
+    INT8: tl.constexpr,
+):
+    """Writes the keys, or with `values` the values, of one KV head of a page; its rows begin at
+    `first`."""
+    place, channel = tl.arange(0, _N), tl.arange(0, C)
+    record = codes_ptr + page * record_stride + head * (_N * C)
+    scale = scales_ptr + page * (record_stride // 4) + G * _N * C // 2 + head
+    if values:
+        row = first + _value_order(place)
+        x = tl.load(v_ptr + row[:, None] * v_stride + head * C + channel[None, :])
+        codes, value_scale = quantized_tile(x, LARGEST, INT8)
+        record += G * _N * C
+        tl.store(record + channel[:, None] * _N + place[None, :], tl.trans(codes))
+        tl.store(scale + G, value_scale)
+    else:
+        row = first + place
+        x = tl.load(k_ptr + row[:, None] * k_stride + head * C + channel[None, :])
+        codes, key_scale = quantized_tile(x, LARGEST, INT8)
+        tl.store(record + place[:, None] * C + channel[None, :], codes)
+        tl.store(scale, key_scale)
 
 
 @triton.jit
@@ -58,27 +98,19 @@ def _seal_kernel(
     C: tl.constexpr,
     LARGEST: tl.constexpr,
     INT8: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     job, head = tl.program_id(0), tl.program_id(1)
     page = tl.load(page_ptr + job).to(tl.int64)
+    first = tl.load(first_row_ptr + job).to(tl.int64)
     if page >= 0:
-        first = tl.load(first_row_ptr + job).to(tl.int64)
-        place, channel = tl.arange(0, _N), tl.arange(0, C)
-        record = codes_ptr + page * record_stride + head * (_N * C)
-        scale = scales_ptr + page * (record_stride // 4) + G * _N * C // 2 + head
-        if tl.program_id(2) == 0:
-            row = first + place
-            x = tl.load(k_ptr + row[:, None] * k_stride + head * C + channel[None, :])
-            codes, key_scale = _quantized(x, LARGEST, INT8)
-            tl.store(record + place[:, None] * C + channel[None, :], codes)
-            tl.store(scale, key_scale)
-        else:
-            row = first + _value_order(place)
-            x = tl.load(v_ptr + row[:, None] * v_stride + head * C + channel[None, :])
-            codes, value_scale = _quantized(x, LARGEST, INT8)
-            values = record + G * _N * C
-            tl.store(values + channel[:, None] * _N + place[None, :], tl.trans(codes))
-            tl.store(scale + G, value_scale)
+        seal_half(
+            codes_ptr, scales_ptr, k_ptr, v_ptr, first, page, head, tl.program_id(2) == 1,
+            record_stride, k_stride, v_stride, G, C, LARGEST, INT8,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -93,7 +125,11 @@ def _append_kernel(
     v_stride,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     job = tl.program_id(0)
     place = tl.load(place_ptr + job).to(tl.int64)
     if place >= 0:
@@ -117,6 +153,7 @@ def launch_seal(
     """`seal_pages` on checked arguments."""
     if page_J.numel() == 0:
         return
+    early = overlaps_launches(records_PR.device)
     _seal_kernel[(page_J.numel(), layout.kv_heads, 2)](
         records_PR.view(layout.codes.dtype),
         records_PR.view(torch.float32),
@@ -131,8 +168,10 @@ def launch_seal(
         C=layout.head_width,
         LARGEST=layout.codes.largest,
         INT8=layout.codes.dtype == torch.int8,
+        EARLY=early,
         num_warps=4,
         enable_fp_fusion=False,
+        launch_pdl=early,
     )
 
 
@@ -148,6 +187,7 @@ def launch_append(
     if place_J.numel() == 0:
         return
     width = open_k.shape[1] * open_k.shape[2]
+    early = overlaps_launches(open_k.device)
     _append_kernel[(place_J.numel(),)](
         open_k,
         open_v,
@@ -159,5 +199,7 @@ def launch_append(
         v_TGC.stride(0),
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
+        EARLY=early,
         num_warps=4,
+        launch_pdl=early,
     )

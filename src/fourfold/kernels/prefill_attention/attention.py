@@ -32,19 +32,25 @@ def paged_int8_attention_prefill(
     batch: PrefillBatch,
     *,
     scale: float | None = None,
+    out_THC: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of every chunk's rows over the sequence's sealed pages and the own page.
 
     q [T, H, C], k and v [T, G, C] in 16 bits (a CPU takes float32 too), rows may be strided;
     `records` uint8 [P, record_bytes] of one layer, in which every page of the batch's table is
     sealed; `scale` is C ** -0.5 unless given. A row attends to the pages before its own in 8 bits
-    and to its own page, up to itself, in 16. Returns [T, H, C] in q's dtype; rows that belong to no
-    chunk are arbitrary. No host synchronisation; the same inputs give the same bits.
+    and to its own page, up to itself, in 16. Returns [T, H, C] in q's dtype, `out_THC` if that is
+    given (contiguous); rows that belong to no chunk are arbitrary. No host synchronisation; the
+    same inputs give the same bits.
     """
     _check(q_THC, k_TGC, v_TGC, records, layout, batch)
     scale = layout.head_width**-0.5 if scale is None else scale
     choice = choose_prefill(layout, batch.heads, _capability(q_THC.device))
-    return launch_prefill(choice, q_THC, k_TGC, v_TGC, records, layout, batch, scale=scale)
+    if out_THC is not None:
+        assert out_THC.shape == q_THC.shape
+        assert out_THC.is_contiguous()
+    arguments = (q_THC, k_TGC, v_TGC, records, layout, batch)
+    return launch_prefill(choice, *arguments, scale=scale, out_THC=out_THC)
 
 
 def launch_prefill(
@@ -57,11 +63,15 @@ def launch_prefill(
     batch: PrefillBatch,
     *,
     scale: float,
+    out_THC: Tensor | None = None,
 ) -> Tensor:
     """As `paged_int8_attention_prefill`, by a given choice."""
+    if out_THC is None:
+        out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
     if choice.backend == "reference":
-        return prefill_reference(q_THC, k_TGC, v_TGC, records, layout, batch, scale=scale)
-    out_THC = torch.empty(q_THC.shape, dtype=q_THC.dtype, device=q_THC.device)
+        return out_THC.copy_(
+            prefill_reference(q_THC, k_TGC, v_TGC, records, layout, batch, scale=scale)
+        )
     launch = _launch_gluon if choice.backend == "gluon" else _launch_triton
     launch(choice, q_THC, k_TGC, v_TGC, records, layout, batch, scale * _LOG2_E, out_THC)
     return out_THC

@@ -15,14 +15,16 @@ import dataclasses
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fourfold.kernels.pages.layout import PAGE_TOKENS
+from fourfold.kernels.staging import Ints, Staging, padded
 
 SUBTILE_ROWS = 64
 SUBTILES = 2
-_ALIGNMENT = 4  # int32s: kernels are compiled for pointers that are multiples of 16 bytes
 
 
 class PrefillChunk(NamedTuple):
@@ -42,11 +44,32 @@ class PrefillChunk(NamedTuple):
         return (self.prefix_tokens + self.rows - 1) // PAGE_TOKENS
 
 
+class PrefillRoom(NamedTuple):
+    """The largest step there is room for. One chunk more is kept, which is empty: tiles beyond a
+    step's are of it, and do nothing."""
+
+    chunks: int
+    rows: int
+    pages: int
+    """That a chunk reads at most."""
+
+    def sizes(self, group: int) -> dict[str, int]:
+        """Words of each array, where `group` padded query heads share a KV head."""
+        return {
+            "starts": self.chunks + 1,
+            "lengths": self.chunks + 1,
+            "prefix_pages": self.chunks + 1,
+            "tiles": 2 * (self.rows // tile_tokens(group) + self.chunks),
+            "table": (self.chunks + 1) * self.pages,
+        }
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrefillBatch:
     """What `paged_int8_attention_prefill` needs to know about a step; all tensors int32."""
 
     chunks: tuple[PrefillChunk, ...]
+    """For the reference alone: kernels read the tensors."""
     heads: int
     kv_heads: int
     starts_B: Tensor
@@ -63,10 +86,65 @@ class PrefillBatch:
         """Query heads of a KV head, rounded up to a power of two."""
         return padded_group(self.heads, self.kv_heads)
 
+    @classmethod
+    def over(
+        cls,
+        arrays: Staging,
+        chunks: Sequence[PrefillChunk],
+        heads: int,
+        kv_heads: int,
+    ) -> PrefillBatch:
+        """A batch whose tensors are these arrays, as `PrefillRoom.sizes` names them."""
+        return cls(
+            chunks=tuple(chunks),
+            heads=heads,
+            kv_heads=kv_heads,
+            starts_B=arrays["starts"],
+            lengths_B=arrays["lengths"],
+            prefix_pages_B=arrays["prefix_pages"],
+            table_BM=arrays["table"].view(len(arrays["starts"]), -1),
+            tiles_W2=arrays["tiles"].view(-1, 2),
+        )
+
+
+def tile_tokens(group: int) -> int:
+    """Tokens of a tile, where `group` padded query heads share a KV head."""
+    return SUBTILES * max(1, SUBTILE_ROWS // group)
+
 
 def padded_group(heads: int, kv_heads: int) -> int:
     """Query heads that share a KV head, rounded up to a power of two."""
     return 1 << (heads // kv_heads - 1).bit_length()
+
+
+def check_chunks(chunks: Sequence[PrefillChunk]) -> None:
+    """Asserts what is expected of a step's chunks."""
+    for chunk in chunks:
+        assert chunk.rows > 0, chunk
+        assert chunk.prefix_tokens % PAGE_TOKENS == 0, chunk
+        assert len(chunk.page_ids) >= chunk.pages_read, "pages before the last row's are sealed"
+
+
+def prefill_arrays(
+    chunks: Sequence[PrefillChunk], room: PrefillRoom, group: int
+) -> dict[str, Ints]:
+    """The arrays that describe a step, filled up with what is empty; `table` comes last and holds
+    only the chunks of the step."""
+    check_chunks(chunks)
+    fields = np.array([chunk[:3] for chunk in chunks], dtype=np.int32).reshape(-1, 3)
+    table_BM = np.zeros((len(chunks), room.pages), dtype=np.int32)
+    for row_M, chunk in zip(table_BM, chunks, strict=True):
+        row_M[: chunk.pages_read] = chunk.page_ids[: chunk.pages_read]
+    tiles_W2 = _tiles(fields, tile_tokens(group))
+    empty = np.zeros((room.sizes(group)["tiles"] // 2 - len(tiles_W2), 2), dtype=np.int32)
+    empty[:, 0] = room.chunks
+    return {
+        "starts": padded(fields[:, 0], room.chunks + 1, 0),
+        "lengths": padded(fields[:, 1], room.chunks + 1, 0),
+        "prefix_pages": padded(fields[:, 2] // PAGE_TOKENS, room.chunks + 1, 0),
+        "tiles": np.concatenate((tiles_W2, empty)),
+        "table": table_BM,
+    }
 
 
 def describe_prefill(
@@ -76,62 +154,33 @@ def describe_prefill(
     kv_heads: int,
     device: torch.device,
 ) -> PrefillBatch:
-    """Lays out chunks, each (first row, rows, prefix tokens, page ids) as in `PrefillChunk`.
+    """Lays out chunks, each (first row, rows, prefix tokens, page ids) as in `PrefillChunk`, on a
+    device, with just enough room and without waiting for it.
 
-    One copy to the device, from pinned memory where there is a GPU, without waiting for it. A chunk
-    has at least one row and starts at a page (`prefix_tokens` is a multiple of 64).
+    A chunk has at least one row and starts at a page (`prefix_tokens` is a multiple of 64).
     """
     described = tuple(PrefillChunk(*chunk) for chunk in chunks)
     assert described
     assert heads % kv_heads == 0
-    for chunk in described:
-        assert chunk.rows > 0, chunk
-        assert chunk.prefix_tokens % PAGE_TOKENS == 0, chunk
-        assert len(chunk.page_ids) >= chunk.pages_read, "pages before the last row's are sealed"
-    width = max(1, max(chunk.pages_read for chunk in described))
-    table = [_padded(chunk.page_ids[: chunk.pages_read], width) for chunk in described]
-    parts = (
-        [chunk.first_row for chunk in described],
-        [chunk.rows for chunk in described],
-        [chunk.prefix_tokens // PAGE_TOKENS for chunk in described],
-        [page for row in table for page in row],
-        [field for tile in _tiles(described, padded_group(heads, kv_heads)) for field in tile],
+    group = padded_group(heads, kv_heads)
+    room = PrefillRoom(
+        chunks=len(described),
+        rows=sum(chunk.rows for chunk in described),
+        pages=max(1, max(chunk.pages_read for chunk in described)),
     )
-    starts, lengths, prefix_pages, pages, tiles = _on_device(parts, device)
-    return PrefillBatch(
-        chunks=described,
-        heads=heads,
-        kv_heads=kv_heads,
-        starts_B=starts,
-        lengths_B=lengths,
-        prefix_pages_B=prefix_pages,
-        table_BM=pages.view(-1, width),
-        tiles_W2=tiles.view(-1, 2),
-    )
+    arrays = Staging(room.sizes(group), device)
+    arrays.load(prefill_arrays(described, room, group))
+    return PrefillBatch.over(arrays, described, heads, kv_heads)
 
 
-def _tiles(chunks: Sequence[PrefillChunk], group: int) -> list[tuple[int, int]]:
-    tokens = SUBTILES * max(1, SUBTILE_ROWS // group)
-    tiles = [(i, first) for i, chunk in enumerate(chunks) for first in range(0, chunk.rows, tokens)]
-
-    def length(tile: tuple[int, int]) -> int:
-        chunk = chunks[tile[0]]
-        return (chunk.prefix_tokens + min(tile[1] + tokens, chunk.rows) - 1) // PAGE_TOKENS
-
-    return sorted(tiles, key=lambda tile: -length(tile))
-
-
-def _padded(pages: Sequence[int], width: int) -> list[int]:
-    return [*pages, *[0] * (width - len(pages))]
-
-
-def _on_device(parts: Sequence[list[int]], device: torch.device) -> list[Tensor]:
-    """The lists as int32 tensors, each aligned, in one transfer."""
-    flat: list[int] = []
-    spans = []
-    for part in parts:
-        spans.append((len(flat), len(part)))
-        flat += _padded(part, -(-len(part) // _ALIGNMENT) * _ALIGNMENT)
-    packed = torch.tensor(flat, dtype=torch.int32, pin_memory=device.type == "cuda")
-    packed = packed.to(device, non_blocking=True)
-    return [packed[start : start + length] for start, length in spans]
+def _tiles(fields_B3: Ints, tokens: int) -> NDArray[np.int32]:
+    """[W, 2]: chunk and first token of each tile, those that read most pages first."""
+    rows_B, prefix_B = fields_B3[:, 1], fields_B3[:, 2]
+    tiles_B = -(-rows_B // tokens)
+    chunk_W = np.repeat(np.arange(len(rows_B), dtype=np.int32), tiles_B)
+    before_B = np.cumsum(tiles_B) - tiles_B
+    first_W = (np.arange(len(chunk_W), dtype=np.int32) - before_B[chunk_W]) * tokens
+    end_W = np.minimum(first_W + tokens, rows_B[chunk_W])
+    pages_W = (prefix_B[chunk_W] + end_W - 1) // PAGE_TOKENS
+    order_W = np.argsort(-pages_W, kind="stable")
+    return np.stack((chunk_W, first_W), axis=1)[order_W].astype(np.int32)

@@ -255,7 +255,7 @@ def _consume(
     gl.store(out_ptr + (at[:, None] + c_o[None, :]), o.to(q16.dtype), mask=ok[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["table_width"])
 def prefill_kernel(
     q_ptr, out_ptr, keys, values, scales, own_k, own_v, tile_ptr, start_ptr, length_ptr,
     prefix_ptr, table_ptr, table_width, q_stride, scale_log2, STAGES: gl.constexpr,

@@ -40,7 +40,7 @@ def _own_page(q_RC, k_ptr, v_ptr, n_N, filled, place_R, scale_log2, C: tl.conste
     return tl.dot(p_RN, v_NC), tl.sum(p_RN.to(tl.float32), 1), top_R
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_width"])
 def prefill_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, code_ptr, scale_ptr, tile_ptr, start_ptr, length_ptr, prefix_ptr,
     table_ptr, table_width, q_stride, k_stride, v_stride, scale_log2, RECORD: tl.constexpr,

@@ -1,5 +1,6 @@
 """Queries and keys normed and rotated by their positions, in one pass over the projection."""
 
-from fourfold.kernels.rope.norm_rope import norm_rope
+from fourfold.kernels.rope.norm_rope import norm_rope, norm_rope_append
+from fourfold.kernels.rope.reference import OpenRows
 
-__all__ = ["norm_rope"]
+__all__ = ["OpenRows", "norm_rope", "norm_rope_append"]

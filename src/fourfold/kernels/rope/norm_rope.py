@@ -1,13 +1,15 @@
-"""The verb: checked, then Triton on a GPU and the reference anywhere else.
+"""The verbs: checked, then Triton on a GPU and the reference anywhere else.
 
 Shapes: T tokens, H query heads, G KV heads, C head width, A = (H + 2 G) C.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fourfold.kernels.rope import reference
+from fourfold.kernels.rope.reference import OpenRows
 
 
 def norm_rope(
@@ -30,15 +32,63 @@ def norm_rope(
     rotated keys. Computed in float32, rounded once to the dtype of `qkv_TA`. C is a power of two.
     On a GPU all three are contiguous.
     """
+    arguments = (qkv_TA, heads, kv_heads, head_width, cos_TC, sin_TC)
+    options = (q_norm_weight, k_norm_weight, eps, k_offset_GC)
+    _check(*arguments)
+    if not qkv_TA.is_cuda:
+        return reference.norm_rope(*arguments, *options)
+    from fourfold.kernels.rope.triton_rope import launch
+
+    q, k, v = launch(*arguments, *options)
+    assert k is not None
+    assert v is not None
+    return q, k, v
+
+
+def norm_rope_append(
+    qkv_TA: Tensor,
+    heads: int,
+    kv_heads: int,
+    head_width: int,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    opened: OpenRows,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    k_offset_GC: Tensor | None = None,
+    *,
+    keep: bool = False,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`norm_rope` that also writes each token's keys and values to its open page.
+
+    Token t goes to row `opened.place_T[t]` of the open pages; no two tokens may have the same
+    place. With `keep` keys and values come back too, as a chunk of a prompt needs them; a token's
+    are the same bits in both places. No host synchronisation.
+    """
+    arguments = (qkv_TA, heads, kv_heads, head_width, cos_TC, sin_TC)
+    options = (q_norm_weight, k_norm_weight, eps, k_offset_GC)
+    _check(*arguments)
+    assert opened.place_T.shape == (len(qkv_TA),)
+    assert opened.place_T.dtype == torch.int32
+    assert opened.place_T.is_contiguous()
+    for rows in (opened.open_k, opened.open_v):
+        assert rows.shape[1:] == (kv_heads, head_width)
+        assert rows.dtype == qkv_TA.dtype
+        assert rows.is_contiguous(), "open pages must be contiguous"
+    if not qkv_TA.is_cuda:
+        q, k, v = reference.norm_rope_append(*arguments, opened, *options)
+        return (q, k, v) if keep else (q, None, None)
+    from fourfold.kernels.rope.triton_rope import launch
+
+    return launch(*arguments, *options, opened, keep=keep)
+
+
+def _check(
+    qkv_TA: Tensor, heads: int, kv_heads: int, head_width: int, cos_TC: Tensor, sin_TC: Tensor
+) -> None:
     tokens, across = qkv_TA.shape
     assert across == (heads + 2 * kv_heads) * head_width, "the projection has another width"
     assert qkv_TA.stride(1) == 1, "channels must be contiguous"
     assert cos_TC.shape == sin_TC.shape == (tokens, head_width), "angles are [T, C]"
     assert head_width & (head_width - 1) == 0, "the head width must be a power of two"
-    arguments = (qkv_TA, heads, kv_heads, head_width, cos_TC, sin_TC)
-    options = (q_norm_weight, k_norm_weight, eps, k_offset_GC)
-    if not qkv_TA.is_cuda:
-        return reference.norm_rope(*arguments, *options)
-    from fourfold.kernels.rope.triton_rope import launch
-
-    return launch(*arguments, *options)

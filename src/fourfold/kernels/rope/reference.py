@@ -1,12 +1,25 @@
 """Heads normed and rotated, in plain PyTorch: what the CPU computes, and the kernel's oracle.
 
-Shapes: T tokens, H query heads, G KV heads, C head width, A = (H + 2 G) C.
+Shapes: T tokens, H query heads, G KV heads, C head width, A = (H + 2 G) C, S slots of sequences,
+N = 64 tokens per page.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class OpenRows(NamedTuple):
+    """Where keys and values of new tokens are kept until their page is full."""
+
+    open_k: Tensor
+    """[S * N, G, C] in the dtype of the tokens, contiguous."""
+    open_v: Tensor
+    place_T: Tensor
+    """The row of the open pages for each token, int32 [T]; negative: none."""
 
 
 def norm_rope(
@@ -34,6 +47,29 @@ def norm_rope(
     if k_offset_GC is not None:
         k_TGC = k_TGC - k_offset_GC.float()
     return q_THC.to(qkv_TA.dtype), k_TGC.to(qkv_TA.dtype), v_TGC
+
+
+def norm_rope_append(
+    qkv_TA: Tensor,
+    heads: int,
+    kv_heads: int,
+    head_width: int,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    opened: OpenRows,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+    k_offset_GC: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and keys and values in their open pages; see `fourfold.kernels.rope`."""
+    options = (q_norm_weight, k_norm_weight, eps, k_offset_GC)
+    q, k, v = norm_rope(qkv_TA, heads, kv_heads, head_width, cos_TC, sin_TC, *options)
+    wanted = opened.place_T >= 0
+    places = opened.place_T[wanted].long()
+    opened.open_k[places] = k[wanted]
+    opened.open_v[places] = v[wanted]
+    return q, k, v
 
 
 def _normed(x_THC: Tensor, weight_C: Tensor | None, eps: float) -> Tensor:

@@ -3,7 +3,8 @@
 The halves of a head are loaded apart, so that rotating them against each other needs no exchange
 between threads. Blocks of queries, keys and values branch apart: with the kinds side by side in a
 block and selected by element, arithmetic took longer than memory. Queries, keys and values leave
-through one pointer, as parts of one allocation.
+through one pointer, as parts of one allocation; keys and values may go to open pages as well, or
+only there.
 
 Shapes: T tokens, H query heads, G KV heads, C head width, A = (H + 2 G) C.
 """
@@ -16,14 +17,19 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fourfold.kernels.dependent_launch import overlaps_launches
 from fourfold.kernels.rope.choose import choose_tile
+from fourfold.kernels.rope.reference import OpenRows
 
 
 @triton.jit
 def _turn(
     x_ptr,
     out_ptr,
+    open_ptr,
+    opened,
     cos_a,
     cos_b,
     sin_a,
@@ -36,6 +42,8 @@ def _turn(
     C: tl.constexpr,
     NORM: tl.constexpr,
     OFFSET: tl.constexpr,
+    KEEP: tl.constexpr,
+    APPEND: tl.constexpr,
     HEADS: tl.constexpr,
 ):
     """HEADS heads from `first_head` on, of KIND that the token has; pointers are the token's."""
@@ -54,8 +62,12 @@ def _turn(
     if OFFSET:
         turned_a -= tl.load(offset_ptr + place, mask=inside, other=0.0).to(tl.float32)
         turned_b -= tl.load(offset_ptr + place + HALF, mask=inside, other=0.0).to(tl.float32)
-    tl.store(out_ptr + place, turned_a.to(stored_a.dtype), mask=inside)
-    tl.store(out_ptr + place + HALF, turned_b.to(stored_b.dtype), mask=inside)
+    if KEEP:
+        tl.store(out_ptr + place, turned_a.to(stored_a.dtype), mask=inside)
+        tl.store(out_ptr + place + HALF, turned_b.to(stored_b.dtype), mask=inside)
+    if APPEND:
+        tl.store(open_ptr + place, turned_a.to(stored_a.dtype), mask=inside & opened)
+        tl.store(open_ptr + place + HALF, turned_b.to(stored_b.dtype), mask=inside & opened)
 
 
 @triton.jit
@@ -67,6 +79,9 @@ def _kernel(
     k_weight_ptr,
     offset_ptr,
     out_ptr,
+    open_k_ptr,
+    open_v_ptr,
+    place_ptr,
     tokens,
     qkv_stride,
     cos_stride,
@@ -78,8 +93,16 @@ def _kernel(
     Q_NORM: tl.constexpr,
     K_NORM: tl.constexpr,
     OFFSET: tl.constexpr,
+    KEEP: tl.constexpr,
+    APPEND: tl.constexpr,
     HEADS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    """`KEEP`: keys and values are written beside the queries; `APPEND`: and to open pages. `EARLY`:
+    the next kernel may start beside this one (programmatic dependent launch)."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     Q_BLOCKS: tl.constexpr = (H + HEADS - 1) // HEADS
     K_BLOCKS: tl.constexpr = (G + HEADS - 1) // HEADS
     token = tl.program_id(0).to(tl.int64)
@@ -87,6 +110,11 @@ def _kernel(
     x = qkv_ptr + token * qkv_stride
     q_out = out_ptr + token * (H * C)
     k_out = out_ptr + all_tokens * (H * C) + token * (G * C)
+    open_k, open_v, opened = open_k_ptr, open_v_ptr, False
+    if APPEND:
+        place = tl.load(place_ptr + token).to(tl.int64)
+        opened = place >= 0
+        open_k, open_v = open_k_ptr + place * (G * C), open_v_ptr + place * (G * C)
     low = tl.arange(0, C // 2)
     cos, sin = cos_ptr + token * cos_stride + low, sin_ptr + token * sin_stride + low
     cos_a = tl.load(cos).to(tl.float32)[None, :]
@@ -96,20 +124,24 @@ def _kernel(
     for block in range(tl.program_id(1), Q_BLOCKS + 2 * K_BLOCKS, tl.num_programs(1)):
         if block < Q_BLOCKS:
             _turn(
-                x, q_out, cos_a, cos_b, sin_a, sin_b, q_weight_ptr, offset_ptr, block * HEADS, eps,
-                H, C, Q_NORM, False, HEADS,
+                x, q_out, open_k, opened, cos_a, cos_b, sin_a, sin_b, q_weight_ptr, offset_ptr,
+                block * HEADS, eps, H, C, Q_NORM, False, True, False, HEADS,
             )  # fmt: skip
         elif block < Q_BLOCKS + K_BLOCKS:
             first = (block - Q_BLOCKS) * HEADS
             _turn(
-                x + H * C, k_out, cos_a, cos_b, sin_a, sin_b, k_weight_ptr, offset_ptr, first, eps,
-                G, C, K_NORM, OFFSET, HEADS,
+                x + H * C, k_out, open_k, opened, cos_a, cos_b, sin_a, sin_b, k_weight_ptr,
+                offset_ptr, first, eps, G, C, K_NORM, OFFSET, KEEP, APPEND, HEADS,
             )  # fmt: skip
         else:
             first = (block - Q_BLOCKS - K_BLOCKS) * (HEADS * C)
-            place = first + tl.arange(0, HEADS * C)
-            v = tl.load(x + (H + G) * C + place, mask=place < G * C)
-            tl.store(k_out + all_tokens * (G * C) + place, v, mask=place < G * C)
+            channel = first + tl.arange(0, HEADS * C)
+            inside = channel < G * C
+            v = tl.load(x + (H + G) * C + channel, mask=inside)
+            if KEEP:
+                tl.store(k_out + all_tokens * (G * C) + channel, v, mask=inside)
+            if APPEND:
+                tl.store(open_v + channel, v, mask=inside & opened)
 
 
 def launch(
@@ -123,12 +155,18 @@ def launch(
     k_norm_weight: Tensor | None,
     eps: float,
     k_offset_GC: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`norm_rope` on checked arguments."""
-    tokens, across = qkv_TA.shape
-    out = torch.empty(tokens * across, dtype=qkv_TA.dtype, device=qkv_TA.device)
+    opened: OpenRows | None = None,
+    *,
+    keep: bool = True,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """`norm_rope`, or with `opened` `norm_rope_append`, on checked arguments."""
+    tokens = len(qkv_TA)
+    sizes = [tokens * heads * head_width] + [tokens * kv_heads * head_width] * (2 if keep else 0)
+    out = torch.empty(sum(sizes), dtype=qkv_TA.dtype, device=qkv_TA.device)
     if tokens > 0:
         tile = choose_tile(tokens, heads, kv_heads)
+        early = overlaps_launches(qkv_TA.device)
+        open_k, open_v, place_T = (qkv_TA, qkv_TA, qkv_TA) if opened is None else opened
         _kernel[(tokens, tile.blocks)](
             qkv_TA,
             cos_TC,
@@ -137,6 +175,9 @@ def launch(
             _given(k_norm_weight, qkv_TA),
             _given(k_offset_GC, qkv_TA),
             out,
+            open_k,
+            open_v,
+            place_T,
             tokens,
             qkv_TA.stride(0),
             cos_TC.stride(0),
@@ -148,16 +189,16 @@ def launch(
             Q_NORM=q_norm_weight is not None,
             K_NORM=k_norm_weight is not None,
             OFFSET=k_offset_GC is not None,
+            KEEP=keep,
+            APPEND=opened is not None,
             HEADS=tile.heads,
+            EARLY=early,
             num_warps=tile.warps,
+            launch_pdl=early,
         )
-    sizes = [tokens * heads * head_width] + [tokens * kv_heads * head_width] * 2
-    q, k, v = out.split(sizes)
-    return (
-        q.view(tokens, heads, head_width),
-        k.view(tokens, kv_heads, head_width),
-        v.view(tokens, kv_heads, head_width),
-    )
+    q, *kv = out.split(sizes)
+    k, v = (rows.view(tokens, kv_heads, head_width) for rows in kv) if keep else (None, None)
+    return q.view(tokens, heads, head_width), k, v
 
 
 def _given(option: Tensor | None, instead: Tensor) -> Tensor:

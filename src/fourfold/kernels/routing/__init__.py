@@ -1,7 +1,8 @@
-"""Sorting the rows of a mixture of experts by expert, and adding up what the experts return."""
+"""Choosing experts, sorting the rows of a mixture by expert, and adding up what experts return."""
 
 from fourfold.kernels.routing.combine import combine
 from fourfold.kernels.routing.group_rows import group_rows
 from fourfold.kernels.routing.groups import RowGroups
+from fourfold.kernels.routing.route import Rule, Spread, route
 
-__all__ = ["RowGroups", "combine", "group_rows"]
+__all__ = ["RowGroups", "Rule", "Spread", "combine", "group_rows", "route"]

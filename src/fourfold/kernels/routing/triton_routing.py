@@ -10,7 +10,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fourfold.kernels.dependent_launch import overlaps_launches
 from fourfold.kernels.routing.groups import RowGroups, most_tiles
 
 _NOBODY = tl.constexpr(1 << 30)
@@ -18,6 +20,22 @@ _FEW = 4096  # rows that are placed by comparing all pairs
 _CHUNK = 256
 _PLACED = 32  # rows that one program places
 _COMPARED = 256  # rows that it compares them with at a time
+
+
+@triton.jit
+def _experts_of(experts, live, rows, R, CHOICES: tl.constexpr):
+    """The experts of flat rows; nobody for rows past the last and, where CHOICES is given, for
+    those of tokens that are not live."""
+    inside = rows < R
+    if CHOICES > 0:
+        inside &= tl.load(live + rows // CHOICES, inside, other=0) != 0
+    return tl.load(experts + rows, inside, other=_NOBODY).to(tl.int32)
+
+
+@triton.jit
+def _count_experts(expert_R, BLOCK_E: tl.constexpr):
+    there = expert_R != _NOBODY
+    return tl.histogram(tl.where(there, expert_R, 0), BLOCK_E, mask=there)
 
 
 @triton.jit
@@ -40,52 +58,74 @@ def _write_tiles(tiles, sizes_E, first_n, N, TILE: tl.constexpr, BLOCK_N: tl.con
 @triton.jit(do_not_specialize=["R", "N"])
 def _group_few(
     experts,
+    live,
     order,
     ends,
     tiles,
     R,
     E,
     N,
+    CHOICES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     PLACED: tl.constexpr,
     COMPARED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     indexing = tl.cdiv(N, BLOCK_N)
     if tl.program_id(0) < indexing:
         e = tl.arange(0, BLOCK_E)
         sizes_E = tl.zeros([BLOCK_E], tl.int32)
         for start in range(0, R, COMPARED):
             j = start + tl.arange(0, COMPARED)
-            expert_j = tl.load(experts + j, j < R, other=0).to(tl.int32)
-            sizes_E += tl.histogram(expert_j, BLOCK_E, mask=j < R)
+            sizes_E += _count_experts(_experts_of(experts, live, j, R, CHOICES), BLOCK_E)
         _write_tiles(tiles, sizes_E, tl.program_id(0) * BLOCK_N, N, TILE, BLOCK_N)
         tl.store(ends + e, tl.cumsum(sizes_E, 0), (e < E) & (tl.program_id(0) == 0))
     else:
         i = (tl.program_id(0) - indexing) * PLACED + tl.arange(0, PLACED)
-        expert_i = tl.load(experts + i, i < R, other=_NOBODY).to(tl.int32)
+        expert_i = _experts_of(experts, live, i, R, CHOICES)
         before = tl.zeros([COMPARED, PLACED], tl.int32)
         for start in range(0, R, COMPARED):
             j = start + tl.arange(0, COMPARED)
-            expert_j = tl.load(experts + j, j < R, other=_NOBODY).to(tl.int32)[:, None]
+            expert_j = _experts_of(experts, live, j, R, CHOICES)[:, None]
             same = (expert_j == expert_i[None, :]) & (j[:, None] < i[None, :])
             before += (same | (expert_j < expert_i[None, :])).to(tl.int32)
         tl.store(order + tl.sum(before, 0), i, i < R)
 
 
 @triton.jit(do_not_specialize=["R"])
-def _count(experts, counts, R, E, CHUNK: tl.constexpr, BLOCK_E: tl.constexpr):
+def _count(
+    experts,
+    live,
+    counts,
+    R,
+    E,
+    CHOICES: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     i = tl.program_id(0) * CHUNK + tl.arange(0, CHUNK)
-    expert_i = tl.load(experts + i, i < R, other=0).to(tl.int32)
     e = tl.arange(0, BLOCK_E)
-    counts_E = tl.histogram(expert_i, BLOCK_E, mask=i < R)
+    counts_E = _count_experts(_experts_of(experts, live, i, R, CHOICES), BLOCK_E)
     tl.store(counts + tl.program_id(0) * E + e, counts_E, e < E)
 
 
 @triton.jit(do_not_specialize=["C"])
-def _sum_chunks(counts, totals, C, E, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr):
+def _sum_chunks(
+    counts, totals, C, E, BLOCK_C: tl.constexpr, BLOCK_E: tl.constexpr, EARLY: tl.constexpr
+):
     """Counts to the rows of an expert in the chunks before; and those in all chunks."""
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
     before_E = tl.zeros([BLOCK_E], tl.int32)
     for start in range(0, C, BLOCK_C):
@@ -101,6 +141,7 @@ def _sum_chunks(counts, totals, C, E, BLOCK_C: tl.constexpr, BLOCK_E: tl.constex
 @triton.jit(do_not_specialize=["R", "N", "C"])
 def _place(
     experts,
+    live,
     order,
     ends,
     tiles,
@@ -110,12 +151,17 @@ def _place(
     E,
     N,
     C,
+    CHOICES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_N: tl.constexpr,
     CHUNK: tl.constexpr,
     PLACED: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     chunk = tl.program_id(0)
     e = tl.arange(0, BLOCK_E)
     sizes_E = tl.load(totals + e, e < E, other=0)
@@ -124,31 +170,54 @@ def _place(
         tl.store(ends + e, tl.cumsum(sizes_E, 0), (e < E) & (chunk == C))
     else:
         j = chunk * CHUNK + tl.arange(0, CHUNK)
-        expert_j = tl.load(experts + j, j < R, other=_NOBODY).to(tl.int32)
+        expert_j = _experts_of(experts, live, j, R, CHOICES)
         for part in range(0, CHUNK, PLACED):
             i = chunk * CHUNK + part + tl.arange(0, PLACED)
-            expert_i = tl.load(experts + i, i < R, other=0).to(tl.int32)
+            expert_i = _experts_of(experts, live, i, R, CHOICES)
+            there = expert_i != _NOBODY
             below = tl.where(e[:, None] < expert_i[None, :], sizes_E[:, None], 0)
             same = (expert_j[:, None] == expert_i[None, :]) & (j[:, None] < i[None, :])
-            place = tl.load(before + chunk * E + expert_i)
+            place = tl.load(before + chunk * E + expert_i, there, other=0)
             place += tl.sum(below, 0) + tl.sum(same.to(tl.int32), 0)
-            tl.store(order + place, i, i < R)
+            tl.store(order + place, i, there)
 
 
 @triton.jit
-def _combine(out, gates, y, D, K: tl.constexpr, BLOCK_D: tl.constexpr):
+def _combine(
+    out,
+    gates,
+    live,
+    y,
+    D,
+    K: tl.constexpr,
+    MASKED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     token = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     sum_D = tl.zeros([BLOCK_D], tl.float32)
+    there = True
+    if MASKED:
+        there = tl.load(live + token) != 0
+    inside = (d < D) & there
     for k in tl.static_range(K):
-        gate = tl.load(gates + token * K + k).to(tl.float32)
-        sum_D += gate * tl.load(out + (token * K + k) * D + d, d < D, other=0.0).to(tl.float32)
+        gate = tl.load(gates + token * K + k, there, other=0.0).to(tl.float32)
+        part_D = tl.load(out + (token * K + k) * D + d, inside, other=0.0).to(tl.float32)
+        sum_D = tl.fma(tl.broadcast_to(gate, sum_D.shape), part_D, sum_D)
     tl.store(y + token * D + d, sum_D.to(y.dtype.element_ty), d < D)
 
 
-def launch_group_rows(experts_TK: Tensor, experts: int, tile: int) -> RowGroups:
+def launch_group_rows(
+    experts_TK: Tensor, experts: int, tile: int, live_T: Tensor | None = None
+) -> RowGroups:
     """`group_rows` in one launch for few rows, in three for many."""
     rows = experts_TK.numel()
+    routing = (experts_TK, experts_TK if live_T is None else live_T)
+    choices = 0 if live_T is None else experts_TK.shape[1]
     tiles = most_tiles(rows, experts, tile)
 
     def empty(*shape):
@@ -158,20 +227,42 @@ def launch_group_rows(experts_TK: Tensor, experts: int, tile: int) -> RowGroups:
     block = max(16, triton.next_power_of_2(experts))
     block_n = max(16, 8192 // block)
     indexing = triton.cdiv(tiles, block_n)
-    sizes = {"TILE": tile, "BLOCK_E": block, "BLOCK_N": block_n, "PLACED": _PLACED}
+    sizes = {
+        "CHOICES": choices,
+        "TILE": tile,
+        "BLOCK_E": block,
+        "BLOCK_N": block_n,
+        "PLACED": _PLACED,
+        **_overlapped(experts_TK),
+    }
     results = (groups.order_R, groups.ends_E, groups.tiles_3N)
     if rows <= _FEW:
         grid = (indexing + triton.cdiv(rows, _PLACED),)
-        _group_few[grid](experts_TK, *results, rows, experts, tiles, COMPARED=_COMPARED, **sizes)
+        _group_few[grid](*routing, *results, rows, experts, tiles, COMPARED=_COMPARED, **sizes)
         return groups
     chunks = triton.cdiv(rows, _CHUNK)
     counts_CE, totals_E = empty(chunks, experts), empty(experts)
-    _count[(chunks,)](experts_TK, counts_CE, rows, experts, CHUNK=_CHUNK, BLOCK_E=block)
+    _count[(chunks,)](
+        *routing,
+        counts_CE,
+        rows,
+        experts,
+        CHOICES=choices,
+        CHUNK=_CHUNK,
+        BLOCK_E=block,
+        **_overlapped(experts_TK),
+    )
     _sum_chunks[(triton.cdiv(experts, 4),)](
-        counts_CE, totals_E, chunks, experts, BLOCK_C=512, BLOCK_E=4
+        counts_CE,
+        totals_E,
+        chunks,
+        experts,
+        BLOCK_C=512,
+        BLOCK_E=4,
+        **_overlapped(experts_TK),
     )
     _place[(chunks + indexing,)](
-        experts_TK,
+        *routing,
         *results,
         counts_CE,
         totals_E,
@@ -185,7 +276,9 @@ def launch_group_rows(experts_TK: Tensor, experts: int, tile: int) -> RowGroups:
     return groups
 
 
-def launch_combine(out_TKD: Tensor, gates_TK: Tensor, out_dtype: torch.dtype) -> Tensor:
+def launch_combine(
+    out_TKD: Tensor, gates_TK: Tensor, out_dtype: torch.dtype, live_T: Tensor | None = None
+) -> Tensor:
     """The weighted sum, a program for every token and 2048 channels."""
     tokens, choices, width = out_TKD.shape
     y_TD = torch.empty((tokens, width), dtype=out_dtype, device=out_TKD.device)
@@ -193,10 +286,18 @@ def launch_combine(out_TKD: Tensor, gates_TK: Tensor, out_dtype: torch.dtype) ->
     _combine[(tokens, triton.cdiv(width, block))](
         out_TKD,
         gates_TK,
+        gates_TK if live_T is None else live_T,
         y_TD,
         width,
         K=choices,
+        MASKED=live_T is not None,
         BLOCK_D=block,
         num_warps=max(1, min(8, block // 256)),
+        **_overlapped(out_TKD),
     )
     return y_TD
+
+
+def _overlapped(tensor: Tensor) -> dict[str, bool]:
+    early = overlaps_launches(tensor.device)
+    return {"EARLY": early, "launch_pdl": early}

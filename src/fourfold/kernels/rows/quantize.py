@@ -1,6 +1,7 @@
 """The verbs on rows: checked, then Triton on a GPU and the reference anywhere else.
 
-Shapes: T rows, K channels, padded to W, D model width, b = 32 channels that are turned together.
+Shapes: T rows, K channels, padded to W, D model width, b = 32 channels that are turned together; of
+what is combined, K are the choices of a token.
 """
 
 from __future__ import annotations
@@ -43,18 +44,28 @@ def rms_norm_quantize(
     *,
     residual_TD: Tensor | None = None,
     keep_normed: bool = False,
+    gates_TK: Tensor | None = None,
+    live_T: Tensor | None = None,
 ) -> NormedRows:
     """`rms_norm(x + residual) * weight`, its rows as `quantize_rows` codes them, and the sum.
 
     `x_TD` and `residual_TD` are [T, D] of one dtype (float32 or 16 bits), `weight_D` [D] of any
     float dtype. The sum is rounded to that dtype before it is normed, as a residual stream is kept;
     without a residual the returned one is `x_TD` itself. With `keep_normed` the normed rows come
-    back in that dtype too (a router reads them). No host synchronisation.
+    back in that dtype too (a router reads them). With `gates_TK` (float [T, K], contiguous), `x` is
+    [T, K, D], contiguous, and stands for what `routing.combine` makes of it in its dtype; `live_T`
+    as there. No host synchronisation.
     """
-    _check(x_TD, dtype, width, None)
-    assert weight_D.shape == x_TD.shape[1:], "the norm's weight has another width"
+    if gates_TK is None:
+        _check(x_TD, dtype, width, None)
+    else:
+        assert x_TD.shape[:2] == gates_TK.shape, (x_TD.shape, gates_TK.shape)
+        assert x_TD.is_contiguous(), x_TD.shape
+        assert gates_TK.is_contiguous(), gates_TK.shape
+        _check(x_TD[:, 0], dtype, width, None)
+    assert weight_D.shape == x_TD.shape[-1:], "the norm's weight has another width"
     if residual_TD is not None:
-        assert residual_TD.shape == x_TD.shape
+        assert residual_TD.shape == (x_TD.shape[0], x_TD.shape[-1])
         assert residual_TD.dtype == x_TD.dtype
         assert residual_TD.stride(1) == 1, "channels must be contiguous"
     if not x_TD.is_cuda:
@@ -66,10 +77,14 @@ def rms_norm_quantize(
             width,
             residual_TD=residual_TD,
             keep_normed=keep_normed,
+            gates_TK=gates_TK,
+            live_T=live_T,
         )
     from fourfold.kernels.rows.triton_rows import launch_norm
 
-    return launch_norm(x_TD, weight_D, eps, dtype, width, residual_TD, keep_normed)
+    return launch_norm(
+        x_TD, weight_D, eps, dtype, width, residual_TD, keep_normed, gates_TK, live_T
+    )
 
 
 def _check(x_TK: Tensor, dtype: torch.dtype, width: int, turn_bb: Tensor | None) -> None:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fourfold.kernels.routing.reference import combine
+
 SMALLEST = 1e-30
 """What takes the place of the largest magnitude of a row of zeros."""
 
@@ -70,8 +72,12 @@ def rms_norm_quantize(
     *,
     residual_TD: Tensor | None = None,
     keep_normed: bool = False,
+    gates_TK: Tensor | None = None,
+    live_T: Tensor | None = None,
 ) -> NormedRows:
     """Residual sum, RMSNorm and codes of its rows; see `fourfold.kernels.rows`."""
+    if gates_TK is not None:
+        x_TD = combine(x_TD, gates_TK, out_dtype=x_TD.dtype, live_T=live_T)
     summed_TD = x_TD if residual_TD is None else x_TD + residual_TD
     y_TD = summed_TD.float()
     y_TD = y_TD * torch.rsqrt(y_TD.square().mean(-1, keepdim=True) + eps) * weight_D.float()

@@ -14,7 +14,9 @@ import struct
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 COLDEST = 1e-4
@@ -22,6 +24,7 @@ COLDEST = 1e-4
 WORDS = 12
 """Of a record: temperature, top-k, top-p, min-p's reach, the three penalties (repetition, presence,
 frequency), slot, key (two words), position, flags."""
+POSITION_WORD = 10
 ADJUSTED, BIASED, REPORTED = 1, 2, 4
 """The flags."""
 
@@ -64,27 +67,7 @@ class SampleParams:
     @classmethod
     def pack(cls, rows: Iterable[SampleRow], device: torch.device) -> SampleParams:
         """Packs rows and copies them without waiting for the device."""
-        packed = bytearray()
-        for row in rows:
-            # As a distance below the largest logit, rounded once, here: every device then keeps
-            # the same tokens.
-            reach = math.inf
-            if row.min_p > 0:
-                reach = max(row.temperature, COLDEST) * abs(math.log(row.min_p))
-            packed += _RECORD.pack(
-                row.temperature,
-                row.top_k,
-                row.top_p,
-                reach,
-                row.repetition_penalty,
-                row.presence_penalty,
-                row.frequency_penalty,
-                row.slot,
-                row.key,
-                row.position,
-                ADJUSTED * row.adjusted + BIASED * row.biased + REPORTED * row.logprob,
-            )
-        packed_SF = torch.frombuffer(packed, dtype=torch.int32).view(-1, WORDS)
+        packed_SF = torch.from_numpy(pack_rows(rows))
         if device.type == "cuda":
             packed_SF = packed_SF.pin_memory().to(device, non_blocking=True)
         return cls(packed_SF)
@@ -137,10 +120,36 @@ class SampleParams:
     @property
     def uniform(self) -> Tensor:
         """float64 [S]: each row's number in [0, 1)."""
-        return uniform_numbers(self.packed_SF.view(torch.int64)[:, 4], self.packed_SF[:, 10])
+        key_S = self.packed_SF.view(torch.int64)[:, 4]
+        return uniform_numbers(key_S, self.packed_SF[:, POSITION_WORD])
 
     def _floats(self, word: int) -> Tensor:
         return self.packed_SF.view(torch.float32)[:, word]
+
+
+def pack_rows(rows: Iterable[SampleRow]) -> NDArray[np.int32]:
+    """Rows as records, int32 [S, F]."""
+    packed = bytearray()
+    for row in rows:
+        # As a distance below the largest logit, rounded once, here: every device then keeps the
+        # same tokens.
+        reach = math.inf
+        if row.min_p > 0:
+            reach = max(row.temperature, COLDEST) * abs(math.log(row.min_p))
+        packed += _RECORD.pack(
+            row.temperature,
+            row.top_k,
+            row.top_p,
+            reach,
+            row.repetition_penalty,
+            row.presence_penalty,
+            row.frequency_penalty,
+            row.slot,
+            row.key,
+            row.position,
+            ADJUSTED * row.adjusted + BIASED * row.biased + REPORTED * row.logprob,
+        )
+    return np.frombuffer(packed, dtype=np.int32).reshape(-1, WORDS)
 
 
 def noise_key(seed: int, index: int) -> int:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+_MANY_OUTPUTS = 32768
 _HOPPER_STAGES = {16: 8, 32: 8, 64: 6, 128: 5}
 _SHARED_MEMORY = (227 << 10) - 2048  # bytes, less scales and barriers
-_PARAMETERS = 2 * 4 * 64 * 2  # bytes of a block's group parameters
+_PARAMETERS = 2 * 64 * 2  # bytes of a run's group parameters in a block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,23 +24,29 @@ class Tiles:
     programs: int
     """Programs at most on one processor of the GPU; what is left over they do in turns."""
     split: int = 1
-    """Blocks of input channels that a program multiplies side by side, one in each of its warps."""
+    """Blocks of input channels that a program multiplies side by side, one in each of its warps; in
+    the Gluon kernel 2, one in each of its multiplying groups, or 1."""
     hopper: bool = False
-    """Whether the Gluon kernel runs: `half` 128, 4 warps and 1 program."""
+    """Whether the Gluon kernel runs, with 4 warps: `half` 128 and 1 program, or 64 and 2 where it
+    splits."""
     unroll: int = 1
     """In the Gluon kernel, blocks at most that a warp group multiplies without a pause."""
 
 
-def choose_grouped(tokens: int, *, groups: bool, hopper: bool) -> Tiles:
+def choose_grouped(tokens: int, blocks: int, *, groups: bool, hopper: bool) -> Tiles:
     """Tiles for grouped products of `tokens` tokens to a tile.
 
     Args:
         tokens: rows of a tile of `RowGroups`.
+        blocks: blocks of input channels.
         groups: whether the weight has parameters for groups of input channels.
         hopper: whether the GPU is of that generation (compute capability 9.0).
     """
     if hopper and (groups or tokens > 32):
         # Parameters of groups arrive with the weights there; Triton has to wait for them.
+        if tokens <= 16 and blocks % 2 == 0:
+            # A tile of few tokens is a chain of small waits: shorter chains, and more of them.
+            return Tiles(64, tokens, 8, 4, 2, split=2, hopper=True)
         unroll = 2 if groups and tokens > 64 else 1
         return Tiles(128, tokens, _HOPPER_STAGES[tokens], 4, 1, hopper=True, unroll=unroll)
     if tokens <= 32:
@@ -48,17 +55,17 @@ def choose_grouped(tokens: int, *, groups: bool, hopper: bool) -> Tiles:
 
 
 def choose_dense(
-    tokens: int, blocks: int, *, bits: int, groups: bool = False, hopper: bool
+    tokens: int, blocks: int, *, bits: int, outputs: int, groups: bool = False, hopper: bool
 ) -> Tiles:
     """Tiles for products of `tokens` tokens with one weight of `blocks` blocks of input channels.
 
-    Few tokens and one weight make few tiles, so those are small. `bits` are the weight's; `groups`
-    and `hopper` as in `choose_grouped`.
+    Few tokens and one weight make few tiles, so those are small. `bits` are the weight's, `outputs`
+    its rows; `groups` and `hopper` as in `choose_grouped`.
     """
     if bits == 8:
-        if tokens > 64:
-            return Tiles(128, 128, 4, 8, 1)
-        return Tiles(64, 16 if tokens <= 16 else 64, 4, 4, 8)
+        if hopper and tokens > 512:
+            return Tiles(128, 128, 4, 4, 1, hopper=True)
+        return _choose_8_bits(tokens, blocks, outputs)
     if tokens <= 16:
         if blocks % 4 == 0 and blocks > 16:
             return Tiles(16, 16, 4, 4, 8, split=4)
@@ -72,9 +79,26 @@ def choose_dense(
     return Tiles(64, tile, 4, 4, 4 if tile == 64 else 2)
 
 
-def hopper_stages(tiles: Tiles, itemsize: int) -> int:
-    """Blocks in flight in the Gluon kernel: as many as asked for that fit into shared memory beside
-    the results, of `itemsize` bytes each."""
-    block = 4 * 64 * 64 + tiles.tokens * 128 + _PARAMETERS
-    results = 2 * tiles.tokens * 64 * itemsize
-    return min(tiles.stages, (_SHARED_MEMORY - results) // block)
+def _choose_8_bits(tokens: int, blocks: int, outputs: int) -> Tiles:
+    if outputs >= _MANY_OUTPUTS or tokens > 512:
+        if tokens > 64:
+            return Tiles(128, 128, 4, 8, 1)
+        return Tiles(64, 16 if tokens <= 16 else 64, 4, 4, 8)
+    # As many programs as fill a GPU: the fewer rows there are, the fewer a program has.
+    narrow = outputs <= 4096
+    if tokens > 64:
+        return Tiles(32 if narrow else 64, 64, 4, 4, 64)
+    tile = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
+    if narrow:
+        return Tiles(16, tile, 5, 2, 64, split=2 if blocks % 2 == 0 else 1)
+    return Tiles(16, tile, 5, 1, 64) if tile <= 32 else Tiles(32, tile, 4, 4, 64)
+
+
+def hopper_stages(tiles: Tiles, itemsize: int, bits: int = 4) -> int:
+    """Blocks of weights of so many bits in flight in the Gluon kernel: as many as asked for that
+    fit into shared memory beside the results, of `itemsize` bytes each."""
+    runs = 2 * tiles.half // 64
+    parameters = runs * _PARAMETERS if bits == 4 else 0
+    block = runs * 64 * 16 * bits + tiles.tokens * 128 + parameters
+    results = 2 * tiles.tokens * 64 * (itemsize + (4 if tiles.split > 1 else 0))
+    return min(tiles.stages, (_SHARED_MEMORY // tiles.programs - results) // block)

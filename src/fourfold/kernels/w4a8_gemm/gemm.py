@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fourfold.kernels.dependent_launch import overlaps_launches
 from fourfold.kernels.routing.groups import RowGroups
 from fourfold.kernels.w4a8_gemm import reference
 from fourfold.kernels.w4a8_gemm.choose import (
@@ -62,6 +63,7 @@ def w4a8_gemm(
             tokens,
             codes_TK.shape[1] // BLOCK,
             bits=4,
+            outputs=outputs,
             groups=weight.group_EGO is not None,
             hopper=_hopper(),
         ),
@@ -94,8 +96,10 @@ def w8a8_gemm(
     assert weight_OK.shape[1] == codes_TK.shape[1], (weight_OK.shape, codes_TK.shape)
     if not codes_TK.is_cuda and tiles is None:
         return reference.w8a8_gemm(codes_TK, scale_T, weight_OK, scale_O, out_dtype=out_dtype)
-    tokens = codes_TK.shape[0]
-    y_TO = torch.empty((tokens, weight_OK.shape[0]), dtype=out_dtype, device=codes_TK.device)
+    tokens, inputs = codes_TK.shape
+    outputs = weight_OK.shape[0]
+    y_TO = torch.empty((tokens, outputs), dtype=out_dtype, device=codes_TK.device)
+    blocks = inputs // BLOCK
     _launch(
         codes_TK,
         scale_T,
@@ -103,7 +107,7 @@ def w8a8_gemm(
         scale_O[None],
         None,
         y_TO,
-        tiles or choose_dense(tokens, codes_TK.shape[1] // BLOCK, bits=8, hopper=_hopper()),
+        tiles or choose_dense(tokens, blocks, bits=8, outputs=outputs, hopper=_hopper()),
         codes="int8" if codes_TK.dtype == torch.int8 else "fp8",
         unit=1.0,
         span=0,
@@ -166,7 +170,12 @@ def grouped_w4a8_gemm(
         weight.group_EGO,
         y,
         tiles
-        or choose_grouped(groups.tile, groups=weight.recipe.group is not None, hopper=_hopper()),
+        or choose_grouped(
+            groups.tile,
+            codes.shape[1] // BLOCK,
+            groups=weight.recipe.group is not None,
+            hopper=_hopper(),
+        ),
         groups=groups,
         gather=gather,
         scatter=scatter,
@@ -229,6 +238,7 @@ def _launch(
         many,
         width,
     )
+    early = overlaps_launches(x.device)
     options: dict[str, Any] = {
         "UNIT": unit,
         "SPAN": span,
@@ -242,8 +252,14 @@ def _launch(
     }
     if tiles.hopper:
         options["INT8"] = codes == "int8"
-        options["STAGES"] = hopper_stages(tiles, y.element_size())
-        options["UNROLL"] = math.gcd(tiles.unroll, x.shape[1] // BLOCK)
+        options["BITS"] = bits
+        options["STAGES"] = hopper_stages(tiles, y.element_size(), bits)
+        blocks = x.shape[1] // BLOCK
+        assert blocks % tiles.split == 0, (blocks, tiles)
+        options["UNROLL"] = math.gcd(tiles.unroll, blocks // tiles.split)
+        options["SPLIT"] = tiles.split > 1
+        if tiles.split > 1:
+            options["maxnreg"] = 80  # two programs share a processor
         _launch_hopper(programs, arguments, options)
     else:
         from fourfold.kernels.w4a8_gemm import triton_gemm
@@ -255,6 +271,8 @@ def _launch(
             HALF=tiles.half,
             SPLIT=tiles.split,
             ASM=x.is_cuda,
+            EARLY=early,
+            launch_pdl=early,
             **options,
         )
 
@@ -269,7 +287,9 @@ def _launch_hopper(programs: int, arguments: tuple[Any, ...], options: dict[str,
     rows = weight.view(-1, weight.shape[-1])
     shared = gl.NVMMASharedLayout(64, 8, 2)
     copies = TensorDescriptor.from_tensor(rows, list(gluon_gemm.BOX), shared)
-    gluon_gemm._gemm[(programs,)](x, x_scale, copies, *others, **options)
+    gluon_gemm._gemm[(programs,)](
+        x, x_scale, copies, *others, EARLY=True, launch_pdl=True, **options
+    )
 
 
 @functools.cache

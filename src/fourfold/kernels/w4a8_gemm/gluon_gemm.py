@@ -1,5 +1,7 @@
 """Gluon kernel of the W4A8 products for Hopper.
 
+Weights of 8 bits, which dense products may have, are multiplied where they lie.
+
 One group of warps brings packed weights (tensor copies), gathered token rows and the parameters of
 groups (asynchronous copies) into a ring of shared memory. Two others multiply: each has two runs of
 64 output rows against the same tokens, expands the weights of one run while the tensor cores work
@@ -20,6 +22,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fourfold.kernels.w4a8_gemm.gluon_multiply import RUN, multiply, run_of, tile_of
 
@@ -46,19 +49,21 @@ def _bring(
     N,
     WIDTH,
     columns,
+    BITS: gl.constexpr,
     SPAN: gl.constexpr,
     GROUPED: gl.constexpr,
     CHOICES: gl.constexpr,
     SWIGLU: gl.constexpr,
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
+    RUNS: gl.constexpr,
 ):
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
     t = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
     j = gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
     # Group parameters as words of 32 bits: those of a run's rows, group after group, run after run.
     WORDS: gl.constexpr = params.shape[1]
-    OFRUN: gl.constexpr = WORDS // 4
+    OFRUN: gl.constexpr = WORDS // RUNS
     OF_GROUP: gl.constexpr = OFRUN if SPAN != 64 else OFRUN // 2
     PACKED: gl.constexpr = RUN // OF_GROUP
     word = gl.arange(0, WORDS, gl.BlockedLayout([1], [32], [4], [0]))
@@ -82,19 +87,33 @@ def _bring(
             x_T64 = x + source_T.to(gl.int64)[:, None] * K + j[None, :]
             w_row = expert * blocks * OUTPUTS
             if SPAN > 0:
-                first = run_of(column, word // OFRUN, WIDTH, SWIGLU) // PACKED + word % OF_GROUP
+                first = (
+                    run_of(column, word // OFRUN, WIDTH, SWIGLU, RUNS) // PACKED + word % OF_GROUP
+                )
                 first = gl.minimum(first, OUTPUTS // PACKED - 1)
                 first += word % OFRUN // OF_GROUP * (OUTPUTS // PACKED)
                 words = group + expert.to(gl.int64) * (K // SPAN) * (OUTPUTS // PACKED) + first
             for block in range(blocks):
                 mbarrier.wait(empty.index(stage), phase)
                 bar = full.index(stage)
-                mbarrier.expect(bar, 4 * RUN * 64)
-                for which in gl.static_range(4):
-                    first_row = w_row + block * OUTPUTS + run_of(column, which, WIDTH, SWIGLU)
-                    tma.async_copy_global_to_shared(
-                        weight, [first_row, 0], bar, packed.index(stage * 4 + which)
-                    )
+                mbarrier.expect(bar, RUNS * RUN * 16 * BITS)
+                for which in gl.static_range(RUNS):
+                    first_row = run_of(column, which, WIDTH, SWIGLU, RUNS)
+                    if BITS == 4:
+                        tma.async_copy_global_to_shared(
+                            weight,
+                            [w_row + block * OUTPUTS + first_row, 0],
+                            bar,
+                            packed.index(stage * RUNS + which),
+                        )
+                    else:
+                        for half in gl.static_range(2):
+                            tma.async_copy_global_to_shared(
+                                weight,
+                                [first_row, block * 128 + half * 64],
+                                bar,
+                                packed.index((stage * RUNS + which) * 2 + half),
+                            )
                 async_copy.async_copy_global_to_shared(
                     low.index(stage), x_T64 + block * 128, inside
                 )
@@ -140,6 +159,7 @@ def _gemm(
     N,
     WIDTH,
     UNIT: gl.constexpr,
+    BITS: gl.constexpr,
     INT8: gl.constexpr,
     SPAN: gl.constexpr,
     GROUPED: gl.constexpr,
@@ -149,24 +169,38 @@ def _gemm(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
     UNROLL: gl.constexpr,
+    SPLIT: gl.constexpr,
+    EARLY: gl.constexpr,
 ):
+    RUNS: gl.constexpr = 2 if SPLIT else 4
     SHARED: gl.constexpr = gl.NVMMASharedLayout(64, 8, 2)
-    packed = gl.allocate_shared_memory(gl.uint8, [STAGES * 4, RUN, 64], SHARED)
+    WEIGHTS: gl.constexpr = gl.uint8 if BITS == 4 else x.dtype.element_ty
+    packed = gl.allocate_shared_memory(WEIGHTS, [STAGES * RUNS * BITS // 4, RUN, 64], SHARED)
     low = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, TILE, 64], SHARED)
     high = gl.allocate_shared_memory(x.dtype.element_ty, [STAGES, TILE, 64], SHARED)
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     PARAM: gl.constexpr = group.dtype.element_ty if SPAN > 0 else gl.int16
-    OF_BLOCK: gl.constexpr = 4 * RUN * (2 if SPAN == 64 else 1)
+    OF_BLOCK: gl.constexpr = RUNS * RUN * (2 if SPAN == 64 else 1)
     WORDS: gl.constexpr = OF_BLOCK * PARAM.primitive_bitwidth // 32
     params = gl.allocate_shared_memory(PARAM, [STAGES, OF_BLOCK], FLAT)
     OUT: gl.constexpr = gl.NVMMASharedLayout(128, y.dtype.element_ty.primitive_bitwidth, 2)
     turned = gl.allocate_shared_memory(y.dtype.element_ty, [2, TILE, RUN], OUT)
+    # What the second group hands to the first where they split input channels.
+    SUM: gl.constexpr = gl.int32 if INT8 else gl.float32
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    sums = gl.allocate_shared_memory(SUM, [2, RUN, TILE if SPLIT else 1], PLAIN)
+    meeting = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(meeting.index(i), count=1)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=129)
-        mbarrier.init(empty.index(i), count=2)
-    columns = gl.cdiv(WIDTH, (2 if SWIGLU else 4) * RUN)
+        mbarrier.init(empty.index(i), count=1 if SPLIT else 2)
+    columns = gl.cdiv(WIDTH, (RUNS // 2 if SWIGLU else RUNS) * RUN)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     gl.warp_specialize(
         [
             (
@@ -184,6 +218,8 @@ def _gemm(
                     turned.index(0),
                     full,
                     empty,
+                    sums,
+                    meeting,
                     T,
                     OUTPUTS,
                     K,
@@ -192,6 +228,7 @@ def _gemm(
                     columns,
                     gl.constexpr(0),
                     UNIT,
+                    BITS,
                     INT8,
                     SPAN,
                     GROUPED,
@@ -201,6 +238,7 @@ def _gemm(
                     TILE,
                     STAGES,
                     UNROLL,
+                    SPLIT,
                 ),
             ),
             (
@@ -218,6 +256,8 @@ def _gemm(
                     turned.index(1),
                     full,
                     empty,
+                    sums,
+                    meeting,
                     T,
                     OUTPUTS,
                     K,
@@ -226,6 +266,7 @@ def _gemm(
                     columns,
                     gl.constexpr(1),
                     UNIT,
+                    BITS,
                     INT8,
                     SPAN,
                     GROUPED,
@@ -235,6 +276,7 @@ def _gemm(
                     TILE,
                     STAGES,
                     UNROLL,
+                    SPLIT,
                 ),
             ),
             (
@@ -257,15 +299,17 @@ def _gemm(
                     N,
                     WIDTH,
                     columns,
+                    BITS,
                     SPAN,
                     GROUPED,
                     CHOICES,
                     SWIGLU,
                     TILE,
                     STAGES,
+                    RUNS,
                 ),
             ),
         ],
         [4, 4],
-        [240, 40],
+        [104, 40] if SPLIT else [240, 40],
     )

@@ -38,12 +38,12 @@ def tile_of(tiles, index, columns, T, N, TILE: gl.constexpr, GROUPED: gl.constex
 
 
 @gluon.jit
-def run_of(column, which, WIDTH, SWIGLU: gl.constexpr):
-    """First output row of one of a tile's four runs: two of each multiplying group."""
+def run_of(column, which, WIDTH, SWIGLU: gl.constexpr, RUNS: gl.constexpr):
+    """First output row of one of a tile's runs: two of each multiplying group, or of both."""
     if SWIGLU:
-        first = (which % 2) * WIDTH + column * (2 * RUN) + (which // 2) * RUN
+        first = (which % 2) * WIDTH + column * (RUNS // 2 * RUN) + (which // 2) * RUN
     else:
-        first = column * (4 * RUN) + which * RUN
+        first = column * (RUNS * RUN) + which * RUN
     return first
 
 
@@ -86,6 +86,25 @@ def _expand(packed, low, high, INT8: gl.constexpr, SPAN: gl.constexpr):
 
 
 @gluon.jit
+def _left(
+    packed,
+    run,
+    low,
+    high,
+    layout: gl.constexpr,
+    BITS: gl.constexpr,
+    INT8: gl.constexpr,
+    SPAN: gl.constexpr,
+):
+    """Left operands of a run for the low and the high channels of a block."""
+    if BITS == 4:
+        a, b = _expand(packed.index(run).load(layout), low, high, INT8, SPAN)
+    else:
+        a, b = packed.index(2 * run), packed.index(2 * run + 1)
+    return a, b
+
+
+@gluon.jit
 def _multiply_tile(
     x_scale,
     w_scale,
@@ -98,6 +117,8 @@ def _multiply_tile(
     turned,
     full,
     empty,
+    sums,
+    meeting,
     expert,
     row,
     end,
@@ -107,8 +128,10 @@ def _multiply_tile(
     WIDTH,
     stage,
     phase,
+    turn,
     PART: gl.constexpr,
     UNIT: gl.constexpr,
+    BITS: gl.constexpr,
     INT8: gl.constexpr,
     SPAN: gl.constexpr,
     CHOICES: gl.constexpr,
@@ -117,8 +140,14 @@ def _multiply_tile(
     ROWS: gl.constexpr,
     STAGES: gl.constexpr,
     UNROLL: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):
-    """Two runs of output rows against the first ROWS tokens of the tile."""
+    """Two runs of output rows against the first ROWS tokens of the tile; with SPLIT every other
+    block of input channels, the first group adding what the second got."""
+    RUNS: gl.constexpr = 2 if SPLIT else 4
+    FIRST: gl.constexpr = 0 if SPLIT else 2 * PART
+    STRIDE: gl.constexpr = 2 if SPLIT else 1
+    WRITES: gl.constexpr = PART == 0 or not SPLIT
     SUMS: gl.constexpr = gl.int32 if INT8 else gl.float32
     MMA: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 32])
     LEFT: gl.constexpr = gl.DotOperandLayout(0, MMA, 4)
@@ -130,8 +159,8 @@ def _multiply_tile(
     t_out = gl.arange(0, ROWS, gl.SliceLayout(1, OUT))
     h_out = gl.arange(0, RUN, gl.SliceLayout(0, OUT))
     blocks = K // 128
-    first1 = run_of(column, 2 * PART, WIDTH, SWIGLU)
-    first2 = run_of(column, 2 * PART + 1, WIDTH, SWIGLU)
+    first1 = run_of(column, FIRST, WIDTH, SWIGLU, RUNS)
+    first2 = run_of(column, FIRST + 1, WIDTH, SWIGLU, RUNS)
     # What the end of the tile needs, asked for while it multiplies.
     source_t = gl.minimum(row + t_line, end - 1)
     if CHOICES > 0:
@@ -149,32 +178,30 @@ def _multiply_tile(
 
     sums1 = gl.zeros([RUN, ROWS], SUMS, MMA)
     sums2 = gl.zeros([RUN, ROWS], SUMS, MMA)
-    for block in range(0, blocks, UNROLL):
+    for block in range(0, blocks, UNROLL * STRIDE):
         before = stage
         for ahead in gl.static_range(UNROLL):
             mbarrier.wait(full.index(stage), phase)
             x_low = low.index(stage).slice(0, ROWS).permute((1, 0))
             x_high = high.index(stage).slice(0, ROWS).permute((1, 0))
-            low1, high1 = _group(params.index(stage), 2 * PART, ROW, SPAN)
+            low1, high1 = _group(params.index(stage), FIRST, ROW, SPAN)
             if ahead > 0:
                 # The first run's registers are free; the second run still multiplies.
                 sums1 = warpgroup_mma_wait(2, deps=(sums1,))
-            a, b = _expand(packed.index(stage * 4 + 2 * PART).load(LEFT), low1, high1, INT8, SPAN)
+            a, b = _left(packed, stage * RUNS + FIRST, low1, high1, LEFT, BITS, INT8, SPAN)
             sums1 = warpgroup_mma(a, x_low, sums1, is_async=True)
             sums1 = warpgroup_mma(b, x_high, sums1, is_async=True)
-            low2, high2 = _group(params.index(stage), 2 * PART + 1, ROW, SPAN)
+            low2, high2 = _group(params.index(stage), FIRST + 1, ROW, SPAN)
             if ahead > 0:
                 sums2 = warpgroup_mma_wait(2, deps=(sums2,))
                 mbarrier.arrive(empty.index(before), count=1)
-            a, b = _expand(
-                packed.index(stage * 4 + 2 * PART + 1).load(LEFT), low2, high2, INT8, SPAN
-            )
+            a, b = _left(packed, stage * RUNS + FIRST + 1, low2, high2, LEFT, BITS, INT8, SPAN)
             sums2 = warpgroup_mma(a, x_low, sums2, is_async=True)
             sums2 = warpgroup_mma(b, x_high, sums2, is_async=True)
             before = stage
-            stage += 1
-            if stage == STAGES:
-                stage = 0
+            stage += STRIDE
+            if stage >= STAGES:
+                stage -= STAGES
                 phase ^= 1
         # Products that outlive an iteration would make the compiler wait after each of them.
         sums1, sums2 = warpgroup_mma_wait(0, deps=(sums1, sums2))
@@ -183,24 +210,36 @@ def _multiply_tile(
             if block == 0:
                 scale_t = gl.load(x_scale + source_t // CHOICES)
 
-    scale_t = gl.convert_layout(scale_t, gl.SliceLayout(0, MMA))[None, :]
-    gate = sums1.to(gl.float32) * (scale_t * (scale1 * UNIT)[:, None])
-    up = sums2.to(gl.float32) * (scale_t * (scale2 * UNIT)[:, None])
-    y_T1 = y + goal_t.to(gl.int64)[:, None] * WIDTH
-    part = turned.slice(0, ROWS)
-    if SWIGLU:
-        both = gate / (1 + gl.exp(-gate)) * up
-        o = (column * (2 * RUN) + PART * RUN + h_out)[None, :]
-        part.store(gl.permute(both.to(y.dtype.element_ty), (1, 0)))
-        gl.store(y_T1 + o, part.load(OUT), inside & (o < WIDTH))
-    else:
-        o = (first1 + h_out)[None, :]
-        part.store(gl.permute(gate.to(y.dtype.element_ty), (1, 0)))
-        gl.store(y_T1 + o, part.load(OUT), inside & (o < WIDTH))
-        o = (first2 + h_out)[None, :]
-        part.store(gl.permute(up.to(y.dtype.element_ty), (1, 0)))
-        gl.store(y_T1 + o, part.load(OUT), inside & (o < WIDTH))
-    return stage, phase
+    if SPLIT:
+        if PART == 1:
+            mbarrier.wait(meeting.index(1), turn ^ 1)
+            sums.index(0).slice(0, ROWS, 1).store(sums1)
+            sums.index(1).slice(0, ROWS, 1).store(sums2)
+            mbarrier.arrive(meeting.index(0), count=1)
+        else:
+            mbarrier.wait(meeting.index(0), turn)
+            sums1 += sums.index(0).slice(0, ROWS, 1).load(MMA)
+            sums2 += sums.index(1).slice(0, ROWS, 1).load(MMA)
+            mbarrier.arrive(meeting.index(1), count=1)
+    if WRITES:
+        scale_t = gl.convert_layout(scale_t, gl.SliceLayout(0, MMA))[None, :]
+        gate = sums1.to(gl.float32) * (scale_t * (scale1 * UNIT)[:, None])
+        up = sums2.to(gl.float32) * (scale_t * (scale2 * UNIT)[:, None])
+        y_T1 = y + goal_t.to(gl.int64)[:, None] * WIDTH
+        part = turned.slice(0, ROWS)
+        if SWIGLU:
+            both = gate / (1 + gl.exp(-gate)) * up
+            o = (first1 + h_out)[None, :]
+            part.store(gl.permute(both.to(y.dtype.element_ty), (1, 0)))
+            gl.store(y_T1 + o, part.load(OUT), inside & (o < WIDTH))
+        else:
+            o = (first1 + h_out)[None, :]
+            part.store(gl.permute(gate.to(y.dtype.element_ty), (1, 0)))
+            gl.store(y_T1 + o, part.load(OUT), inside & (o < WIDTH))
+            o = (first2 + h_out)[None, :]
+            part.store(gl.permute(up.to(y.dtype.element_ty), (1, 0)))
+            gl.store(y_T1 + o, part.load(OUT), inside & (o < WIDTH))
+    return stage, phase, turn ^ 1
 
 
 @gluon.jit
@@ -217,6 +256,8 @@ def multiply(
     turned,
     full,
     empty,
+    sums,
+    meeting,
     T,
     OUTPUTS,
     K,
@@ -225,6 +266,7 @@ def multiply(
     columns,
     PART: gl.constexpr,
     UNIT: gl.constexpr,
+    BITS: gl.constexpr,
     INT8: gl.constexpr,
     SPAN: gl.constexpr,
     GROUPED: gl.constexpr,
@@ -234,9 +276,11 @@ def multiply(
     TILE: gl.constexpr,
     STAGES: gl.constexpr,
     UNROLL: gl.constexpr,
+    SPLIT: gl.constexpr,
 ):
-    stage = 0
+    stage = PART if SPLIT else 0
     phase = 0
+    turn = 0
     index = gl.program_id(0)
     expert, row, end, column = tile_of(tiles, index, columns, T, N, TILE, GROUPED)
     while index < N * columns:
@@ -245,7 +289,7 @@ def multiply(
         ahead = tile_of(tiles, gl.minimum(following, N * columns - 1), columns, T, N, TILE, GROUPED)
         if expert >= 0:
             if end - row <= TILE // 2:
-                stage, phase = _multiply_tile(
+                stage, phase, turn = _multiply_tile(
                     x_scale,
                     w_scale,
                     order,
@@ -257,6 +301,8 @@ def multiply(
                     turned,
                     full,
                     empty,
+                    sums,
+                    meeting,
                     expert,
                     row,
                     end,
@@ -266,8 +312,10 @@ def multiply(
                     WIDTH,
                     stage,
                     phase,
+                    turn,
                     PART,
                     UNIT,
+                    BITS,
                     INT8,
                     SPAN,
                     CHOICES,
@@ -276,9 +324,10 @@ def multiply(
                     TILE // 2,
                     STAGES,
                     UNROLL,
+                    SPLIT,
                 )
             else:
-                stage, phase = _multiply_tile(
+                stage, phase, turn = _multiply_tile(
                     x_scale,
                     w_scale,
                     order,
@@ -290,6 +339,8 @@ def multiply(
                     turned,
                     full,
                     empty,
+                    sums,
+                    meeting,
                     expert,
                     row,
                     end,
@@ -299,8 +350,10 @@ def multiply(
                     WIDTH,
                     stage,
                     phase,
+                    turn,
                     PART,
                     UNIT,
+                    BITS,
                     INT8,
                     SPAN,
                     CHOICES,
@@ -309,6 +362,7 @@ def multiply(
                     TILE,
                     STAGES,
                     UNROLL,
+                    SPLIT,
                 )
         index = following
         expert, row, end, column = ahead

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fourfold.kernels.w4a8_gemm.triton_expand import (
     expand_fp8_channel,
@@ -92,7 +93,25 @@ def _products(
     inside_T1 = inside_T[:, None]
     sums1 = tl.zeros([HALF, TILE], SUMS)
     sums2 = tl.zeros([HALF, TILE], SUMS)
-    if BITS == 8:
+    if BITS == 8 and SPLIT > 1:
+        s = tl.arange(0, SPLIT)[:, None]
+        x_ST64 = x_T64[None, :, :] + (s * 128)[:, :, None]
+        w1 = weight + first_H.to(tl.int64)[None, :, None] * K + (s * 128 + j[None, :])[:, None, :]
+        w2 = weight + second_H.to(tl.int64)[None, :, None] * K + (s * 128 + j[None, :])[:, None, :]
+        inside_1T1 = inside_T1[None]
+        parts1 = tl.zeros([SPLIT, HALF, TILE], SUMS)
+        parts2 = tl.zeros([SPLIT, HALF, TILE], SUMS)
+        for block in tl.range(0, K // 128, SPLIT, num_stages=STAGES):
+            low_ST64 = tl.load(x_ST64 + block * 128, inside_1T1, other=0.0)
+            high_ST64 = tl.load(x_ST64 + block * 128 + 64, inside_1T1, other=0.0)
+            low_S64T = tl.permute(low_ST64, (0, 2, 1))
+            high_S64T = tl.permute(high_ST64, (0, 2, 1))
+            parts1 = tl.dot(tl.load(w1 + block * 128), low_S64T, parts1, out_dtype=SUMS)
+            parts2 = tl.dot(tl.load(w2 + block * 128), low_S64T, parts2, out_dtype=SUMS)
+            parts1 = tl.dot(tl.load(w1 + block * 128 + 64), high_S64T, parts1, out_dtype=SUMS)
+            parts2 = tl.dot(tl.load(w2 + block * 128 + 64), high_S64T, parts2, out_dtype=SUMS)
+        sums1, sums2 = tl.sum(parts1, 0), tl.sum(parts2, 0)
+    elif BITS == 8:
         w1 = weight + first_H.to(tl.int64)[:, None] * K + j[None, :]
         w2 = weight + second_H.to(tl.int64)[:, None] * K + j[None, :]
         for block in tl.range(0, K // 128, num_stages=STAGES):
@@ -175,11 +194,15 @@ def _gemm(
     SPLIT: tl.constexpr,
     STAGES: tl.constexpr,
     ASM: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     COLUMNS: tl.constexpr = HALF if SWIGLU else 2 * HALF
     FEW: tl.constexpr = 0 if GROUPED else 16
     columns = tl.cdiv(WIDTH, COLUMNS)
     h = tl.arange(0, HALF)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
     for index in range(tl.program_id(0), N * columns, tl.num_programs(0)):
         # A few tiles of tokens take the same rows of a weight together, so that it is read once;
         # of many, the same tokens take all of its rows.

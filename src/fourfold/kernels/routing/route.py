@@ -1,0 +1,63 @@
+"""Which experts a token goes to, and with what weight: the router's product and its choice.
+
+Logits are float32 whatever the rows are kept in. Experts come best first, of equals the one with
+the smaller number.
+
+Shapes: T tokens, D model width, E experts, K choices of a token.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fourfold.kernels.routing import reference
+
+
+class Rule(NamedTuple):
+    """How logits become gates."""
+
+    choices: int
+    score: Literal["softmax", "sigmoid"] = "softmax"
+    normalise: bool = True
+    """Whether a token's gates are divided by their sum."""
+    scale: float = 1.0
+    """A factor of the gates."""
+
+
+class Spread(NamedTuple):
+    """Rows choose among K neighbouring experts, the first from a hash of row, seed and step: even
+    whatever the weights, and repeatable."""
+
+    seed: int
+    steps: Tensor
+    """int64 scalar: how many calls there were, advanced by each on its device."""
+
+
+def route(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    rule: Rule,
+    *,
+    bias_E: Tensor | None = None,
+    spread: Spread | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Gates, float32 [T, K], and experts, int64 [T, K].
+
+    `x_TD` is [T, D] of float32 or 16 bits, `weight_ED` and `bias_E` are float32; the bias is added
+    to scores for choosing and does not weigh. On a GPU at most 1024 experts. A row with NaN still
+    goes to K different experts. No host synchronisation.
+    """
+    assert x_TD.shape[1] == weight_ED.shape[1], (x_TD.shape, weight_ED.shape)
+    assert 0 < rule.choices <= weight_ED.shape[0], rule
+    if not x_TD.is_cuda:
+        return reference.route(x_TD, weight_ED, rule, bias_E=bias_E, spread=spread)
+    from fourfold.kernels.routing.triton_route import launch_route
+
+    assert x_TD.stride(1) == 1, "channels must be contiguous"
+    assert weight_ED.is_contiguous(), weight_ED.shape
+    assert weight_ED.dtype == torch.float32, weight_ED.dtype
+    assert weight_ED.shape[0] <= 1024, weight_ED.shape
+    return launch_route(x_TD, weight_ED, rule, bias_E, spread)

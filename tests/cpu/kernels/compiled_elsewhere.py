@@ -1,0 +1,73 @@
+"""Run with TRITON_INTERPRET=0: what `kernels.compiling` notes on a machine that pretends to have a
+GPU, and that the compiler makes just that of it. Prints what it found as JSON."""
+
+from __future__ import annotations
+
+import json
+import threading
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+from fourfold.kernels import compiling
+from fourfold.kernels.rows.triton_rows import launch_quantize
+
+
+@triton.jit
+def scale(x, y, count, KIND: tl.constexpr, BLOCK: tl.constexpr):
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    factor: tl.constexpr = 2.0 if KIND == "int8" else 3.0
+    tl.store(y + i, tl.load(x + i, i < count) * factor, i < count)
+
+
+def launch(count: int, kind: str) -> Any:
+    x = torch.empty(count)
+    scale[(1,)](x, x, count, KIND=kind, BLOCK=128)
+    return x
+
+
+def walk() -> None:
+    assert int(torch.empty(100, dtype=torch.int64).max()) == 0
+    for count in (32, 48, 33, 1):  # a multiple of 16, another, none, one
+        launch(count, "int8")
+    for dtype in (torch.bfloat16, torch.float16):
+        launch_quantize(torch.empty(4, 256, dtype=dtype), torch.int8, 256, None)
+
+
+def main() -> None:
+    compiling._compile_for(GPUTarget("cuda", 90, 32))
+    active = driver.active
+    type(active).get_current_stream = lambda self, device: 0
+    with compiling.noted_launches() as noted:
+        walk()
+    first = sorted(form.name for form in noted.values())
+    for form in noted.values():
+        assert not form.is_cached
+        assert form.compiled() is not None
+        assert form.is_cached
+    with compiling.noted_launches() as noted:
+        walk()
+        again = len(noted)
+        launch(32, "other")
+        other = len(noted)
+        # Another thread's launches are made as ever; without a GPU they cannot be.
+        errors: list[Exception] = []
+
+        def elsewhere() -> None:
+            try:
+                launch(32, "int8")
+            except Exception as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+    print(json.dumps({"first": first, "again": again, "other": other, "made": len(errors)}))
+
+
+if __name__ == "__main__":
+    main()

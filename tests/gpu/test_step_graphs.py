@@ -1,0 +1,104 @@
+"""Steps replayed from CUDA graphs, and launched before the last one was read."""
+
+from __future__ import annotations
+
+from random import Random
+
+import msgspec
+import pytest
+import torch
+
+from fourfold.engine.config import EngineConfig
+from fourfold.engine.engine import Engine
+from fourfold.engine.messages import SamplingParams, Submit, TokenOutput
+from fourfold.engine.runner import Runner
+from fourfold.models.checkpoint.source import find_source
+from fourfold.models.decoder import Decoder
+from fourfold.models.loading import LoadOptions, load_model, pages_of
+from fourfold.models.precision import PageFormat, Precision
+from tests.cpu import tiny
+from tests.cpu.driving import run, submit, tokens
+
+GPU = torch.device("cuda:0")
+News = dict[tuple[int, int], list[TokenOutput]]
+
+
+@pytest.fixture(scope="module", params=["qwen3-moe-wide", "llama-wide"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Decoder:
+    path = tiny.save_checkpoint(request.param, tmp_path_factory.mktemp(request.param))
+    options = LoadOptions(device=GPU, precision=Precision.W4A8)
+    return load_model(find_source(str(path)), options)
+
+
+def answers(
+    model: Decoder, asked: list[Submit], *, graphs: bool, overlap: bool
+) -> tuple[News, Engine]:
+    config = EngineConfig(
+        kv_memory_gib=0.25, max_running=8, step_tokens=300, cuda_graphs=graphs, overlap=overlap
+    )
+    engine = Engine(Runner(model, config, pages_of(model, PageFormat.INT8)), config)
+    return run(engine, asked), engine
+
+
+def unstopped() -> list[Submit]:
+    """As many requests as run together, which end by their lengths."""
+    return [
+        msgspec.structs.replace(
+            request,
+            n=1,
+            sampling=msgspec.structs.replace(request.sampling, stop_token_ids=()),
+        )
+        for request in requests()[:8]
+    ]
+
+
+def requests() -> list[Submit]:
+    random = Random(7)
+    made = []
+    for request_id in range(14):
+        params = SamplingParams(
+            temperature=(0.0, 0.9)[request_id % 2],
+            top_p=0.9,
+            repetition_penalty=(1.0, 1.3)[request_id % 3 == 0],
+            logit_bias={5: 1.0} if request_id == 9 else {},
+            logprobs=(0, None, 3)[request_id % 3],
+            seed=request_id,
+            max_tokens=(90, 12, 40)[request_id % 3],
+            stop_token_ids=(17, 40),
+        )
+        prompt = [random.randrange(3, 320) for _ in range(1 + 23 * request_id)]
+        made.append(submit(request_id, prompt, params, n=1 + request_id % 2))
+    return made
+
+
+def test_overlap_changes_nothing(model: Decoder) -> None:
+    """Where no stop is noticed late, so that the same samples share each step: the same bits."""
+    plain, _ = answers(model, unstopped(), graphs=True, overlap=False)
+    overlapped, engine = answers(model, unstopped(), graphs=True, overlap=True)
+    assert engine.stats.graphs > 0
+    assert overlapped == plain
+
+
+def test_stops_noticed_late(model: Decoder) -> None:
+    plain, _ = answers(model, requests(), graphs=True, overlap=False)
+    overlapped, engine = answers(model, requests(), graphs=True, overlap=True)
+    assert overlapped.keys() == plain.keys()
+    assert all(outputs[-1].finish for outputs in overlapped.values())
+    assert engine.scheduler.pool.in_use == 0
+    # Other samples share the steps, which changes how 16-bit sums are cut: not all are the same.
+    same = [tokens(overlapped[sample]) == tokens(plain[sample]) for sample in plain]
+    assert sum(same) >= 0.5 * len(same)
+
+
+def test_graphs_change_nothing(model: Decoder) -> None:
+    eager, engine = answers(model, requests(), graphs=False, overlap=False)
+    assert engine.stats.graphs == 0
+    recorded, engine = answers(model, requests(), graphs=True, overlap=False)
+    assert engine.stats.graphs > 0
+    for sample, outputs in eager.items():
+        first, second = outputs[0].logprob, recorded[sample][0].logprob
+        if first is not None and second is not None:
+            assert first.logprob == pytest.approx(second.logprob, abs=0.1)
+            assert len(first.top) == len(second.top)
+    same = [tokens(recorded[sample]) == tokens(eager[sample]) for sample in eager]
+    assert sum(same) >= 0.6 * len(same)
