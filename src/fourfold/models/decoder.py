@@ -23,6 +23,7 @@ from fourfold.models.layers import (
     rope_frequencies,
 )
 from fourfold.models.precision import Precision
+from fourfold.quadrants.experts import Delta, combined
 from fourfold.quantize.weights import Activations
 
 
@@ -42,17 +43,17 @@ class Block(nn.Module):
         )
 
     def forward(
-        self, stream_TD: Tensor, delta_TD: Tensor | None, rope: Rope, quadrants: Quadrants
-    ) -> tuple[Tensor, Tensor]:
+        self, stream_TD: Tensor, delta: Delta | None, rope: Rope, quadrants: Quadrants
+    ) -> tuple[Tensor, Delta]:
         """The residual stream after this layer, but for the last addition: (stream, delta). It is
         left to the next norm, which reads both anyway."""
         attention, ffn = self.attention, self.ffn
         x, stream_TD = self.attention_norm.add_and_norm(
-            stream_TD, delta_TD, attention.qkv.weight, keep=False
+            stream_TD, delta, attention.qkv.weight, keep=False
         )
-        delta_TD = attention(x, rope, self.layer, quadrants)
+        delta = attention(x, rope, self.layer, quadrants)
         x, stream_TD = self.ffn_norm.add_and_norm(
-            stream_TD, delta_TD, ffn.reader, keep=isinstance(ffn, SparseFFN)
+            stream_TD, delta, ffn.reader, keep=isinstance(ffn, SparseFFN)
         )
         return stream_TD, ffn(x, quadrants)
 
@@ -70,7 +71,9 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        # Not drawn: that imports torch's compiler, for seconds.
+        embedding = torch.empty(config.vocabulary, config.width)
+        self.embedding = nn.Embedding.from_pretrained(embedding)  # type: ignore[no-untyped-call]
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = Linear(config.width, config.vocabulary)
@@ -87,13 +90,13 @@ class Decoder(nn.Module):
         """Activations hidden states [T, D] of the rows of one step."""
         stream_TD = F.embedding(tokens_T, self.embedding.weight)
         rope = Rope.at(positions_T, self.frequencies, stream_TD.dtype)
-        delta_TD: Tensor | None = None
+        delta: Delta | None = None
         for block in self.blocks:
-            stream_TD, delta_TD = block(stream_TD, delta_TD, rope, quadrants)
-        hidden_TD: Tensor = self.norm(stream_TD if delta_TD is None else stream_TD + delta_TD)
+            stream_TD, delta = block(stream_TD, delta, rope, quadrants)
+        hidden_TD: Tensor = self.norm(stream_TD if delta is None else stream_TD + combined(delta))
         return hidden_TD
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
-        """Float32 logits [S, V] of chosen rows."""
+        """Logits [S, V] of chosen rows, in the dtype of the head's products."""
         logits_SV: Tensor = self.head(Activations(hidden_SD))
-        return logits_SV.float()
+        return logits_SV

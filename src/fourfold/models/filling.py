@@ -4,18 +4,32 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from fourfold.models.checkpoint.streaming import StreamingReader
 from fourfold.models.checkpoint.tensors import Checkpoint
 from fourfold.models.decoder import Decoder
 from fourfold.models.families.family import Placements
 from fourfold.models.router import Router
 from fourfold.quantize.weights import DenseWeight
 
+DEVIATION = 0.02
+"""Of random weights."""
+
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes in all)."""
+
+
+class ModelFiller(Protocol):
+    """Fills a model for the precision that it is served in: its ends (embedding, last norm, head),
+    then each layer in turn."""
+
+    def fill_ends(self) -> None: ...
+
+    def fill_layer(self, layer: int) -> None: ...
 
 
 class Filler(abc.ABC):
@@ -59,7 +73,7 @@ class Filler(abc.ABC):
 
 
 class CheckpointFiller(Filler):
-    """Fills from a checkpoint's tensors and tells how far it is."""
+    """Fills from a checkpoint's tensors, streamed if it fills a GPU, and tells how far it is."""
 
     def __init__(
         self,
@@ -73,18 +87,19 @@ class CheckpointFiller(Filler):
         super().__init__(model, placements, device, dtype)
         self._checkpoint = checkpoint
         self._progress = progress
+        self.reader = StreamingReader(device) if device.type == "cuda" else None
         self._done = 0
         self._total = sum(checkpoint.nbytes(name) for name in placements)
 
     def _tensors(self, placements: Placements) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in self._checkpoint.tensors(set(placements)):
+        for name, tensor in self._checkpoint.tensors(set(placements), self.reader):
             yield name, tensor
             self._done += self._checkpoint.nbytes(name)
             self._progress(self._done, self._total)
 
 
 class RandomFiller(Filler):
-    """Normal weights of deviation 0.02, norms of one, the same on every start."""
+    """Normal weights, norms of one, in floating point; the same on every start."""
 
     def _tensors(self, placements: Placements) -> Iterator[tuple[str, Tensor]]:
         for number, (name, place) in enumerate(placements.items()):
@@ -93,4 +108,4 @@ class RandomFiller(Filler):
                 yield name, tensor.fill_(1.0)
             else:
                 generator = torch.Generator(self._device).manual_seed(number)
-                yield name, tensor.normal_(0.0, 0.02, generator=generator)
+                yield name, tensor.normal_(0.0, DEVIATION, generator=generator)

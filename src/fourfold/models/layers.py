@@ -16,23 +16,24 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourfold.kernels.rope import norm_rope
 from fourfold.kernels.rows import rms_norm_quantize
 from fourfold.models.config import ModelConfig, RopeConfig
 from fourfold.models.router import Router
-from fourfold.quadrants.experts import ExpertWeights, Routing, swiglu
+from fourfold.quadrants.experts import Delta, ExpertWeights, Routed, Routing, combined, swiglu
+from fourfold.quadrants.projection import Projected
 from fourfold.quantize.weights import Activations, DenseWeight, W8A8Weight, Weight
 
 
 class Quadrants(Protocol):
     """How the rows of one step are computed."""
 
-    def attention(self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
-        """Causal attention of each row over its own sequence; [T, H, C]."""
+    def attention(self, layer: int, projected: Projected, reader: Weight) -> Activations:
+        """Causal attention of each row over its own sequence, [T, H C], for a weight that reads
+        it."""
         ...
 
-    def experts(self, x: Activations, routing: Routing, weights: ExpertWeights) -> Tensor:
-        """The routed FFN of all rows; [T, D]."""
+    def experts(self, x: Activations, routing: Routing, weights: ExpertWeights) -> Delta:
+        """The routed FFN of all rows; [T, D], perhaps still to be combined."""
         ...
 
 
@@ -65,26 +66,29 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
 
     def add_and_norm(
-        self, stream_TD: Tensor, delta_TD: Tensor | None, reader: Weight, *, keep: bool
+        self, stream_TD: Tensor, delta: Delta | None, reader: Weight, *, keep: bool
     ) -> tuple[Activations, Tensor]:
         """The normed sum of stream and delta for a weight that reads it, and the sum itself.
 
-        Where the reader takes 8-bit rows on a GPU, sum, norm and quantisation are one pass, and the
-        rows stay in floating point too only if that is asked for.
+        Where the reader takes 8-bit rows on a GPU, combining, sum, norm and quantisation are one
+        pass, and the rows stay in floating point too only if that is asked for.
         """
         if isinstance(reader, DenseWeight | W8A8Weight):
-            stream_TD = stream_TD if delta_TD is None else stream_TD + delta_TD
+            stream_TD = stream_TD if delta is None else stream_TD + combined(delta)
             return Activations(self(stream_TD)), stream_TD
         dtype, width = reader.activations
-        x_TD, residual_TD = (stream_TD, None) if delta_TD is None else (delta_TD, stream_TD)
+        x, residual_TD = (stream_TD, None) if delta is None else (delta, stream_TD)
+        parts, gates_TK, live_T = x if isinstance(x, Routed) else (x, None, None)
         normed_TD, rows, stream_TD = rms_norm_quantize(
-            x_TD,
+            parts,
             self.weight,
             self.eps,
             dtype,
             width,
             residual_TD=residual_TD,
             keep_normed=keep,
+            gates_TK=gates_TK,
+            live_T=live_T,
         )
         return Activations(normed_TD, tuple(rows), stream_TD.dtype), stream_TD
 
@@ -148,6 +152,11 @@ class Attention(nn.Module):
         self.register_buffer("k_offset_GC", None)
 
     def forward(self, x: Activations, rope: Rope, layer: int, quadrants: Quadrants) -> Tensor:
+        out_TD: Tensor = self.output(self.heads(x, rope, layer, quadrants))
+        return out_TD
+
+    def heads(self, x: Activations, rope: Rope, layer: int, quadrants: Quadrants) -> Activations:
+        """What the output projection reads, [T, H C]."""
         config = self.config
         qkv_TA = self.qkv(x)
         if config.qk_norm == "all_heads":
@@ -156,7 +165,7 @@ class Attention(nn.Module):
         if config.qkv_clip is not None:
             qkv_TA = qkv_TA.clamp(-config.qkv_clip, config.qkv_clip)
         per_head = config.qk_norm == "head"
-        q_THC, k_TGC, v_TGC = norm_rope(
+        projected = Projected(
             qkv_TA,
             config.query_heads,
             config.kv_heads,
@@ -167,9 +176,7 @@ class Attention(nn.Module):
             config.norm_eps,
             self.k_offset_GC,
         )
-        out_THC = quadrants.attention(layer, q_THC, k_TGC, v_TGC)
-        out_TD: Tensor = self.output(Activations(out_THC.flatten(1)))
-        return out_TD
+        return quadrants.attention(layer, projected, self.output.weight)
 
 
 class DenseFFN(nn.Module):
@@ -211,8 +218,9 @@ class SparseFFN(nn.Module):
         """The weight that reads the FFN's input."""
         return self.experts.gate_up
 
-    def forward(self, x: Activations, quadrants: Quadrants) -> Tensor:
-        out_TD = quadrants.experts(x, self.router(x.kept), self.experts)
-        if self.shared is not None:
-            out_TD = out_TD + self.shared(x, quadrants)
-        return out_TD
+    def forward(self, x: Activations, quadrants: Quadrants) -> Delta:
+        out = quadrants.experts(x, self.router(x.kept), self.experts)
+        if self.shared is None:
+            return out
+        shared_TD: Tensor = self.shared(x, quadrants)
+        return combined(out) + shared_TD

@@ -6,10 +6,11 @@ Memory stays bounded: tensors are memory-mapped, and a layer is quantised as soo
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 
 from fourfold.errors import CheckpointError, ConfigError
 from fourfold.kernels.pages.layout import PageCodes
@@ -18,13 +19,14 @@ from fourfold.models.checkpoint.fourfold_format import FourfoldFormat
 from fourfold.models.checkpoint.source import Source, SourceKind
 from fourfold.models.checkpoint.tensors import Checkpoint
 from fourfold.models.config import ConfigReader, ModelConfig
-from fourfold.models.decoder import Decoder
+from fourfold.models.decoder import Block, Decoder
+from fourfold.models.dummy import RandomCodes
 from fourfold.models.families.family import Family, Placements
 from fourfold.models.families.registry import find_family
-from fourfold.models.filling import CheckpointFiller, Filler, Progress, RandomFiller
+from fourfold.models.filling import CheckpointFiller, Filler, ModelFiller, Progress, RandomFiller
 from fourfold.models.layers import SparseFFN
 from fourfold.models.precision import PageFormat, Precision
-from fourfold.models.quantising import Quantiser
+from fourfold.models.quantising import RECIPES, Quantiser
 from fourfold.models.router import UniformRouter
 from fourfold.models.upcycle import upcycle
 from fourfold.quadrants.kv_pages import PageShape
@@ -223,42 +225,128 @@ def check_widths(config: ModelConfig, device: torch.device, precision: Precision
 
 
 def load_model(
-    source: Source, options: LoadOptions, progress: Progress = lambda done, total: None
+    source: Source,
+    options: LoadOptions,
+    progress: Progress = lambda done, total: None,
+    first_layers: Callable[[Decoder], None] = lambda model: None,
 ) -> Decoder:
-    """The model, ready to compute. Raises `CheckpointError` or `ConfigError`."""
+    """The model, ready to compute. Raises `CheckpointError` or `ConfigError`.
+
+    Args:
+        source: where it is.
+        options: how it is loaded.
+        progress: is told how far it is.
+        first_layers: is called once, before most layers are there, with a model of the first layer
+            of each kind, in every order, that shares the weights of this one: whoever prepares
+            something for the model need not wait for all of it. Of what `upcycle` makes it is
+            called when all is there.
+    """
     device, checkpoint = options.device, open_checkpoint(source)
     family, config = read_model_config(checkpoint.fields(), checkpoint.where)
-    packed = packed_format(checkpoint)
     precision = served_precision(options.precision, device, checkpoint)
     check_widths(config, device, precision)
     with torch.device("meta"):
         model = Decoder(config)
     model.precision = precision
+    model.frequencies = model.frequencies.to(device)
     placements = family.place(config)
     if not options.dummy:
         check_tensors(checkpoint, config, placements)
+    filler = _choose_filler(model, placements, options, checkpoint, progress)
+    upcycled = is_upcycled(source, checkpoint)
+    kinds = _first_of_each_kind(config)
+    filler.fill_ends()
+    for layer, block in enumerate(model.blocks):
+        filler.fill_layer(layer)
+        if options.uniform_routing:
+            route_uniformly(block)
+        if layer == kinds[-1] and not upcycled:
+            first_layers(_part_of(model, kinds))
+    if upcycled:
+        upcycle(model)
+        for block in model.blocks:
+            if options.uniform_routing:
+                route_uniformly(block)
+        first_layers(_part_of(model, kinds))
+    if device.type == "cuda":
+        # What filling needed besides; whoever sizes something asks the device what is free.
+        torch.cuda.empty_cache()
+    return model.eval()
+
+
+def _choose_filler(
+    model: Decoder,
+    placements: Placements,
+    options: LoadOptions,
+    checkpoint: Checkpoint,
+    progress: Progress,
+) -> ModelFiller:
+    precision, device = model.precision, options.device
+    packed = packed_format(checkpoint)
+    dtype = activation_dtype(precision, device)
     as_packed = packed is not None and precision in (Precision.W4A8, Precision.W4A8_FP8)
+    if options.dummy and precision.quantised:
+        recipe = packed.recipe if as_packed and packed is not None else RECIPES.get(precision)
+        return RandomCodes(model, recipe, device)
     if as_packed and not options.dummy:
         from fourfold.models.checkpoint.directory import DirectoryCheckpoint
         from fourfold.models.packed_filling import PackedFiller
 
         assert isinstance(checkpoint, DirectoryCheckpoint)
-        dtype = activation_dtype(precision, device)
-        PackedFiller(model, placements, device, dtype, checkpoint, progress).fill()
-    else:
-        filled = torch.float32 if precision.quantised else activation_dtype(precision, device)
-        filler: Filler = (
-            RandomFiller(model, placements, device, filled)
-            if options.dummy
-            else CheckpointFiller(model, placements, device, filled, checkpoint, progress)
+        return PackedFiller(model, placements, device, dtype, checkpoint, progress)
+    if precision.quantised:
+        dtype = torch.float32
+    filler: Filler = (
+        RandomFiller(model, placements, device, dtype)
+        if options.dummy
+        else CheckpointFiller(model, placements, device, dtype, checkpoint, progress)
+    )
+    return _DenseFiller(model, filler, device)
+
+
+class _DenseFiller:
+    """Fills a model in floating point and quantises each part, if its precision asks for it, before
+    the next."""
+
+    def __init__(self, model: Decoder, filler: Filler, device: torch.device) -> None:
+        self._model, self._filler = model, filler
+        self._quantiser = (
+            Quantiser(model.config, model.precision, device) if model.precision.quantised else None
         )
-        _fill_by_layer(model, filler, device)
-    if is_upcycled(source, checkpoint):
-        upcycle(model)
-    if options.uniform_routing:
-        route_uniformly(model)
-    model.frequencies = model.frequencies.to(device)
-    return model.eval()
+
+    def fill_ends(self) -> None:
+        model = self._model
+        for part in ("embedding.", "norm.", "head."):
+            self._filler.fill(part)
+        if model.config.tied_embeddings:
+            model.head.weight = DenseWeight(model.embedding.weight)
+        if self._quantiser is not None:
+            self._quantiser.quantise_ends(model)
+
+    def fill_layer(self, layer: int) -> None:
+        self._filler.fill(f"layers.{layer}.")
+        if self._quantiser is not None:
+            self._quantiser.quantise_block(self._model.blocks[layer])
+
+
+def _first_of_each_kind(config: ModelConfig) -> list[int]:
+    """The first dense and the first sparse layer, as far as there are such, in order."""
+    firsts = {config.is_sparse(layer): layer for layer in reversed(range(config.layers))}
+    return sorted(firsts.values())
+
+
+def _part_of(model: Decoder, layers: Sequence[int]) -> Decoder:
+    """A model of one or two layers of another, whose weights it shares. Each follows each, itself
+    too, because what a layer is handed depends on the one before."""
+    order = [layer for layer in layers for _ in range(2)]
+    if len(layers) > 1:
+        order.append(layers[0])
+    with torch.device("meta"):
+        part = Decoder(dataclasses.replace(model.config, layers=layers[-1] + 1))
+    part.layers = nn.ModuleList(model.layers[layer] for layer in order)
+    part.embedding, part.norm, part.head = model.embedding, model.norm, model.head
+    part.frequencies, part.precision = model.frequencies, model.precision
+    return part.eval()
 
 
 def is_upcycled(source: Source, checkpoint: Checkpoint) -> bool:
@@ -267,26 +355,7 @@ def is_upcycled(source: Source, checkpoint: Checkpoint) -> bool:
     return source.kind is SourceKind.EMBEDDED or (packed is not None and packed.upcycled)
 
 
-def _fill_by_layer(model: Decoder, filler: Filler, device: torch.device) -> None:
-    """Fills a model and quantises each layer, if its precision asks for it, before the next."""
-    config, precision = model.config, model.precision
-    quantiser = Quantiser(config, precision, device) if precision.quantised else None
-    for layer, block in enumerate(model.blocks):
-        filler.fill(f"layers.{layer}.")
-        if quantiser is not None:
-            quantiser.quantise_block(block)
-    filler.fill("")
-    if config.tied_embeddings:
-        model.head.weight = DenseWeight(model.embedding.weight)
-    if quantiser is not None:
-        quantiser.quantise_ends(model)
-
-
-def route_uniformly(model: Decoder) -> None:
-    """Replaces every router by one that spreads tokens evenly over the experts."""
-    for layer, block in enumerate(model.blocks):
-        if isinstance(block.ffn, SparseFFN):
-            router = block.ffn.router
-            even = UniformRouter(router.config, model.config.width, layer)
-            even.weight, even.selection_bias = router.weight, router.selection_bias
-            block.ffn.router = even
+def route_uniformly(block: Block) -> None:
+    """Replaces a layer's router by one that spreads tokens evenly over the experts."""
+    if isinstance(block.ffn, SparseFFN):
+        block.ffn.router = UniformRouter(block.ffn.router, block.layer)

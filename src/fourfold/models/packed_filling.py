@@ -1,11 +1,11 @@
 """Fills a model from a checkpoint of ours, whose weights are packed as they are served.
 
-Nothing is rotated or rounded: parts of a matrix are laid beside each other and go to the device.
+Nothing is rotated or rounded: parts of a matrix are laid beside each other on the device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -23,7 +23,7 @@ _TURNED = (".ffn.down.weight", ".ffn.shared.down.weight", ".experts.down")
 
 
 class PackedFiller:
-    """Fills every parameter of a model."""
+    """A `ModelFiller`."""
 
     def __init__(
         self,
@@ -38,68 +38,90 @@ class PackedFiller:
         self._model, self._device, self._checkpoint = model, device, checkpoint
         self._format: FourfoldFormat = checkpoint.quantised
         self._progress = progress
-        self._done = 0
         self._total = sum(checkpoint.nbytes(name) for name in placements)
         coded = checkpoint.coded()
         plain = {n: place for n, place in placements.items() if n not in coded}
+        self._done = self._plain_done = 0
         self._plain = CheckpointFiller(
-            model, plain, device, dtype, checkpoint, lambda done, _: progress(done, self._total)
+            model, plain, device, dtype, checkpoint, lambda done, _: self._heard(done)
         )
-        self._plain_bytes = sum(checkpoint.nbytes(name) for name in plain)
-        self._coded: dict[str, dict[str, Placement]] = {}
-        for name, place in placements.items():
-            if name in coded:
-                self._coded.setdefault(place.parameter, {})[name] = place
+        self._coded = {n: place for n, place in placements.items() if n in coded}
 
-    def fill(self) -> None:
-        """Reads the whole checkpoint."""
-        self._plain.fill("")
-        self._done = self._plain_bytes
-        for parameter, places in self._coded.items():
-            owner, _, attribute = parameter.rpartition(".")
-            setattr(self._model.get_submodule(owner), attribute, self._weight(parameter, places))
-        for layer, block in enumerate(self._model.blocks):
-            name = f"model.layers.{layer}.self_attn.{K_OFFSET}"
-            if name in self._checkpoint.stored_names():
-                ((_, parts),) = self._checkpoint.stored({name})
-                block.attention.k_offset_GC = parts["weight"].to(self._device)
+    def fill_ends(self) -> None:
+        for part in ("embedding.", "norm.", "head."):
+            self._fill(part)
 
-    def _weight(self, parameter: str, places: Mapping[str, Placement]) -> Weight:
-        """One matrix, or a stack of experts' matrices, of the tensors that hold its rows."""
-        inputs = next(iter(places.values())).shape[1]
-        rows = max(place.start + place.shape[0] for place in places.values())
-        slots = 1 + max(place.expert or 0 for place in places.values())
-        whole: dict[str, Tensor] = {}
-        for name, parts in self._read(places):
+    def fill_layer(self, layer: int) -> None:
+        self._fill(f"layers.{layer}.")
+        name = f"model.layers.{layer}.self_attn.{K_OFFSET}"
+        if name in self._checkpoint.stored_names():
+            ((_, _, offset_GC),) = self._checkpoint.parts({name})
+            self._model.blocks[layer].attention.k_offset_GC = offset_GC.to(self._device)
+
+    def _fill(self, prefix: str) -> None:
+        """Fills the parameters whose name begins so."""
+        self._plain.fill(prefix)
+        self._fill_coded({n: p for n, p in self._coded.items() if p.parameter.startswith(prefix)})
+
+    def _fill_coded(self, places: Placements) -> None:
+        """Gives the parameters of some weights their codes."""
+        by_parameter: dict[str, list[Placement]] = {}
+        for place in places.values():
+            by_parameter.setdefault(place.parameter, []).append(place)
+        whole = {name: _Whole(rows, self._device) for name, rows in by_parameter.items()}
+        for name, part, tensor in self._checkpoint.parts(set(places), self._plain.reader):
             place = places[name]
-            span = slice(place.start, place.start + place.shape[0])
-            for part, tensor in parts.items():
-                axis = _ROW_AXIS.get(part)
-                if axis is None:
-                    continue
-                if part not in whole:
-                    shape = list(tensor.shape)
-                    shape[axis] = rows
-                    whole[part] = torch.empty(slots, *shape, dtype=tensor.dtype)
-                whole[part][place.expert or 0].transpose(0, axis)[span] = tensor.transpose(0, axis)
-        on_device = {part: tensor.to(self._device) for part, tensor in whole.items()}
-        if "weight_codes" in on_device:
-            return from_int8(on_device["weight_codes"], on_device["weight_scale"])
-        turn = input_turn(inputs) if parameter.endswith(_TURNED) else None
+            whole[place.parameter].put(part, place, tensor)
+            self._done += tensor.nbytes
+            self._heard(self._plain_done)
+        for parameter, parts in whole.items():
+            owner, _, attribute = parameter.rpartition(".")
+            weight = self._weight(parameter, parts)
+            setattr(self._model.get_submodule(owner), attribute, weight)
+
+    def _heard(self, plain_done: int) -> None:
+        self._plain_done = plain_done
+        self._progress(self._done + plain_done, self._total)
+
+    def _weight(self, parameter: str, whole: _Whole) -> Weight:
+        parts = whole.parts
+        if "weight_codes" in parts:
+            return from_int8(parts["weight_codes"], parts["weight_scale"])
+        turn = input_turn(whole.inputs) if parameter.endswith(_TURNED) else None
         packed = PackedW4A8(
             self._format.recipe,
-            inputs,
-            on_device["weight_packed"],
-            on_device["weight_scale"],
-            on_device.get("weight_group"),
+            whole.inputs,
+            parts["weight_packed"],
+            parts["weight_scale"],
+            parts.get("weight_group"),
         )
         return from_packed(packed, None if turn is None else turn.to(self._device))
 
-    def _read(self, places: Mapping[str, Placement]) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        for name, parts in self._checkpoint.stored(set(places)):
-            yield name, parts
-            self._done += self._checkpoint.nbytes(name)
-            self._progress(self._done, self._total)
+
+class _Whole:
+    """One matrix, or a stack of experts' matrices, put together from the tensors that hold its
+    rows: `parts` are stacks [slots, ...]."""
+
+    def __init__(self, places: Sequence[Placement], device: torch.device) -> None:
+        self.inputs = places[0].shape[1]
+        self.parts: dict[str, Tensor] = {}
+        self._rows = max(place.start + place.shape[0] for place in places)
+        self._slots = 1 + max(place.expert or 0 for place in places)
+        self._device = device
+
+    def put(self, part: str, place: Placement, tensor: Tensor) -> None:
+        """Lays a part of some rows where it belongs."""
+        axis = _ROW_AXIS.get(part)
+        if axis is None:
+            return
+        if part not in self.parts:
+            shape = list(tensor.shape)
+            shape[axis] = self._rows
+            self.parts[part] = torch.empty(
+                self._slots, *shape, dtype=tensor.dtype, device=self._device
+            )
+        target = self.parts[part][place.expert or 0]
+        target.narrow(axis, place.start, place.shape[0]).copy_(tensor)
 
 
 _ROW_AXIS = {"weight_packed": 1, "weight_group": 1, "weight_codes": 0, "weight_scale": 0}

@@ -7,6 +7,8 @@ dtype of the activations; routers stay in float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -28,31 +30,51 @@ RECIPES = {
 int8 per channel in all: they are a small part of a sparse model and lose most by 4 bits."""
 
 
+def replace_weights(
+    block: Block,
+    attention: Callable[[Tensor], Weight],
+    ffn: Callable[[Tensor, Tensor | None], Weight],
+    device: torch.device,
+) -> None:
+    """Replaces the dense weights of a layer by codes, in place.
+
+    Args:
+        block: its weights may be without storage, if the other arguments only read their shapes.
+        attention: makes codes of a weight of attention's projections.
+        ffn: makes codes of a weight of an FFN, and of the matrix by which what it reads is turned
+            (None: not at all). What a gated FFN's last product reads has outliers of its own.
+        device: of the matrices.
+    """
+
+    def turn_of(weight: Tensor) -> Tensor | None:
+        turn = input_turn(weight.shape[-1])
+        return None if turn is None else turn.to(device)
+
+    for name, module in list(block.named_modules()):
+        if isinstance(module, Linear) and name.startswith("attention."):
+            module.weight = attention(_values(module.weight))
+        elif isinstance(module, Linear):
+            weight = _values(module.weight)
+            module.weight = ffn(weight, turn_of(weight) if name.endswith("ffn.down") else None)
+        elif isinstance(module, ExpertWeights):
+            down = _values(module.down)
+            module.gate_up = ffn(_values(module.gate_up), None)
+            module.down = ffn(down, turn_of(down))
+
+
 class Quantiser:
     """The rotation and the codes of one model."""
 
     def __init__(self, config: ModelConfig, precision: Precision, device: torch.device) -> None:
         self._rotation = Rotation(config, device)
         self._recipe = RECIPES.get(precision)
+        self._device = device
         self._dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
 
     def quantise_block(self, block: Block) -> None:
-        """Rotates one filled layer and replaces its dense weights, in place.
-
-        What a gated FFN's last product reads has outliers of its own, so it is turned on the way.
-        """
+        """Rotates one filled layer and replaces its dense weights, in place."""
         self._rotation.rotate_block(block)
-        for name, module in list(block.named_modules()):
-            if isinstance(module, Linear) and name.startswith("attention."):
-                module.weight = to_w8a8(_values(module.weight))
-            elif isinstance(module, Linear):
-                weight = _values(module.weight)
-                turn = self._turn(weight) if name.endswith("ffn.down") else None
-                module.weight = self._codes(weight, turn)
-            elif isinstance(module, ExpertWeights):
-                down = _values(module.down)
-                module.gate_up = self._codes(_values(module.gate_up))
-                module.down = self._codes(down, self._turn(down))
+        replace_weights(block, to_w8a8, self._codes, self._device)
         self._settle(block)
 
     def quantise_ends(self, model: Decoder) -> None:
@@ -62,14 +84,10 @@ class Quantiser:
         for part in (model.embedding, model.norm, model.head):
             self._settle(part)
 
-    def _codes(self, weight: Tensor, turn: Tensor | None = None) -> Weight:
+    def _codes(self, weight: Tensor, turn: Tensor | None) -> Weight:
         if self._recipe is None:
             return to_w8a8(weight, turn)
         return to_w4a8(weight, self._recipe, turn)
-
-    def _turn(self, weight: Tensor) -> Tensor | None:
-        turn = input_turn(weight.shape[-1])
-        return None if turn is None else turn.to(weight.device)
 
     def _settle(self, part: nn.Module) -> None:
         for module in part.modules():

@@ -28,6 +28,7 @@ from fourfold.kernels.w4a8_gemm.packing import (
     pack_nibbles,
     padded,
 )
+from fourfold.kernels.w4a8_pack import pack_nearest
 
 _PROTECTIVE = 119.0  # so that no nibble * step + offset leaves 8 bits (QServe, section 4.2)
 _MAGNITUDE = 7.0
@@ -77,7 +78,9 @@ def fit_groups(
         return None
     if recipe is W4A8Recipe.FP8_G128:
         largest = scaled_EOGk.abs().amax(-1).clamp_min(_TINY)
-        needed = torch.log2(largest / _MAGNITUDE).ceil().clamp(0, _EXPONENTS)
+        # The logarithm, rounded up.
+        fraction, exponent = torch.frexp(largest / _MAGNITUDE)
+        needed = (exponent - (fraction == 0.5).to(exponent.dtype)).clamp(0, _EXPONENTS)
         candidates = [(needed - cut).clamp_min(0).to(torch.uint8) for cut in (1, 0)]
     else:
         low = scaled_EOGk.amin(-1).clamp(-_PROTECTIVE, _PROTECTIVE)
@@ -113,9 +116,12 @@ def round_to_grid(scaled: Tensor, group: Tensor | None, recipe: W4A8Recipe) -> T
 
 
 def quantize_w4a8(weight: Tensor, recipe: W4A8Recipe) -> PackedW4A8:
-    """Rounds weights [O, K] or [E, O, K] to the nearest codes, a piece at a time: a CPU then works
-    in its caches, and a GPU needs little memory beside the weights."""
+    """Rounds weights [O, K] or [E, O, K] to the nearest codes: on a GPU in one kernel where the
+    recipe has groups, else a piece at a time, so that a CPU works in its caches and a GPU needs
+    little memory beside the weights."""
     weight_EOK = weight.view(-1, *weight.shape[-2:])
+    if weight.is_cuda and recipe.group is not None:
+        return pack_nearest(weight_EOK.contiguous(), recipe)
     experts, outputs, inputs = weight_EOK.shape
     rows = max(1, _PIECE[weight.device.type == "cpu"] // inputs)
     whole = torch.split(weight_EOK.flatten(0, 1), rows)
@@ -154,13 +160,14 @@ def _least_error(
     recipe: W4A8Recipe,
     importance_EGk: Tensor | None,
 ) -> Tensor:
-    """For each group the candidate [E, O, G] that rounds it best."""
+    """For each group the candidate [E, O, G] that rounds it best. Errors are summed in float64, so
+    that the choice does not depend on the order that a device sums in."""
     best, least = candidates[0], None
     for candidate in candidates:
         error = (_rounded(scaled_EOGk, candidate, recipe) - scaled_EOGk).square_()
         if importance_EGk is not None:
             error *= importance_EGk[:, None]
-        lost = error.sum(-1)
+        lost = error.sum(-1, dtype=torch.float64)
         if least is not None:
             candidate = torch.where(lost < least, candidate, best)
             lost = torch.minimum(lost, least)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fourfold.models.decoder import Decoder
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, FloatPages, PageShape, Span
-from fourfold.quadrants.step import QuadrantStep
+from fourfold.quadrants.step import lay_out
 
 PROMPT = torch.randint(3, 320, (70,), generator=torch.Generator().manual_seed(5)).tolist()
 
@@ -25,7 +25,7 @@ def logits(model: Decoder, prompt: Sequence[int]) -> Tensor:
     )
     count = -(-len(prompt) // PAGE_TOKENS)
     pages = FloatPages(shape, count, torch.device("cpu"))
-    step = QuadrantStep(
+    step = lay_out(
         pages, [], [Span(0, len(prompt), list(range(count)))], heads=model.config.query_heads
     )
     return model.logits(model(torch.tensor(prompt), step.positions_T, step))

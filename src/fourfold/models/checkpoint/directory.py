@@ -1,4 +1,5 @@
-"""A Hugging Face directory: config.json and one or more memory-mapped safetensors files.
+"""A Hugging Face directory: config.json and one or more safetensors files, memory-mapped or
+streamed to a GPU.
 
 Where config.json has a quantization_config that we honour, weights are presented under their plain
 names as what their codes stand for, and the field is not shown.
@@ -9,31 +10,46 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-import math
-from collections.abc import Callable, Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Set
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fourfold.errors import CheckpointError
 from fourfold.models.checkpoint.fourfold_format import FourfoldFormat, read_fourfold
 from fourfold.models.checkpoint.published import PublishedFormat, Stored, read_published
+from fourfold.models.checkpoint.streaming import FilePart, StreamingReader
 
 _QUANTISATION = "quantization_config"
 _CONTENTS = "weight_shape"
 # What weights may be stored in; anything else holds the codes of some quantisation.
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+}
 
 
 class _Entry(NamedTuple):
-    """One stored tensor; that of a `weight_shape` has its contents as shape."""
+    """One stored tensor. `shape` is what it holds where it is a `weight_shape`, `stored_shape` is
+    always its own."""
 
-    file: Path
+    part: FilePart
     shape: tuple[int, ...]
+    stored_shape: tuple[int, ...]
     dtype: str
-    nbytes: int
 
 
 class DirectoryCheckpoint:
@@ -67,37 +83,47 @@ class DirectoryCheckpoint:
         return plain | {name: stored.shape for name, stored in self._coded.items()}
 
     def nbytes(self, name: str) -> int:
-        return sum(self._index[stored].nbytes for stored in self._parts(name).values())
+        return sum(self._index[stored].part.nbytes for stored in self._parts(name).values())
 
-    def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-        for name, parts in self.stored(names):
+    def tensors(
+        self, names: set[str], reader: StreamingReader | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        held: dict[str, dict[str, Tensor]] = {}
+        for name, part, tensor in self.parts(names, reader):
             stored = self._coded.get(name)
             if stored is None or self._format is None:
-                yield name, parts["weight"]
-            else:
-                yield name, self._format.decode(name, stored, parts)
+                yield name, tensor
+                continue
+            parts = held.setdefault(name, {})
+            # What was streamed is gone when the next part comes.
+            parts[part] = tensor.clone() if reader else tensor
+            if len(parts) == len(stored.names):
+                yield name, self._format.decode(name, stored, held.pop(name))
 
-    def stored(self, names: set[str]) -> Iterator[tuple[str, Mapping[str, Tensor]]]:
-        """The named weights as they are in the files: what they are made of, by suffix. A tensor
-        that is stored plainly is its own `weight`."""
+    def parts(
+        self, names: set[str], reader: StreamingReader | None = None
+    ) -> Iterator[tuple[str, str, Tensor]]:
+        """The named weights as they are in the files, in their order: (name, part, tensor), the
+        parts being what a weight is made of, by suffix. A tensor that is stored plainly is its own
+        `weight`. With or without a reader as `Checkpoint.tensors`."""
+        wanted = [
+            (self._index[stored], name, part)
+            for name in names
+            for part, stored in self._parts(name).items()
+        ]
+        if reader is not None:
+            for place, raw in reader.read([entry.part for entry, _, _ in wanted]):
+                entry, name, part = wanted[place]
+                yield name, part, _typed(raw, entry)
+            return
         with contextlib.ExitStack() as opened:
 
             @functools.cache
             def file(path: Path) -> Any:
                 return opened.enter_context(safe_open(path, framework="pt"))
 
-            order: Callable[[str], tuple[Path, str]] = lambda name: (  # noqa: E731
-                self._index[next(iter(self._parts(name).values()))].file,
-                name,
-            )
-            for name in sorted(names, key=order):
-                yield (
-                    name,
-                    {
-                        part: file(self._index[stored].file).get_tensor(stored)
-                        for part, stored in self._parts(name).items()
-                    },
-                )
+            for entry, name, part in sorted(wanted, key=lambda tensor: tensor[0].part):
+                yield name, part, file(entry.part.file).get_tensor(self._parts(name)[part])
 
     def _parts(self, name: str) -> Mapping[str, str]:
         coded = self._coded.get(name)
@@ -160,14 +186,13 @@ class DirectoryCheckpoint:
         index = {}
         for file in self._files():
             try:
+                # Opening checks that the file is whole and its header true.
                 with safe_open(file, framework="pt") as opened:
-                    for name in opened.keys():  # noqa: SIM118 (safe_open is not iterable)
-                        stored = opened.get_slice(name)
-                        shape, dtype = tuple(stored.get_shape()), stored.get_dtype()
-                        nbytes = math.prod(shape) * _bits(dtype) // 8
+                    for name, part, shape, dtype in _read_header(file):
+                        held = shape
                         if name.rpartition(".")[2] == _CONTENTS:
-                            shape = tuple(opened.get_tensor(name).flatten().tolist())
-                        index[name] = _Entry(file, shape, dtype, nbytes)
+                            held = tuple(opened.get_tensor(name).flatten().tolist())
+                        index[name] = _Entry(part, held, shape, dtype)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
         return index
@@ -194,7 +219,23 @@ class DirectoryCheckpoint:
         return files
 
 
-def _bits(dtype: str) -> int:
-    """Bits of one element of a safetensors dtype such as F8_E4M3, BF16 or I32."""
-    digits = dtype.partition("_")[0].lstrip("BFIUCOL")
-    return int(digits) if digits else 8
+def _read_header(file: Path) -> Iterator[tuple[str, FilePart, tuple[int, ...], str]]:
+    """Name, place, shape and dtype of each tensor of a safetensors file."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(size))
+    for name, fields in header.items():
+        if name != "__metadata__":
+            start, end = fields["data_offsets"]
+            part = FilePart(file, 8 + size + start, end - start)
+            yield name, part, tuple(fields["shape"]), fields["dtype"]
+
+
+def _typed(raw: Tensor, entry: _Entry) -> Tensor:
+    """Bytes as the tensor that they are."""
+    dtype = _DTYPES.get(entry.dtype)
+    if dtype is None:
+        raise CheckpointError(f"{entry.part.file} has tensors of {entry.dtype}, which is not known")
+    if raw.data_ptr() % dtype.itemsize:
+        raw = raw.clone()
+    return raw.view(dtype).view(entry.stored_shape)

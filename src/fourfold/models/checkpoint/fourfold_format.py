@@ -94,7 +94,7 @@ class FourfoldFormat:
         else:
             weight = dequantize(packed_weight(self.recipe, stored.shape[1], parts))[0]
         turn = input_turn(stored.shape[1]) if name.split(".")[-2] in self.turned else None
-        return weight if turn is None else turned(weight.contiguous(), turn.T)
+        return weight if turn is None else turned(weight.contiguous(), turn.T.to(weight.device))
 
 
 def packed_weight(recipe: W4A8Recipe, inputs: int, parts: Mapping[str, Tensor]) -> PackedW4A8:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from fourfold.errors import CheckpointError
+from fourfold.models.checkpoint.streaming import StreamingReader
 
 _MODEL_TYPES = {"llama": "llama", "qwen3": "qwen3", "qwen3moe": "qwen3_moe", "olmoe": "olmoe"}
 _FIELDS = {
@@ -151,7 +152,9 @@ class GGUFCheckpoint:
         entry = self._tensors[name]
         return int(entry.n_bytes) // len(self._name(entry))
 
-    def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
+    def tensors(
+        self, names: set[str], reader: StreamingReader | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         for entry in self._reader.tensors:
             wanted = [(i, name) for i, name in enumerate(self._name(entry)) if name in names]
             if not wanted:

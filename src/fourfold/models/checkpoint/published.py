@@ -116,7 +116,7 @@ class PublishedFormat:
 def unpack_int32(packed: Tensor, bits: int) -> Tensor:
     """Signed codes int8 [O, 32 / bits * P] of int32 words [O, P]: the lowest bits come first, and
     codes are stored with half their range added."""
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32, device=packed.device)
     codes = (packed[..., None] >> shifts) & ((1 << bits) - 1)
     return (codes - (1 << (bits - 1))).to(torch.int8).flatten(-2)
 

@@ -7,6 +7,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from fourfold.models.checkpoint.streaming import StreamingReader
+
 
 class Checkpoint(Protocol):
     """Tensors that are read once, in the order that suits the file."""
@@ -26,6 +28,12 @@ class Checkpoint(Protocol):
         """Bytes of one tensor as stored."""
         ...
 
-    def tensors(self, names: set[str]) -> Iterator[tuple[str, Tensor]]:
-        """The named tensors on the CPU, memory-mapped if possible, in the order of the file."""
+    def tensors(
+        self, names: set[str], reader: StreamingReader | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The named tensors on the CPU, memory-mapped if possible, in the order of the file.
+
+        With a reader they come on its device where the file holds them as they are, each to be used
+        before the next is asked for (`StreamingReader.read`).
+        """
         ...

@@ -224,13 +224,6 @@ class _Weighed(NamedTuple):
         return float((self.squares[0] / self.squares[1].clamp_min(1e-30)).sqrt())
 
 
-class _Rows(nn.Module):
-    """Stands in for a linear map to get at its input."""
-
-    def forward(self, x: Activations) -> Tensor:
-        return x.kept
-
-
 def _dense(weight: nn.Module) -> Tensor:
     assert isinstance(weight, DenseWeight)
     return weight.weight
@@ -248,10 +241,9 @@ def _turned(x: Tensor, turn: Tensor | None) -> Tensor:
 
 def _heads(attention: Attention, x_TD: Tensor, stream: Stream, step: WindowStep) -> Tensor:
     """What the output projection reads, [T, H * C]."""
-    output, attention.output = attention.output, _Rows()  # type: ignore[assignment]
-    heads = [attention(Activations(x_TD[rows]), rope, 0, step) for rows, rope in stream.chunks()]
-    attention.output = output
-    return torch.cat(heads)
+    chunks = stream.chunks()
+    heads = [attention.heads(Activations(x_TD[rows]), rope, 0, step) for rows, rope in chunks]
+    return torch.cat([part.kept for part in heads])
 
 
 def _through(ffn: DenseFFN | SparseFFN, x_TD: Tensor, stream: Stream) -> Tensor:

@@ -20,8 +20,9 @@ from torch import Tensor
 from fourfold.models.decoder import Block, Decoder
 from fourfold.models.layers import Rope
 from fourfold.quadrants.experts import ExpertWeights, Routing, swiglu
+from fourfold.quadrants.projection import Projected
 from fourfold.quantize.key_offsets import KeyMean
-from fourfold.quantize.weights import Activations, DenseWeight
+from fourfold.quantize.weights import Activations, DenseWeight, Weight
 
 _WINDOWS_AT_ONCE = 8
 
@@ -33,14 +34,15 @@ class WindowStep:
         self._length = length
         self.keys = KeyMean()
 
-    def attention(self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
+    def attention(self, layer: int, projected: Projected, reader: Weight) -> Activations:
+        q_THC, k_TGC, v_TGC = projected.rotated()
         self.keys.add(k_TGC)
         q, k, v = (
             torch.unflatten(part, 0, (-1, self._length)).transpose(1, 2)
             for part in (q_THC, k_TGC, v_TGC)
         )
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return out.transpose(1, 2).flatten(0, 1)
+        return Activations(out.transpose(1, 2).flatten(0, 1).flatten(1))
 
     def experts(self, x: Activations, routing: Routing, weights: ExpertWeights) -> Tensor:
         assert isinstance(weights.gate_up, DenseWeight)

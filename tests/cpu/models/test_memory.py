@@ -1,0 +1,55 @@
+"""What a start tells about itself: where memory is, and how long its parts took."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fourfold.models.checkpoint.source import find_source
+from fourfold.models.footprint import EXPERTS, footprint
+from fourfold.models.loading import LoadOptions, load_model
+from fourfold.models.memory import told, weight_bytes
+from fourfold.models.phases import Phases
+from fourfold.models.precision import Precision
+
+Find = Callable[[str], Path]
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3-moe", "mixtral"])
+def test_weights_are_told_by_part(family: str, checkpoint: Find) -> None:
+    source = find_source(str(checkpoint(family)))
+    model = load_model(source, LoadOptions(precision=Precision.FLOAT32))
+    held = weight_bytes(model)
+    parts = {part.name.split(",")[0]: 4 * part.total for part in footprint(model.config)}
+    frequencies = held.pop("", 0)
+    assert frequencies == model.frequencies.nbytes
+    assert {part: held[part] for part in held if held[part]} == parts
+
+
+def test_codes_are_told_too(checkpoint: Find) -> None:
+    """They are no parameters of a module."""
+    source = find_source(str(checkpoint("qwen3-moe")))
+    model = load_model(source, LoadOptions(precision=Precision.W8A8))
+    [experts] = [part.total for part in footprint(model.config) if part.name == EXPERTS]
+    assert weight_bytes(model)[EXPERTS] >= experts
+
+
+def test_weights_are_one_line() -> None:
+    held = {"head": GIB, EXPERTS: 15 * GIB, "norms": 100}
+    assert told(held) == f"16.0 GiB ({EXPERTS} 15.0, head 1.0)"
+
+
+def test_parts_of_a_start_are_told_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = itertools.count(100.0)
+    monkeypatch.setattr("time.monotonic", lambda: next(clock))
+    phases = Phases(started=95.0)
+    with phases("weights"):
+        pass
+    with phases("kernels"), phases("weights"):
+        pass
+    assert phases.seconds == {"weights": 2.0, "kernels": 3.0}
+    assert phases.ready() == "ready after 11.0 s (weights 2.0, kernels 3.0, other 6.0)"
