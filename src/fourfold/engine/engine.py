@@ -1,5 +1,10 @@
 """The engine: a thread that schedules, launches and commits steps until it is told to stop.
 
+With overlap a step is scheduled and launched while the one before it still runs, so that a GPU
+never waits for the host. Nothing that a step is made of depends on the tokens of the one before:
+they stay on the device, and a stop is noticed one step late, when what was computed too much is
+thrown away.
+
 Messages come in from any thread; news goes out through one callback, a list for each step.
 """
 
@@ -9,14 +14,16 @@ import logging
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 
 import msgspec
+import torch
 
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.messages import Abort, EngineStats, Submit, TokenOutput
 from fourfold.engine.page_pool import PagePool
-from fourfold.engine.runner import Runner
+from fourfold.engine.runner import Launched, Runner
 from fourfold.engine.scheduler import Scheduler, StepPlan
 from fourfold.errors import ConfigError
 
@@ -30,14 +37,15 @@ class Engine:
 
     def __init__(self, runner: Runner, config: EngineConfig) -> None:
         self._runner = runner
+        config = config.on(runner.device.type)
         context = runner.max_context
         if config.max_context is not None:
             context = min(context, config.max_context)
         multiple = runner.pages.chunk_multiple
-        if config.step_tokens - config.max_running < multiple:
+        if config.tokens - config.running < multiple:
             raise ConfigError(
-                f"--step-tokens {config.step_tokens} must exceed --max-running "
-                f"{config.max_running} by {multiple}, the tokens of a page, or prompts would starve"
+                f"--step-tokens {config.tokens} must exceed --max-running "
+                f"{config.running} by {multiple}, the tokens of a page, or prompts would starve"
             )
         self.scheduler = Scheduler(
             config,
@@ -48,6 +56,10 @@ class Engine:
         self._inbox: queue.SimpleQueue[Submit | Abort | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._totals = EngineStats(pages_total=runner.page_count)
+        self._ahead = 1 if config.overlap else 0
+        self._under_way: deque[tuple[StepPlan, Launched, float]] = deque()
+        self._failed: list[TokenOutput] = []
+        self._ended = 0.0
 
     @property
     def max_context(self) -> int:
@@ -75,22 +87,80 @@ class Engine:
     def abort(self, message: Abort) -> None:
         self._inbox.put(message)
 
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing to compute, and nothing under way."""
+        return self.scheduler.idle and not self._under_way
+
     def step(self) -> list[TokenOutput] | None:
-        """One turn of the heart: the news of one step, or None if there was nothing to compute."""
+        """One turn of the heart: launches a step, then takes in the oldest that is under way if
+        that is as many as may be. Returns its news, or None if there was nothing to do."""
+        plan = self._launch()
+        if plan is None and not self._under_way:
+            return None
+        outputs = self._failed
+        self._failed = []
+        if self._under_way and (plan is None or len(self._under_way) > self._ahead):
+            outputs += self._take_in(*self._under_way.popleft())
+        self._observe()
+        return outputs
+
+    def _launch(self) -> StepPlan | None:
+        """Schedules and enqueues the next step, if there is one."""
         started = time.perf_counter()
         plan = self.scheduler.schedule()
         if plan is None:
             return None
         scheduled = time.perf_counter()
         try:
-            results = self._runner.launch(plan).results()
-            outputs = self.scheduler.commit(plan, results)
+            launched = self._runner.launch(plan)
+            self._under_way.append((plan, launched, started))
+        except torch.OutOfMemoryError as error:
+            self._shrink(plan, error)
         except Exception as error:  # one bad step must not end the service
-            logger.exception("a step of %d tokens failed", plan.tokens)
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            outputs = self.scheduler.fail([work.sequence for work in plan.work], reason)
-        self._count(plan, outputs, scheduled - started, time.perf_counter() - started)
+            self._failed += self._fail(plan, error)
+        self._count(
+            steps=1,
+            prompt_tokens=sum(work.prompt_tokens for work in plan.work),
+            schedule_seconds=scheduled - started,
+            launch_seconds=time.perf_counter() - scheduled,
+        )
+        return plan
+
+    def _take_in(self, plan: StepPlan, launched: Launched, started: float) -> list[TokenOutput]:
+        """Waits for a step and commits it."""
+        waiting = time.perf_counter()
+        try:
+            results = launched.results()
+            computed = time.perf_counter()
+            outputs = self.scheduler.commit(plan, results)
+        except Exception as error:  # as above
+            computed = time.perf_counter()
+            outputs = self._fail(plan, error)
+        ended = time.perf_counter()
+        self._count(
+            cached_tokens=sum(output.cached_tokens for output in outputs),
+            generated_tokens=sum(output.token is not None for output in outputs),
+            # Steps overlap: from the end of the one before, if it began earlier.
+            step_seconds=ended - max(started, self._ended),
+            wait_seconds=computed - waiting,
+            commit_seconds=ended - computed,
+        )
+        self._ended = ended
         return outputs
+
+    def _shrink(self, plan: StepPlan, error: Exception) -> None:
+        """A step did not fit into memory: the next one is smaller."""
+        self._runner.free_memory()
+        if self.scheduler.retry_smaller(plan):
+            logger.warning("a step of %d tokens did not fit into memory; trying less", plan.tokens)
+        else:
+            self._failed += self._fail(plan, error)
+
+    def _fail(self, plan: StepPlan, error: Exception) -> list[TokenOutput]:
+        logger.exception("a step of %d tokens failed", plan.tokens)
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        return self.scheduler.fail([work.sequence for work in plan.work], reason)
 
     def receive(self, *, wait: bool) -> list[TokenOutput] | None:
         """Takes in all messages that have come, waiting for one if asked; returns the news that
@@ -121,21 +191,11 @@ class Engine:
                 except Exception:  # whoever listened is gone; others may not be
                     logger.exception("news of %d samples could not be delivered", len(news))
 
-    def _count(
-        self, plan: StepPlan, outputs: list[TokenOutput], schedule: float, step: float
-    ) -> None:
+    def _count(self, **more: float) -> None:
+        """Adds to counters."""
         totals = self._totals
-        self._totals = msgspec.structs.replace(
-            totals,
-            prompt_tokens=totals.prompt_tokens + sum(work.prompt_tokens for work in plan.work),
-            cached_tokens=totals.cached_tokens + sum(output.cached_tokens for output in outputs),
-            generated_tokens=totals.generated_tokens
-            + sum(output.token is not None for output in outputs),
-            steps=totals.steps + 1,
-            step_seconds=totals.step_seconds + step,
-            schedule_seconds=totals.schedule_seconds + schedule,
-        )
-        self._observe()
+        sums = {name: getattr(totals, name) + value for name, value in more.items()}
+        self._totals = msgspec.structs.replace(totals, **sums)
 
     def _observe(self) -> None:
         scheduler = self.scheduler
@@ -146,4 +206,5 @@ class Engine:
             pages_in_use=scheduler.pool.in_use,
             pages_cached=scheduler.pool.idle,
             preemptions=scheduler.preemptions,
+            graphs=self._runner.graphs,
         )

@@ -70,7 +70,7 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     reason: FinishReason = FinishReason.CANCELLED
 
 
-class TokenLogprob(msgspec.Struct, frozen=True):
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     """A token with its log-probability under the unmodified model, and the likeliest others."""
 
     token: int
@@ -78,7 +78,7 @@ class TokenLogprob(msgspec.Struct, frozen=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class TokenOutput(msgspec.Struct, frozen=True, kw_only=True):
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
     """What one step added to one sample. `token` is None where a sample ends without a new one."""
 
     request_id: int
@@ -111,3 +111,12 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     steps: int = 0
     step_seconds: float = 0.0
     schedule_seconds: float = 0.0
+    """Of the host, to decide what to compute."""
+    launch_seconds: float = 0.0
+    """Of the host, to describe steps, plan them and enqueue them."""
+    wait_seconds: float = 0.0
+    """Of the host, until the device had computed a step."""
+    commit_seconds: float = 0.0
+    """Of the host, to take a step's tokens in."""
+    graphs: int = 0
+    """CUDA graphs recorded."""

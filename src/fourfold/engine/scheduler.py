@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Iterable
+from typing import NamedTuple
 
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.messages import Abort, FinishReason, Submit, TokenLogprob, TokenOutput
@@ -22,8 +23,7 @@ from fourfold.engine.sequence import Sequence
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 
 
-@dataclasses.dataclass(frozen=True)
-class Work:
+class Work(NamedTuple):
     """Tokens `start : start + length` of a sequence; `samples` if the next token is then drawn."""
 
     sequence: Sequence
@@ -75,7 +75,8 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self._slots = list(reversed(range(config.max_running)))
+        self._tokens = config.tokens
+        self._slots = list(reversed(range(config.running)))
         self._arrivals = 0
 
     @property
@@ -101,7 +102,8 @@ class Scheduler:
             ]
         leader: Sequence | None = None
         for index in range(request.n):
-            sequence = Sequence(request, index, self._arrivals, leader)
+            longest = min(length + request.sampling.max_tokens, self.max_context)
+            sequence = Sequence(request, index, self._arrivals, leader, longest)
             self._arrivals += 1
             self.waiting.append(sequence)
             leader = leader or sequence
@@ -110,7 +112,9 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute. Counts its tokens as computed."""
         decodes = self._schedule_decodes()
-        budget = self._config.step_tokens - len(decodes)
+        budget = self._tokens - len(decodes)
+        if decodes and self._config.mixed_tokens is not None:
+            budget = min(budget, max(self._config.mixed_tokens, self._chunk_multiple))
         prefills: list[Work] = []
         for sequence in self.running:
             if self._chunk(sequence, budget) and not sequence.pending:
@@ -120,6 +124,8 @@ class Scheduler:
                 break
             if _waits_for_leader(sequence):
                 continue
+            if sequence.pending:  # preempted while its last token was on the device
+                break
             if not self._admit(sequence):
                 break
             budget -= self._schedule_chunk(sequence, budget, prefills)
@@ -145,6 +151,21 @@ class Scheduler:
                 self._retire(sequence)
         return outputs
 
+    def retry_smaller(self, plan: StepPlan) -> bool:
+        """Takes back a step that did not fit into memory, so that the next one is smaller: half its
+        tokens, or without the youngest sample. False if nothing is left to give up."""
+        for work in plan.work:
+            work.sequence.computed -= work.length
+            work.sequence.pending -= work.samples
+        smaller = max(plan.tokens // 2, len(self.running) + self._chunk_multiple)
+        if plan.prefills and smaller < plan.tokens:
+            self._tokens = smaller
+            return True
+        if len(self.running) > 1:
+            self._preempt(self.running[-1])
+            return True
+        return False
+
     def abort(self, message: Abort) -> list[TokenOutput]:
         """Ends the named samples where they still exist, and says so for each."""
         named = [
@@ -166,9 +187,10 @@ class Scheduler:
     def _schedule_decodes(self) -> list[Work]:
         decodes: list[Work] = []
         for sequence in list(self.running):  # oldest first, so victims are never scheduled yet
+            length = sequence.length
             preempted = sequence.slot < 0
-            ending = sequence.pending and sequence.length >= self._longest(sequence)
-            if preempted or ending or sequence.remaining != 1:
+            ending = sequence.pending and length >= sequence.longest
+            if preempted or ending or length - sequence.computed != 1:
                 continue
             if self._make_room(sequence):
                 decodes.append(self._take(sequence, 1))
@@ -177,7 +199,9 @@ class Scheduler:
     def _make_room(self, sequence: Sequence) -> bool:
         """A page for the next token, taken from younger samples if need be; False if this sample
         itself had to give way."""
-        while sequence.pages_for(sequence.computed + 1) > self.pool.available:
+        if sequence.pages_for(sequence.computed + 1) == 0:
+            return True
+        while not self.pool.available:
             victim = self.running[-1]
             self._preempt(victim)
             if victim is sequence:
@@ -251,7 +275,7 @@ class Scheduler:
         token = sequence.tokens[-1]
         if token in sampling.stop_token_ids:
             sequence.finish = FinishReason.STOP
-        elif len(sequence.tokens) >= self._longest(sequence):
+        elif len(sequence.tokens) >= sequence.longest:
             sequence.finish = FinishReason.LENGTH
         first = not sequence.prefilled_once
         sequence.prefilled_once = True
@@ -266,11 +290,6 @@ class Scheduler:
             cached_tokens=sequence.cached_tokens if first else 0,
             finish=sequence.finish,
         )
-
-    def _longest(self, sequence: Sequence) -> int:
-        """The length at which a sample ends if nothing else ends it."""
-        asked = sequence.prompt_length + sequence.request.sampling.max_tokens
-        return min(asked, self.max_context)
 
     def _publish(self, sequence: Sequence) -> None:
         if self._config.prefix_cache:

@@ -12,15 +12,24 @@ class Sequence:
 
     `tokens` are prompt and output as far as the host knows them. `computed` tokens have their KV
     in `pages` once the steps launched so far have run. `pending` counts sampled tokens that have
-    not yet come back from the device. `slot` is its place in the runner's per-sample state while
+    not yet come back from the device. `longest` is the length at which it ends if nothing else ends
+    it. `slot` is its place in the runner's per-sample state while
     it runs, `admissions` how often it began to (once more after every preemption).
     """
 
-    def __init__(self, request: Submit, index: int, arrival: int, leader: Sequence | None) -> None:
+    def __init__(
+        self,
+        request: Submit,
+        index: int,
+        arrival: int,
+        leader: Sequence | None,
+        longest: int,
+    ) -> None:
         self.request = request
         self.index = index
         self.arrival = arrival
         self.leader = leader
+        self.longest = longest
         self.tokens = list(request.prompt_ids)
         self.pages: list[int] = []
         self.computed = 0
@@ -68,13 +77,16 @@ class Sequence:
 
     def newly_sealed(self) -> list[tuple[int, PageKey]]:
         """Pages filled since the last call, with their keys."""
-        keys = self.keys(min(self.computed, len(self.tokens)))
-        sealed = list(zip(self.pages, keys, strict=False))[self._published :]
+        known = min(self.computed, len(self.tokens))
+        if known < (self._published + 1) * PAGE_TOKENS:
+            return []
+        first, keys = self._published, self.keys(known)
         self._published = len(keys)
-        return sealed
+        return list(zip(self.pages[first : len(keys)], keys[first:], strict=True))
 
     def forget_pages(self) -> list[int]:
         """Gives up all pages and what was computed; returns the pages."""
+        # A new list: steps under way still read the old one, and planners know lists by identity.
         pages, self.pages = self.pages, []
         self.computed = 0
         self._published = 0

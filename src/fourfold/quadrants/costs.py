@@ -242,7 +242,9 @@ def projection_work(tokens: int, *, inputs: int, outputs: int, weight_bits: floa
     """A dense product, the quantisation of its rows included."""
     weights = float(inputs * outputs)
     # How many tokens a tile has does not depend on the GPU.
-    tile = choose_dense(tokens, padded(inputs) // BLOCK, bits=4, hopper=True).tokens
+    tile = choose_dense(
+        tokens, padded(inputs) // BLOCK, bits=4, outputs=outputs, hopper=True
+    ).tokens
     row_tiles = -(-tokens // tile)
     return Work(
         bytes=weights * weight_bits / 8 + tokens * (inputs + 2.0 * outputs),

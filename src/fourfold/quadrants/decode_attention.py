@@ -20,15 +20,17 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.decode_attention import (
+    DecodePlanner,
     DecodeSequences,
     DecodeShape,
     PlanBuffers,
     paged_int8_attention_decode,
     paged_int8_attention_decode_reference,
-    plan_decode,
+    paged_int8_attention_decode_unmerged,
 )
+from fourfold.kernels.pages.layout import PageLayout
 from fourfold.quadrants.costs import cost_of
-from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, FloatPages, KVPages, Span
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, FloatPages, Span
 
 # Reading this many padded tokens costs about as much as one more group of small launches.
 _GROUP_COST_TOKENS = 2048
@@ -80,10 +82,10 @@ class FloatDecodeAttention:
         pages = self._pages
         used = [-(-spans[index].end // PAGE_TOKENS) for index in group]
         longest = max(used)
-        table = [
-            [*spans[i].pages[:n], *([spans[i].pages[0]] * (longest - n))]
-            for i, n in zip(group, used, strict=True)
-        ]
+        table_BM = np.empty((len(group), longest), np.int64)
+        for row_M, i, n in zip(table_BM, group, used, strict=True):
+            row_M[:n] = spans[i].pages[:n]
+            row_M[n:] = spans[i].pages[0]
         length_B = torch.tensor([spans[index].end for index in group])
         beyond = torch.arange(longest * PAGE_TOKENS)[None] >= length_B[:, None]
         mask = torch.zeros(beyond.shape, dtype=pages.shape.dtype).masked_fill_(
@@ -91,7 +93,7 @@ class FloatDecodeAttention:
         )
         return _Group(
             rows_B=None if alone else torch.tensor(group).to(pages.device),
-            runs=pages.runs(torch.tensor(table)),
+            runs=pages.runs(torch.from_numpy(table_BM)),
             mask=mask[:, None, None, :].to(pages.device, non_blocking=True),
         )
 
@@ -118,40 +120,54 @@ class FloatDecodeAttention:
         return out.view(batch, heads, width).to(q_BHC.dtype)
 
 
-class CodedDecodeAttention:
-    """The decode rows of one step over coded pages: a GPU follows a plan, a CPU the reference."""
+def decode_sequences(spans: Sequence[Span]) -> DecodeSequences:
+    """Decode rows, one span each, as planners take them."""
+    return DecodeSequences(
+        lengths_B=np.array([span.end for span in spans], dtype=np.int64),
+        pages=[span.pages for span in spans],
+        open_slots_B=np.array([span.slot for span in spans], dtype=np.int64),
+    )
 
-    def __init__(self, spans: Sequence[Span], pages: CodedPages, heads: int) -> None:
+
+def decode_shape(pages: CodedPages, heads: int) -> DecodeShape:
+    """What all decode steps over the pages have in common, for so many query heads."""
+    shape = pages.shape
+    return DecodeShape(heads=heads, kv_heads=shape.kv_heads, head_width=shape.head_width)
+
+
+def decode_planner(pages: CodedPages, heads: int) -> DecodePlanner | None:
+    """Who plans a GPU's decode attention, one step after the other; None on a CPU, which follows
+    the reference."""
+    if pages.device.type != "cuda":
+        return None
+    return DecodePlanner(decode_shape(pages, heads), cost_of(pages.device))
+
+
+class CodedDecodeAttention:
+    """Decode rows over coded pages: a GPU follows the plan that is in the buffers, a CPU (which has
+    none) the reference over `sequences`."""
+
+    def __init__(self, pages: CodedPages, plan: PlanBuffers | None) -> None:
         self._pages = pages
-        self._sequences = DecodeSequences(
-            lengths_B=np.array([span.end for span in spans], dtype=np.int64),
-            pages=[np.array(span.pages, dtype=np.int32) for span in spans],
-            open_slots_B=np.array([span.slot for span in spans], dtype=np.int64),
-        )
-        self._plan: PlanBuffers | None = None
-        if pages.device.type == "cuda":
-            shape = DecodeShape(
-                heads=heads, kv_heads=pages.shape.kv_heads, head_width=pages.shape.head_width
-            )
-            plan = plan_decode(self._sequences, shape, cost_of(pages.device))
-            self._plan = PlanBuffers.holding(plan, pages.device)
+        self._plan = plan
+        self.sequences: DecodeSequences | None = None
 
     def __call__(self, layer: int, q_BHC: Tensor) -> Tensor:
         """Attention of each row over its sequence; [B, H, C] in the dtype of `q_BHC`."""
-        pages = self._pages
-        records, (open_k, open_v) = pages.records[layer], pages.open[layer]
+        arguments = self._arguments(layer, q_BHC)
         if self._plan is None:
-            return paged_int8_attention_decode_reference(
-                q_BHC, records, open_k, open_v, pages.layout, self._sequences
-            )
-        return paged_int8_attention_decode(q_BHC, records, open_k, open_v, pages.layout, self._plan)
+            assert self.sequences is not None
+            return paged_int8_attention_decode_reference(*arguments, self.sequences)
+        return paged_int8_attention_decode(*arguments, self._plan)
 
+    def unmerged(self, layer: int, q_BHC: Tensor) -> Tensor:
+        """The same on a GPU, but for the merge that `merge_and_quantize` does."""
+        assert self._plan is not None
+        return paged_int8_attention_decode_unmerged(*self._arguments(layer, q_BHC), self._plan)
 
-DecodeAttention = FloatDecodeAttention | CodedDecodeAttention
-
-
-def plan_decode_attention(spans: Sequence[Span], pages: KVPages, heads: int) -> DecodeAttention:
-    """The decode rows of one step, one span each, for a model of so many query heads."""
-    if isinstance(pages, FloatPages):
-        return FloatDecodeAttention(spans, pages)
-    return CodedDecodeAttention(spans, pages, heads)
+    def _arguments(
+        self, layer: int, q_BHC: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, PageLayout]:
+        pages = self._pages
+        open_k, open_v = pages.open[layer]
+        return q_BHC, pages.records[layer], open_k, open_v, pages.layout

@@ -14,15 +14,18 @@ from bisect import bisect_right
 import torch
 from torch import Tensor
 
-from fourfold.quadrants.experts import ExpertWeights, Routing, combine, visit_experts
+from fourfold.quadrants.experts import Delta, ExpertWeights, Routing, combine, visit_experts
 from fourfold.quadrants.prefill_ffn import prefill_ffn
 from fourfold.quantize.weights import Activations
 
 
-def decode_ffn(x: Activations, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """Routed FFN of every token; [T, D] in the dtype of `x`."""
+def decode_ffn(
+    x: Activations, routing: Routing, weights: ExpertWeights, live_T: Tensor | None = None
+) -> Delta:
+    """Routed FFN of every token, as `prefill_ffn` returns it. A CPU's steps are not padded: there
+    `live_T` is not read."""
     if routing.gates_TK.device.type != "cpu":
-        return prefill_ffn(x, routing, weights)
+        return prefill_ffn(x, routing, weights, live_T)
     x_TD = x.kept
     tokens, chosen = routing.experts_TK.shape
     encoded = weights.gate_up.encode(x_TD)

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourfold.kernels.routing import combine as combine_rows
 from fourfold.quantize.weights import DenseWeight, Encoded, W8A8Weight, Weight
 
 
@@ -25,6 +27,29 @@ class Routing:
 
     gates_TK: Tensor
     experts_TK: Tensor
+
+
+class Routed(NamedTuple):
+    """What the experts of each token returned, not added up yet: whoever reads it next can do that
+    in the same pass. `live_T` as in `prefill_ffn`."""
+
+    out_TKD: Tensor
+    gates_TK: Tensor
+    live_T: Tensor | None
+
+    def combined(self) -> Tensor:
+        """The weighted sums, [T, D] in the dtype of what was returned."""
+        out_dtype = self.out_TKD.dtype
+        return combine_rows(self.out_TKD, self.gates_TK, out_dtype=out_dtype, live_T=self.live_T)
+
+
+Delta = Tensor | Routed
+"""What a layer adds to the residual stream, [T, D] or to be combined to that."""
+
+
+def combined(delta: Delta) -> Tensor:
+    """[T, D]."""
+    return delta.combined() if isinstance(delta, Routed) else delta
 
 
 class ExpertWeights(nn.Module):

@@ -13,13 +13,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fourfold.kernels.pages import append_rows, seal_pages
+from fourfold.kernels.pages import SealJobs, seal_pages
 from fourfold.kernels.pages.layout import PAGE_TOKENS, PageCodes, PageLayout
+from fourfold.kernels.rope import OpenRows
+from fourfold.kernels.staging import Ints, Staging
 
 __all__ = [
     "PAGE_TOKENS",
@@ -32,8 +35,7 @@ __all__ = [
 ]
 
 
-@dataclasses.dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """Tokens `start : start + length` of one sequence, whose KV lives in `pages` in order and, as
     far as its last page is not full, in the open page of its `slot`."""
 
@@ -160,69 +162,85 @@ class CodedPages:
     def device(self) -> torch.device:
         return self.records.device
 
-    def writes(self, spans: Sequence[Span]) -> CodedWrites:
-        """How a step whose rows are those of the spans, in order, stores them."""
-        return CodedWrites(self, spans)
-
 
 class CodedWrites:
     """What one step does to coded pages; described once, used by every layer.
 
-    Before attention, the pages that chunks of prompts finish are sealed from the step's rows, and
-    the rows of pages that stay open are appended; after it, the pages that decoding sequences
-    finish are sealed from their open pages. Each is a list of (from row, to place or page).
+    Before attention, keys and values go to the open pages and the pages that chunks of prompts
+    finish are sealed from the step's rows; after it, the pages that decoding sequences finish are
+    sealed from their open pages. `arrays` on the pages' device hold, as `sizes` names them: the
+    place of each row in the open pages (-1: none), and two lists of jobs, (from row, to page),
+    that end with jobs to -1.
     """
 
-    def __init__(self, pages: CodedPages, spans: Sequence[Span]) -> None:
+    def __init__(self, pages: CodedPages, arrays: Staging) -> None:
         self._pages = pages
-        finished: list[tuple[int, int]] = []
-        opened: list[tuple[int, int]] = []
-        filled: list[tuple[int, int]] = []
-        row = 0
-        for span in spans:
-            first = span.slot * PAGE_TOKENS
-            whole = span.start
-            if span.start % PAGE_TOKENS == 0:
-                whole = span.end - span.end % PAGE_TOKENS
-            elif span.end % PAGE_TOKENS == 0:
-                filled.append((first, span.pages[span.start // PAGE_TOKENS]))
-            finished += [
-                (row + start - span.start, span.pages[start // PAGE_TOKENS])
-                for start in range(span.start, whole, PAGE_TOKENS)
-            ]
-            opened += [
-                (row + position - span.start, first + position % PAGE_TOKENS)
-                for position in range(whole, span.end)
-            ]
+        self._place_T = arrays["places"]
+        self._finished, self._filled = (arrays[name].view(2, -1) for name in ("finished", "filled"))
+
+    @staticmethod
+    def sizes(decode_rows: int, prefill_rows: int) -> dict[str, int]:
+        """Words of each array, for steps of so many rows at most."""
+        return {
+            "places": decode_rows + prefill_rows,
+            "finished": 2 * (prefill_rows // PAGE_TOKENS),
+            "filled": 2 * decode_rows,
+        }
+
+    @staticmethod
+    def arrays(
+        decodes: Sequence[Span], prefills: Sequence[Span], decode_rows: int, prefill_rows: int
+    ) -> dict[str, Ints]:
+        """The arrays of a step whose chunks' rows begin after `decode_rows`."""
+        filled = [
+            (span.slot * PAGE_TOKENS, span.pages[span.start // PAGE_TOKENS])
+            for span in decodes
+            if span.end % PAGE_TOKENS == 0
+        ]
+        places = np.full(decode_rows + prefill_rows, -1, np.int32)
+        places[: len(decodes)] = [
+            span.slot * PAGE_TOKENS + span.start % PAGE_TOKENS for span in decodes
+        ]
+        finished = [np.empty((2, 0), np.int32)]
+        row = decode_rows
+        for span in prefills:
+            assert span.start % PAGE_TOKENS == 0, "a chunk begins with a page"
+            first, whole = span.start // PAGE_TOKENS, span.length // PAGE_TOKENS
+            rows = np.arange(row, row + whole * PAGE_TOKENS, PAGE_TOKENS, dtype=np.int32)
+            finished.append(np.stack((rows, span.pages[first : first + whole])))
+            rest = span.length % PAGE_TOKENS
             row += span.length
-        lists = (finished, opened, filled)
-        # One copy to the device instead of three.
-        pairs = [*finished, *opened, *filled]
-        sides = [[pair[side] for pair in pairs] for side in (0, 1)]
-        columns = torch.tensor(sides, dtype=torch.int32).to(pages.device, non_blocking=True)
-        self._finished, self._opened, self._filled = torch.split(
-            columns, list(map(len, lists)), dim=1
-        )
+            places[row - rest : row] = span.slot * PAGE_TOKENS + np.arange(rest)
+        return {
+            "places": places,
+            "finished": _jobs(np.concatenate(finished, axis=1), prefill_rows // PAGE_TOKENS),
+            "filled": _jobs(np.array(filled, np.int32).reshape(-1, 2).T, decode_rows),
+        }
+
+    def opened(self, layer: int) -> OpenRows:
+        """Where the rows' keys and values go."""
+        open_k, open_v = self._pages.open[layer]
+        return OpenRows(open_k, open_v, self._place_T)
 
     def before_attention(self, layer: int, k_TGC: Tensor, v_TGC: Tensor) -> None:
-        """Stores the step's keys and values."""
+        """Seals the pages that chunks of prompts finish."""
         pages = self._pages
-        k_TGC, v_TGC = k_TGC.to(pages.shape.dtype), v_TGC.to(pages.shape.dtype)
-        if self._finished.numel():
-            rows, sealed = self._finished
-            seal_pages(pages.records[layer], pages.layout, k_TGC, v_TGC, rows, sealed)
-        if self._opened.numel():
-            rows, places = self._opened
-            open_k, open_v = pages.open[layer]
-            append_rows(open_k, open_v, k_TGC, v_TGC, rows, places)
+        rows, sealed = self._finished
+        seal_pages(pages.records[layer], pages.layout, k_TGC, v_TGC, rows, sealed)
 
-    def after_attention(self, layer: int) -> None:
-        """Seals the open pages that the step filled."""
+    def after_attention(self, layer: int) -> SealJobs | None:
+        """Sealing the open pages that the step filled."""
+        if not self._filled.numel():
+            return None
         pages = self._pages
-        if self._filled.numel():
-            rows, sealed = self._filled
-            open_k, open_v = pages.open[layer]
-            seal_pages(pages.records[layer], pages.layout, open_k, open_v, rows, sealed)
+        return SealJobs(pages.records[layer], pages.layout, *pages.open[layer], *self._filled)
+
+
+def _jobs(pairs_2J: Ints, size: int) -> Ints:
+    """Jobs (from, to), filled up with none; int32 [2, size]."""
+    jobs = np.full((2, size), -1, dtype=np.int32)
+    jobs[:, : pairs_2J.shape[1]] = pairs_2J
+    return jobs
 
 
 KVPages = FloatPages | CodedPages

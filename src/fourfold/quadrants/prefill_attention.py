@@ -13,12 +13,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourfold.kernels.prefill_attention import describe_prefill, paged_int8_attention_prefill
-from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, FloatPages, KVPages, Span
+from fourfold.kernels.prefill_attention import (
+    PrefillBatch,
+    PrefillChunk,
+    paged_int8_attention_prefill,
+)
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, FloatPages, Span
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +56,7 @@ class FloatPrefillAttention:
         rows, prefix = span.length, span.start
         if prefix == 0:
             return _Chunk(start=start, rows=rows, prefix=0, runs=None, mask=None)
-        used = torch.tensor([span.pages[: -(-span.end // PAGE_TOKENS)]])
+        used = torch.tensor(np.asarray(span.pages[: -(-span.end // PAGE_TOKENS)])[None])
         mask = torch.ones(rows, span.end, dtype=torch.bool, device=self._pages.device)
         runs = self._pages.runs(used)
         return _Chunk(start=start, rows=rows, prefix=prefix, runs=runs, mask=mask.tril_(prefix))
@@ -85,34 +90,27 @@ class FloatPrefillAttention:
         return out_GRTC.permute(2, 0, 1, 3).reshape(rows, heads, width).to(q_THC.dtype)
 
 
+def prefill_chunks(spans: Sequence[Span]) -> list[PrefillChunk]:
+    """The chunks of a step, whose rows follow each other."""
+    chunks, row = [], 0
+    for span in spans:
+        chunks.append(PrefillChunk(row, span.length, span.start, span.pages))
+        row += span.length
+    return chunks
+
+
 class CodedPrefillAttention:
-    """The chunks of one step over coded pages. Chunks begin with a page."""
+    """Chunks over coded pages; they begin with a page."""
 
-    def __init__(self, spans: Sequence[Span], pages: CodedPages, heads: int) -> None:
+    def __init__(self, pages: CodedPages, batch: PrefillBatch) -> None:
         self._pages = pages
-        chunks, row = [], 0
-        for span in spans:
-            assert span.start % PAGE_TOKENS == 0
-            chunks.append((row, span.length, span.start, span.pages))
-            row += span.length
-        self._batch = describe_prefill(
-            chunks, heads=heads, kv_heads=pages.shape.kv_heads, device=pages.device
-        )
+        self._batch = batch
 
-    def __call__(self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor) -> Tensor:
-        """Causal attention of the chunks' rows; [T, H, C] in the dtype of `q_THC`."""
+    def __call__(
+        self, layer: int, q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, out_THC: Tensor
+    ) -> None:
+        """Causal attention of the chunks' rows, [T, H, C] in the dtype of `q_THC`."""
         pages = self._pages
-        return paged_int8_attention_prefill(
-            q_THC, k_TGC, v_TGC, pages.records[layer], pages.layout, self._batch
+        paged_int8_attention_prefill(
+            q_THC, k_TGC, v_TGC, pages.records[layer], pages.layout, self._batch, out_THC=out_THC
         )
-
-
-PrefillAttention = FloatPrefillAttention | CodedPrefillAttention
-
-
-def plan_prefill_attention(spans: Sequence[Span], pages: KVPages, heads: int) -> PrefillAttention:
-    """The chunks of one step, whose rows are those of the spans in order, for a model of so many
-    query heads."""
-    if isinstance(pages, FloatPages):
-        return FloatPrefillAttention(spans, pages)
-    return CodedPrefillAttention(spans, pages, heads)

@@ -13,17 +13,30 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.grouped_gemm import grouped_gemm
-from fourfold.kernels.routing import combine as combine_rows
 from fourfold.kernels.routing import group_rows
 from fourfold.kernels.w4a8_gemm import grouped_w4a8_gemm
-from fourfold.quadrants.experts import ExpertWeights, Routing, combine, swiglu, visit_experts
+from fourfold.quadrants.experts import (
+    Delta,
+    ExpertWeights,
+    Routed,
+    Routing,
+    combine,
+    swiglu,
+    visit_experts,
+)
 from fourfold.quantize.weights import Activations, CudaW4A8Weight, DenseWeight
 
 
-def prefill_ffn(x: Activations, routing: Routing, weights: ExpertWeights) -> Tensor:
-    """Routed FFN of every token; [T, D] in the dtype of `x`."""
+def prefill_ffn(
+    x: Activations, routing: Routing, weights: ExpertWeights, live_T: Tensor | None = None
+) -> Delta:
+    """Routed FFN of every token; [T, D] in the dtype of `x`, in 4-bit codes on a GPU not combined.
+
+    `live_T` int32 is 0 for tokens that only pad a step. In 4-bit codes on a GPU these touch no
+    weight and come back as zeros; the other forms compute them like any token.
+    """
     if isinstance(weights.gate_up, CudaW4A8Weight):
-        return _w4a8_ffn(x, routing, weights, weights.gate_up)
+        return _w4a8_ffn(x, routing, weights, weights.gate_up, live_T)
     x_TD = x.kept
     tokens, chosen = routing.experts_TK.shape
     slot_R, order_R = weights.slot_of(routing.experts_TK).flatten().sort(stable=True)
@@ -42,14 +55,18 @@ def prefill_ffn(x: Activations, routing: Routing, weights: ExpertWeights) -> Ten
 
 
 def _w4a8_ffn(
-    x: Activations, routing: Routing, weights: ExpertWeights, gate_up: CudaW4A8Weight
-) -> Tensor:
+    x: Activations,
+    routing: Routing,
+    weights: ExpertWeights,
+    gate_up: CudaW4A8Weight,
+    live_T: Tensor | None,
+) -> Routed:
     """Two grouped products; the first gathers its rows and ends in SwiGLU, the second puts each row
     back in its token's place."""
     down = weights.down
     assert isinstance(down, CudaW4A8Weight)
     chosen = routing.experts_TK.shape[1]
-    groups = group_rows(weights.slot_of(routing.experts_TK), weights.slots)
+    groups = group_rows(weights.slot_of(routing.experts_TK), weights.slots, live_T=live_T)
     codes_TD, scale_T = x.encoded_for(gate_up)
     hidden_RF = grouped_w4a8_gemm(
         codes_TD,
@@ -70,7 +87,6 @@ def _w4a8_ffn(
         gather=None,
         scatter=True,
         swiglu=False,
-        out_dtype=torch.bfloat16,
+        out_dtype=x.dtype,
     )
-    out_TKD = out_RD.view(*routing.experts_TK.shape, -1)
-    return combine_rows(out_TKD, routing.gates_TK, out_dtype=x.dtype)
+    return Routed(out_RD.view(*routing.experts_TK.shape, -1), routing.gates_TK, live_T)

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
 from fourfold.engine.messages import SamplingParams
-from fourfold.engine.sampler import TokenCounts, likeliest, logprobs, penalises, sample_row
+from fourfold.engine.sampler import likeliest, logprobs, penalises, sample_row
 from fourfold.kernels import sample as kernel
 from fourfold.kernels.sample import SampleParams, TokenTables, noise_key, uniform_numbers
 
@@ -416,11 +416,3 @@ def test_logprobs(alternatives: int) -> None:
     torch.testing.assert_close(top.values.double(), wanted.gather(-1, top.indices), **close)
     for mine, theirs in zip(likeliest(logits_SV, alternatives), top, strict=True):
         assert torch.equal(mine, theirs)
-
-
-def test_tables_are_made_when_the_first_sample_needs_them() -> None:
-    counts = TokenCounts(2, 40, CPU)
-    assert counts.tables is None
-    counts.start(1, [3], [4], {})
-    assert counts.tables is not None
-    assert counts.tables.tally_NV[1, 3:5].tolist() == [0.0, 1.0]

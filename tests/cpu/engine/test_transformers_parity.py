@@ -13,7 +13,7 @@ import transformers
 
 from fourfold.engine.engine import Engine
 from fourfold.quadrants.kv_pages import FloatPages, PageShape, Span
-from fourfold.quadrants.step import QuadrantStep
+from fourfold.quadrants.step import lay_out
 from tests.cpu import tiny
 from tests.cpu.driving import GREEDY, generate, load_tiny, make_engine
 
@@ -56,7 +56,7 @@ def test_logits_of_chunks_and_of_decoding(
         for start, end in itertools.pairwise(cuts):
             span = [Span(start, end - start, table)]
             rows = ([], span) if end - start > 1 else (span, [])
-            step = QuadrantStep(pages, *rows, heads=model.config.query_heads)
+            step = lay_out(pages, *rows, heads=model.config.query_heads)
             ids = torch.tensor(prompt[start:end])
             hidden.append(model(ids, step.positions_T, step))
         logits = model.logits(torch.cat(hidden))

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from fourfold.quadrants.decode_attention import group_by_length
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, FloatPages, PageShape, Span
-from fourfold.quadrants.step import QuadrantStep
+from fourfold.quadrants.step import lay_out
+from tests.cpu.quadrants.attending import attend
 
 WIDTH = 16
 LAYERS = 2
@@ -53,7 +54,7 @@ class Book:
         end). Checks every row and returns the last layer's."""
         rows = [*((s, p, p + 1) for s, p in decodes), *prefills]
         spans = [Span(start, end - start, self.tables[s]) for s, start, end in rows]
-        step = QuadrantStep(
+        step = lay_out(
             self.pages, spans[: len(decodes)], spans[len(decodes) :], heads=self.query_heads
         )
         for layer in range(LAYERS):
@@ -61,7 +62,7 @@ class Book:
                 torch.cat([whole[s][layer, start:end] for s, start, end in rows])
                 for whole in (self.q, self.k, self.v)
             )
-            out = step.attention(layer, q, k, v)
+            out = attend(step, layer, q, k, v)
             wanted = torch.cat([self._naive(layer, *row) for row in rows])
             rtol, atol = (1e-5, 1e-5) if self.dtype == torch.float32 else (0.0, 0.06)
             torch.testing.assert_close(out.double(), wanted, rtol=rtol, atol=atol)

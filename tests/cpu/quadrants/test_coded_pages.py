@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fourfold.kernels.pages.layout import PageCodes
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, PageShape, Span, make_pages
-from fourfold.quadrants.step import QuadrantStep
+from fourfold.quadrants.step import lay_out
+from tests.cpu.quadrants.attending import attend
 
 HEADS, KV_HEADS, WIDTH = 6, 2, 16
 CPU = torch.device("cpu")
@@ -31,7 +32,9 @@ def random_rows(length: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k + 2, v
 
 
-def attend(codes: PageCodes | None, rows: tuple[Tensor, Tensor, Tensor], cuts: list[int]) -> Tensor:
+def attend_in_pieces(
+    codes: PageCodes | None, rows: tuple[Tensor, Tensor, Tensor], cuts: list[int]
+) -> Tensor:
     """All rows of one sequence, computed in pieces; pieces of one row are decode steps."""
     length = len(rows[0])
     pages = make_pages(shape(codes), 8, 3, CPU)
@@ -40,8 +43,8 @@ def attend(codes: PageCodes | None, rows: tuple[Tensor, Tensor, Tensor], cuts: l
     for start, end in itertools.pairwise(cuts):
         span = [Span(start, end - start, table, slot=1)]
         rows_of_step = ([], span) if end - start > 1 else (span, [])
-        step = QuadrantStep(pages, *rows_of_step, heads=HEADS)
-        outputs.append(step.attention(0, *(tensor[start:end] for tensor in rows)))
+        step = lay_out(pages, *rows_of_step, heads=HEADS)
+        outputs.append(attend(step, 0, *(tensor[start:end] for tensor in rows)))
     return torch.cat(outputs)
 
 
@@ -49,7 +52,7 @@ def attend(codes: PageCodes | None, rows: tuple[Tensor, Tensor, Tensor], cuts: l
 @pytest.mark.parametrize("length", [1, 63, 64, 65, 200, 256])
 def test_close_to_float_pages(codes: PageCodes, length: int) -> None:
     rows = random_rows(length)
-    exact, out = (attend(kind, rows, [0, length]) for kind in (None, codes))
+    exact, out = (attend_in_pieces(kind, rows, [0, length]) for kind in (None, codes))
     off = (out - exact).norm() / exact.norm()
     assert off < (0.02 if codes is PageCodes.INT8 else 0.06)
     assert length <= PAGE_TOKENS or off > 0  # the pages really are in 8 bits
@@ -63,8 +66,8 @@ def test_close_to_float_pages(codes: PageCodes, length: int) -> None:
 )
 def test_cuts_do_not_change_the_answer(codes: PageCodes, cuts: list[int]) -> None:
     rows = random_rows(200)
-    whole = attend(codes, rows, [0, 200])
-    torch.testing.assert_close(attend(codes, rows, cuts), whole, rtol=1e-5, atol=1e-5)
+    whole = attend_in_pieces(codes, rows, [0, 200])
+    torch.testing.assert_close(attend_in_pieces(codes, rows, cuts), whole, rtol=1e-5, atol=1e-5)
 
 
 def test_sequences_share_pages_and_steps() -> None:
@@ -72,15 +75,15 @@ def test_sequences_share_pages_and_steps() -> None:
     (q, k, v), (q2, k2, v2) = random_rows(130), random_rows(70)
     pages = make_pages(shape(PageCodes.INT8), 8, 4, CPU)
     first = Span(0, 128, [3, 4], slot=0)
-    QuadrantStep(pages, [], [first], heads=HEADS).attention(0, q[:128], k[:128], v[:128])
+    attend(lay_out(pages, [], [first], heads=HEADS), 0, q[:128], k[:128], v[:128])
     spans = [Span(128, 1, [3, 4, 6], slot=0), Span(128, 1, [3, 4, 1], slot=2)]
     chunk = Span(0, 70, [0, 7], slot=3)
-    step = QuadrantStep(pages, spans, [chunk], heads=HEADS)
+    step = lay_out(pages, spans, [chunk], heads=HEADS)
     twice = [torch.cat((x[128:129], x[128:129], y)) for x, y in ((q, q2), (k, k2), (v, v2))]
-    out = step.attention(0, *twice)
-    alone = attend(PageCodes.INT8, (q, k, v), [0, 128, 129])
+    out = attend(step, 0, *twice)
+    alone = attend_in_pieces(PageCodes.INT8, (q, k, v), [0, 128, 129])
     torch.testing.assert_close(out[:2], alone[128:].expand(2, -1, -1), rtol=1e-5, atol=1e-5)
-    chunk_alone = attend(PageCodes.INT8, (q2, k2, v2), [0, 70])
+    chunk_alone = attend_in_pieces(PageCodes.INT8, (q2, k2, v2), [0, 70])
     torch.testing.assert_close(out[2:], chunk_alone, rtol=1e-5, atol=1e-5)
 
 

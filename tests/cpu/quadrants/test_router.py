@@ -71,7 +71,8 @@ def test_a_bias_chooses_but_does_not_weigh() -> None:
     router = Router(config, WIDTH)
     assert router.selection_bias is not None
     router.selection_bias.copy_(torch.tensor([0.0, 0.0, 5.0]))
-    routing = router.route(torch.tensor([[2.0, 1.0, 0.0]]))
+    router.weight.copy_(torch.tensor([2.0, 1.0, 0.0])[:, None] / WIDTH)
+    routing = router(torch.ones(1, WIDTH))
     assert routing.experts_TK.tolist() == [[2]]
     wanted = math.exp(0) / (math.exp(2) + math.exp(1) + math.exp(0))
     assert routing.gates_TK.item() == pytest.approx(wanted)
@@ -89,16 +90,26 @@ def test_sixteen_bit_activations_are_routed_in_float32() -> None:
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_gates_of_extreme_logits_are_finite(score: Literal["softmax", "sigmoid"]) -> None:
     config = MoEConfig(experts=4, experts_per_token=2, expert_width=4, score=score)
-    logits = torch.tensor([[-200.0, -190.0, -210.0, -300.0], [500.0, 400.0, 300.0, 0.0]])
-    assert bool(Router(config, WIDTH).route(logits).gates_TK.isfinite().all())
+    router = Router(config, 2)
+    router.weight.copy_(
+        torch.tensor([[-200.0, -190.0, -210.0, -300.0], [500.0, 400.0, 300.0, 0.0]]).T
+    )
+    assert bool(router(torch.eye(2)).gates_TK.isfinite().all())
 
 
 @pytest.mark.parametrize(("experts", "chosen"), [(8, 2), (60, 4), (128, 8), (6, 4), (5, 5)])
 def test_uniform_routing_is_even(experts: int, chosen: int) -> None:
     config = MoEConfig(experts=experts, experts_per_token=chosen, expert_width=4)
     tokens = 4000
-    x_TD = torch.zeros(tokens, WIDTH)
-    layers = [UniformRouter(config, WIDTH, layer)(x_TD) for layer in range(3)]
+    x_TD = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(0))
+
+    def of_layer(layer: int) -> UniformRouter:
+        router = Router(config, WIDTH)
+        # Weights that send every token to the same experts.
+        router.weight.copy_(torch.linspace(-1, 1, experts)[:, None].expand(-1, WIDTH))
+        return UniformRouter(router, layer)
+
+    layers = [of_layer(layer)(x_TD) for layer in range(3)]
     for routing in layers:
         assert routing.experts_TK.shape == routing.gates_TK.shape == (tokens, chosen)
         assert all(len(set(row)) == chosen for row in routing.experts_TK.tolist())
@@ -109,5 +120,7 @@ def test_uniform_routing_is_even(experts: int, chosen: int) -> None:
         assert bool(((loads - even).abs() < 6 * (even * chosen) ** 0.5).all())
     if chosen < experts:
         assert not torch.equal(layers[0].experts_TK, layers[1].experts_TK)
-    again = UniformRouter(config, WIDTH, 0)(x_TD[:10])
-    assert torch.equal(again.experts_TK, layers[0].experts_TK[:10])
+    router = of_layer(0)
+    assert torch.equal(router(x_TD[:10]).experts_TK, layers[0].experts_TK[:10])
+    if chosen < experts:
+        assert not torch.equal(router(x_TD[:10]).experts_TK, layers[0].experts_TK[:10])

@@ -15,7 +15,7 @@ from fourfold.models.layers import SparseFFN
 from fourfold.models.upcycle import EXPERTS, EXPERTS_PER_TOKEN, upcycle
 from fourfold.quadrants.experts import Routing
 from fourfold.quadrants.kv_pages import FloatPages, PageShape, Span
-from fourfold.quadrants.step import QuadrantStep
+from fourfold.quadrants.step import lay_out
 from tests.cpu.driving import load_tiny
 
 Find = Callable[[str], Path]
@@ -37,7 +37,7 @@ def logits(model: Decoder, prompt: list[int], *, tail: int) -> Tensor:
         for start, end in itertools.pairwise(cuts):
             span = [Span(start, end - start, [2, 0, 3])]
             rows = ([], span) if start == 0 else (span, [])
-            step = QuadrantStep(pages, *rows, heads=model.config.query_heads)
+            step = lay_out(pages, *rows, heads=model.config.query_heads)
             hidden.append(model(torch.tensor(prompt[start:end]), step.positions_T, step))
         return model.logits(torch.cat(hidden))
 

@@ -1,0 +1,112 @@
+"""Builds an engine from what a user chose. Importing this needs no torch; building does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from fourfold.engine.config import EngineConfig
+from fourfold.models.checkpoint.source import Source
+from fourfold.models.phases import Phases
+from fourfold.models.precision import Precision
+
+if TYPE_CHECKING:
+    import torch
+
+    from fourfold.engine.engine import Engine
+    from fourfold.models.decoder import Decoder
+
+logger = logging.getLogger(__name__)
+
+Progress = Callable[[int, int], None]
+"""Called with (bytes read so far, bytes in all)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineSetup:
+    """What an engine is made of."""
+
+    source: Source
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes the first GPU there is."""
+    precision: Precision = Precision.AUTO
+    dummy: bool = False
+    """Random weights instead of the checkpoint's; only its configuration is read."""
+    uniform_routing: bool = False
+    """Route evenly whatever the tokens say; only with `dummy`."""
+    config: EngineConfig = EngineConfig()
+
+
+class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a gateway must know of the model that its engine serves."""
+
+    vocabulary: int
+    """Number of token ids that may be asked for."""
+    eos_token_ids: tuple[int, ...]
+    """Ends of text that the model's configuration names."""
+
+
+def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelFacts]:
+    """Loads the model and puts an engine around it; its thread is not started. Raises
+    `ConfigError` and `CheckpointError`.
+
+    On a GPU, kernels are compiled while weights load, and the usual steps are recorded.
+    """
+    phases = Phases()
+    with phases("imports"):
+        from fourfold.engine.engine import Engine
+        from fourfold.engine.runner import Runner
+        from fourfold.models.loading import LoadOptions, load_model, pages_of, resolve_device
+        from fourfold.models.memory import told, weight_bytes
+
+    device = resolve_device(setup.device)
+    options = LoadOptions(
+        device=device,
+        precision=setup.precision,
+        dummy=setup.dummy,
+        uniform_routing=setup.uniform_routing,
+    )
+    with _compiler(device, setup.config, phases) as first_layers, phases("weights"):
+        model = load_model(setup.source, options, progress, first_layers)
+    with phases("pages"):
+        runner = Runner(model, setup.config, pages_of(model, setup.config.kv_pages))
+    with phases("graphs"):
+        runner.warm()
+    logger.info("weights: %s", told(weight_bytes(model)))
+    logger.info("engine %s", phases.ready())
+    facts = ModelFacts(vocabulary=model.config.vocabulary, eos_token_ids=model.config.eos_token_ids)
+    return Engine(runner, setup.config), facts
+
+
+@contextlib.contextmanager
+def _compiler(
+    device: torch.device, config: EngineConfig, phases: Phases
+) -> Iterator[Callable[[Decoder], None]]:
+    """What is to be told of a model's first layers; kernels are compiled at the end of it."""
+    if device.type != "cuda":
+        yield lambda part: None
+        return
+    from fourfold.engine.warming import walk_steps
+    from fourfold.kernels.compiling import KernelCompiler
+    from fourfold.models.loading import pages_of
+
+    with KernelCompiler() as compiler:
+        started = False
+
+        def first_layers(part: Decoder) -> None:
+            nonlocal started
+            shape = pages_of(part, config.kv_pages)
+            if shape.codes is not None:
+                compiler.start(lambda: walk_steps(part, config, shape), device)
+                started = True
+
+        yield first_layers
+        if started:
+            with phases("kernels"):
+                compiled = compiler.wait()
+            logger.info("%d kernels compiled or loaded", compiled.kernels)

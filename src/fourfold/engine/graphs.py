@@ -1,0 +1,211 @@
+"""Steps as CUDA graphs: what a step launches is recorded once for its room, then replayed.
+
+A launch from Python costs tens of microseconds, and a step makes hundreds. A graph costs one. Steps
+are rounded up to few rooms (`round_room`), and a room's graph is recorded when the first step needs
+it. All graphs share one pool of memory: they never run at the same time, and what is read of one is
+copied before the next.
+
+Shapes: T rows of a step, S sampled rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+from bisect import bisect_left
+from collections import OrderedDict
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fourfold.engine.program import StepOutputs, input_sizes, run_step
+from fourfold.engine.sampler import Adjustment, Samples
+from fourfold.kernels.decode_attention import DecodeShape, PlanCapacity
+from fourfold.kernels.decode_attention.buffers import empty_partials
+from fourfold.kernels.prefill_attention import PrefillRoom
+from fourfold.kernels.staging import Ints
+from fourfold.models.decoder import Decoder
+from fourfold.quadrants.decode_attention import decode_shape
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages
+from fourfold.quadrants.step import CodedStep, CodedWork, StepRoom
+
+logger = logging.getLogger(__name__)
+
+# Decode rows when nothing is prefilled, and beside prefill rows, where padding costs less than one
+# more graph does.
+_DECODE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512)
+_MIXED_DECODE_ROWS = (16, 64, 128, 256, 512)
+_LEAST_CHUNKS = 16
+# Of prompts that come together: as most are at least, and as they have to be on average.
+_TOKENS_OF_A_CHUNK = (64, 8)
+# A graph holds about 10 MB beside the shared pool.
+_MOST_GRAPHS = 96
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Key:
+    """Steps of one key are replays of one graph."""
+
+    room: StepRoom
+    adjustment: Adjustment
+    kept: bool
+
+
+def round_room(work: CodedWork, max_pages: int) -> StepRoom | None:
+    """The room that a step is rounded up to, or None where it is too unusual to be worth a graph.
+
+    Args:
+        work: the step.
+        max_pages: of a sequence.
+    """
+    decode_rows = len(work.decodes)
+    prefill_rows = sum(span.length for span in work.prefills)
+    chunks = len(work.prefills)
+    if decode_rows:
+        decode_rows = _round_up(decode_rows, _MIXED_DECODE_ROWS if chunks else _DECODE_ROWS)
+    prefill = None
+    if chunks:
+        rows = _round_rows(prefill_rows)
+        usual, most = (max(_LEAST_CHUNKS, rows // tokens) for tokens in _TOKENS_OF_A_CHUNK)
+        if chunks > most:
+            return None
+        room_for_chunks = usual if chunks <= usual else most
+        prefill = PrefillRoom(chunks=room_for_chunks, rows=rows, pages=max_pages)
+    return StepRoom(
+        decode_rows=decode_rows,
+        decode=PlanCapacity.covering(work.plan, decode_rows) if work.plan else None,
+        prefill=prefill,
+    )
+
+
+def sampled_rows(room: StepRoom) -> int:
+    """S: as many rows as can have their next token drawn."""
+    return room.decode_rows + (room.prefill.chunks if room.prefill else 0)
+
+
+class StepGraphs:
+    """All graphs of one model. Used on the stream that is current when they are run."""
+
+    def __init__(self, model: Decoder, pages: CodedPages, samples: Samples) -> None:
+        self._model, self._pages, self._samples = model, pages, samples
+        self.pool = torch.cuda.graph_pool_handle()
+        self._graphs: OrderedDict[_Key, StepGraph] = OrderedDict()
+        self._partials: tuple[Tensor, Tensor] | None = None
+        self.recorded = 0
+        """Graphs recorded so far."""
+
+    def step(self, room: StepRoom, *, adjustment: Adjustment, kept: bool) -> StepGraph:
+        """The graph for steps of a room, recorded or not yet.
+
+        Args:
+            room: as `round_room` makes them.
+            adjustment: the tables that rows need.
+            kept: whether hidden states and logits are read after a step, and not only tokens.
+        """
+        key = _Key(room=room, adjustment=adjustment, kept=kept)
+        graph = self._graphs.get(key)
+        if graph is None:
+            if len(self._graphs) >= _MOST_GRAPHS:
+                self._graphs.popitem(last=False)
+            graph = self._graphs[key] = StepGraph(self, key)
+        self._graphs.move_to_end(key)
+        return graph
+
+    def forget(self) -> None:
+        """Drops all graphs; nothing may run."""
+        self._graphs.clear()
+        self._partials = None
+
+    def partials_for(self, capacity: PlanCapacity, shape: DecodeShape) -> tuple[Tensor, Tensor]:
+        """Room for partial results, shared by all graphs as far as it is large enough."""
+        if self._partials is None or len(self._partials[1]) < capacity.partials:
+            self._partials = empty_partials(shape, capacity, self._pages.device)
+        return self._partials
+
+
+class StepGraph:
+    """Steps of one room."""
+
+    def __init__(self, graphs: StepGraphs, key: _Key) -> None:
+        self._graphs, self._key = graphs, key
+        model, pages = graphs._model, graphs._pages
+        room, heads = key.room, model.config.query_heads
+        partials = None
+        if room.decode is not None:
+            partials = graphs.partials_for(room.decode, decode_shape(pages, heads))
+        self._step = CodedStep(
+            pages,
+            room,
+            heads,
+            beside=input_sizes(room.rows, sampled_rows(room)),
+            partials=partials,
+        )
+        self._tried = False
+        self._recorded: torch.cuda.CUDAGraph | None = None
+        self._outputs: StepOutputs | None = None
+
+    def run(self, work: CodedWork, inputs: Mapping[str, Ints]) -> StepOutputs:
+        """Enqueues a step that fits the room; `inputs` are those of `run_step`, filled up."""
+        self._step.load(work, inputs)
+        if not self._tried:
+            self._tried = True
+            self._record()
+        if self._recorded is None:
+            return self._enqueue()
+        self._recorded.replay()
+        assert self._outputs is not None
+        return self._outputs
+
+    def _record(self) -> None:
+        """Records the graph; where that fails, steps of this room are launched one by one."""
+        graph = torch.cuda.CUDAGraph()
+        # A collection during the recording could free what CUDA then must not free.
+        collecting = gc.isenabled()
+        gc.disable()
+        try:
+            # Relaxed, because a kernel's first launch loads it.
+            graph.capture_begin(self._graphs.pool, capture_error_mode="relaxed")
+            try:
+                outputs = self._enqueue()
+            finally:
+                graph.capture_end()
+        except torch.OutOfMemoryError:
+            self._tried = False
+            raise
+        except RuntimeError:
+            logger.exception("a step of %d rows could not be recorded", self._key.room.rows)
+            return
+        finally:
+            if collecting:
+                gc.enable()
+        # What nobody reads is the next graph's memory.
+        kept = self._key.kept
+        self._outputs = outputs if kept else outputs._replace(hidden_TD=None, logits_SV=None)
+        self._recorded = graph
+        self._graphs.recorded += 1
+
+    def _enqueue(self) -> StepOutputs:
+        graphs, step = self._graphs, self._step
+        adjustment = self._key.adjustment
+        return run_step(graphs._model, step, step.arrays, graphs._samples, adjustment=adjustment)
+
+
+def usual_decode_rows(max_running: int) -> list[int]:
+    """Decode rows whose graphs are worth recording before the first request comes."""
+    return sorted({min(rows, max_running) for rows in _DECODE_ROWS})
+
+
+def _round_up(rows: int, classes: tuple[int, ...]) -> int:
+    place = bisect_left(classes, rows)
+    return classes[place] if place < len(classes) else -(-rows // classes[-1]) * classes[-1]
+
+
+def _round_rows(rows: int) -> int:
+    """To whole pages: a power of two, or so many eighths of one that a quarter is padding at most,
+    and much less of it in large steps."""
+    pages = -(-rows // PAGE_TOKENS)
+    power = 1 << (pages - 1).bit_length()
+    step = max(1, power // 8)
+    return PAGE_TOKENS * -(-pages // step) * step

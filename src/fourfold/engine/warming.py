@@ -1,0 +1,79 @@
+"""Steps as they usually come, before any came: to compile kernels for, and to record."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from fourfold.engine.config import EngineConfig
+from fourfold.engine.graphs import round_room, sampled_rows, usual_decode_rows
+from fourfold.engine.program import input_sizes, run_step
+from fourfold.engine.sampler import Adjustment, Samples
+from fourfold.kernels.decode_attention import DecodePlanner
+from fourfold.models.decoder import Decoder
+from fourfold.quadrants.decode_attention import decode_planner
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, PageShape, Span, make_pages
+from fourfold.quadrants.step import CodedStep, CodedWork
+
+# Tokens of the sequences that decode.
+_CONTEXT = 500
+_MANY = 1 << 20  # pages
+# Rows of prompts at which other kernels are chosen, or the same ones tiled in another way.
+_PREFILL_ROWS = (64, 128, 256, 384, 512, 1024, 3072, 8192, 16384)
+# Decode rows, and rows of prompts beside them.
+_MIXED_ROWS = ((256, 512), (128, 192))
+# Decode rows at which other kernels are chosen.
+_DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+
+
+def usual_decodes(
+    max_running: int, page_count: int, planner: DecodePlanner | None
+) -> Iterator[CodedWork]:
+    """Steps that decode, of every number of rows that has a graph of its own."""
+    for rows in usual_decode_rows(max_running):
+        yield CodedWork(_decodes(rows, page_count), [], planner)
+
+
+def walk_steps(model: Decoder, config: EngineConfig, shape: PageShape) -> None:
+    """Enqueues steps that need, together, every kernel that usual work needs.
+
+    They see one page, which is not what their sizes say: only launches may be noted here, not made
+    (`kernels.compiling`).
+    """
+    device = model.frequencies.device
+    config = config.on(device.type)
+    pages = make_pages(shape, 1, 1, device)
+    assert isinstance(pages, CodedPages)
+    samples = Samples(config.running, model.config.vocabulary, device)
+    heads = model.config.query_heads
+    planner = decode_planner(pages, heads)
+    decode_rows = {min(rows, config.running) for rows in _DECODE_ROWS}
+    prefill_rows = [rows for rows in _PREFILL_ROWS if rows <= config.tokens]
+    works = [
+        *(CodedWork(_decodes(rows, _MANY), [], planner) for rows in sorted(decode_rows)),
+        *(CodedWork([], [_prompt(rows)], planner) for rows in prefill_rows),
+        *(
+            CodedWork(_decodes(min(decodes, config.running), _MANY), [_prompt(rows)], planner)
+            for decodes, rows in _MIXED_ROWS
+        ),
+    ]
+    max_pages = -(-model.config.max_positions // PAGE_TOKENS)
+    for work in works:
+        room = round_room(work, max_pages)
+        assert room is not None
+        step = CodedStep(pages, room, heads, beside=input_sizes(room.rows, sampled_rows(room)))
+        with torch.inference_mode():
+            run_step(model, step, step.arrays, samples, adjustment=Adjustment.NONE)
+
+
+def _decodes(rows: int, page_count: int) -> list[Span]:
+    each = -(-_CONTEXT // PAGE_TOKENS)
+    return [
+        Span(_CONTEXT, 1, [(row * each + page) % page_count for page in range(each)], row)
+        for row in range(rows)
+    ]
+
+
+def _prompt(rows: int) -> Span:
+    return Span(0, rows, [0] * -(-rows // PAGE_TOKENS))

@@ -1,0 +1,130 @@
+"""The wire between a gateway and an engine: every message arrives whole, as what it was."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fourfold.engine.building import EngineSetup, ModelFacts
+from fourfold.engine.channel import (
+    Channel,
+    FromEngine,
+    Load,
+    LoadFailed,
+    News,
+    Progress,
+    Ready,
+    Stop,
+    ToEngine,
+    encode,
+)
+from fourfold.engine.config import EngineConfig
+from fourfold.engine.messages import (
+    Abort,
+    EngineStats,
+    FinishReason,
+    SamplingParams,
+    Submit,
+    TokenLogprob,
+    TokenOutput,
+)
+from fourfold.models.checkpoint.source import Source, SourceKind
+from fourfold.models.precision import PageFormat, Precision
+
+SAMPLING = SamplingParams(
+    temperature=0.5, logit_bias={7: -1.5}, stop_token_ids=(2, 3), seed=2**62, logprobs=2
+)
+TO_ENGINE: list[ToEngine] = [
+    Load(
+        EngineSetup(
+            source=Source(SourceKind.DIRECTORY, Path("/models/m\u00fcll"), "m\u00fcll"),
+            device="cuda:1",
+            precision=Precision.W4A8,
+            config=EngineConfig(kv_pages=PageFormat.INT8, kv_memory_gib=1.5, max_running=3),
+        )
+    ),
+    Submit(request_id=2**40, prompt_ids=tuple(range(70_000)), sampling=SAMPLING, n=4),
+    Abort(request_id=5, index=1, reason=FinishReason.STOP),
+    Abort(request_id=5),
+    Stop(),
+]
+LIKELY = TokenLogprob(5, -0.25, ((5, -0.25), (9, float("-inf"))))
+FROM_ENGINE: list[FromEngine] = [
+    Progress(5, 2**40),
+    Ready(ModelFacts(vocabulary=320, eos_token_ids=(2,)), 1024, EngineStats(pages_total=9)),
+    LoadFailed("ConfigError", "a sentence"),
+    News([], EngineStats(steps=3, step_seconds=0.5), 1.25),
+    News(
+        [
+            TokenOutput(request_id=1, index=0, token=5, logprob=LIKELY, cached_tokens=64),
+            TokenOutput(request_id=1, index=1, prompt_logprobs=(LIKELY, LIKELY)),
+            TokenOutput(request_id=2, index=0, finish=FinishReason.FAILED, error="because"),
+        ]
+        * 500,
+        EngineStats(),
+        2.5,
+    ),
+]
+
+
+@pytest.fixture
+def wire() -> Iterator[tuple[socket.socket, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        yield ours, theirs
+
+
+@pytest.mark.parametrize(("kind", "messages"), [(ToEngine, TO_ENGINE), (FromEngine, FROM_ENGINE)])
+@pytest.mark.parametrize("piece", [1 << 20, 1999])
+def test_messages_arrive_as_they_were_however_they_were_cut(
+    kind: object, messages: list[object], piece: int, wire: tuple[socket.socket, socket.socket]
+) -> None:
+    ours, theirs = wire
+    data = b"".join(encode(message) for message in messages)  # type: ignore[arg-type]
+
+    def send() -> None:
+        for start in range(0, len(data), piece):
+            ours.sendall(data[start : start + piece])
+
+    threading.Thread(target=send).start()
+    channel: Channel[object] = Channel(theirs, kind)
+    heard: list[object] = []
+    while len(heard) < len(messages):
+        heard += channel.receive()
+    assert heard == messages
+
+
+def test_a_setup_comes_out_with_its_types(wire: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = wire
+    sent = TO_ENGINE[0]
+    Channel[FromEngine](ours, FromEngine).send(sent)
+    [heard] = Channel[ToEngine](theirs, ToEngine).receive()
+    assert isinstance(heard, Load)
+    assert heard.setup.source.path == Path("/models/m\u00fcll")
+    assert heard.setup.precision is Precision.W4A8
+    assert heard.setup.config.kv_pages is PageFormat.INT8
+
+
+def test_a_part_of_a_message_is_none_yet_and_an_end_is_noticed(
+    wire: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = wire
+    theirs.setblocking(False)
+    channel: Channel[ToEngine] = Channel(theirs, ToEngine)
+    with pytest.raises(BlockingIOError):
+        channel.receive()
+    data = encode(Abort(request_id=1))
+    heard = list(
+        itertools.chain.from_iterable(
+            (ours.send(data[place : place + 1]), channel.receive())[1] for place in range(len(data))
+        )
+    )
+    assert heard == [Abort(request_id=1)]
+    ours.close()
+    with pytest.raises(EOFError):
+        channel.receive()

@@ -1,0 +1,56 @@
+"""Steps are rounded up to few rooms, each of which holds them."""
+
+from __future__ import annotations
+
+from random import Random
+
+from fourfold.engine.graphs import round_room, sampled_rows, usual_decode_rows
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, Span
+from fourfold.quadrants.step import CodedWork
+
+MAX_PAGES = 640
+
+
+def work(decodes: int, prompts: list[int]) -> CodedWork:
+    return CodedWork(
+        [Span(100, 1, [0, 1], slot) for slot in range(decodes)],
+        [Span(0, rows, range(-(-rows // PAGE_TOKENS))) for rows in prompts],
+        None,
+    )
+
+
+def test_a_room_holds_its_step_and_wastes_little() -> None:
+    random = Random(0)
+    for _ in range(500):
+        decodes = random.choice((0, 1, 3, 17, 100, 256, 700))
+        prompts = [random.randrange(64, 4000) for _ in range(random.choice((0, 1, 2, 9)))]
+        if not decodes and not prompts:
+            continue
+        room = round_room(work(decodes, prompts), MAX_PAGES)
+        assert room is not None
+        assert room.decode_rows >= decodes
+        assert room.prefill_rows >= sum(prompts)
+        assert room.prefill_rows % PAGE_TOKENS == 0
+        assert room.prefill_rows <= PAGE_TOKENS + 1.25 * sum(prompts)
+        assert sampled_rows(room) >= decodes + len(prompts)
+        assert (room.decode_rows == 0) == (decodes == 0)
+
+
+def test_there_are_few() -> None:
+    rooms = {
+        round_room(work(decodes, [rows] if rows else []), MAX_PAGES)
+        for decodes in range(1, 257)
+        for rows in (0, *range(1, 16384, 301))
+    }
+    assert len(rooms) < 200
+
+
+def test_short_prompts_share_a_step_as_far_as_that_is_worth_a_graph() -> None:
+    assert round_room(work(1, [10] * 100), MAX_PAGES) is not None
+    assert round_room(work(1, [1] * 100), MAX_PAGES) is None
+
+
+def test_usual_rows_end_with_the_most_that_run() -> None:
+    assert usual_decode_rows(1) == [1]
+    assert usual_decode_rows(20) == [1, 2, 4, 8, 16, 20]
+    assert usual_decode_rows(256)[-1] == 256
