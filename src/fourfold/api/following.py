@@ -16,7 +16,7 @@ import msgspec
 from starlette.types import Receive
 
 from fourfold.engine.messages import FinishReason
-from fourfold.errors import DrainingError, RequestFailedError
+from fourfold.errors import DrainingError
 from fourfold.gateway.generation import Delta, Generation, Usage
 
 _NOTICE = 1.0
@@ -35,9 +35,7 @@ class Following:
     def __init__(self, admissions: Sequence[Admission], n: int) -> None:
         self._admissions = admissions
         self._n = n
-        self._arrived: list[Delta] = []
         self._news = asyncio.Event()
-        self._pulls: list[asyncio.Task[None]] = []
         self.generations: list[Generation] = []
 
     @property
@@ -57,10 +55,8 @@ class Following:
         except BaseException:
             self._cancel()
             raise
-        for prompt, generation in enumerate(self.generations):
-            pull = asyncio.create_task(self._pull(prompt, generation))
-            pull.add_done_callback(lambda _: self._news.set())
-            self._pulls.append(pull)
+        for generation in self.generations:
+            generation.listen(self._news.set)
         return self
 
     async def __aexit__(
@@ -70,30 +66,36 @@ class Following:
         traceback: TracebackType | None,
     ) -> None:
         self._cancel()
-        await _end(self._pulls)
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
-        while True:
+        unfinished = len(self.generations) * self._n
+        while unfinished:
             await self._news.wait()
             self._news.clear()
-            ended = [pull for pull in self._pulls if pull.done()]
-            arrived, self._arrived = self._arrived, []
+            arrived, failure = self._take()
             if arrived:
+                unfinished -= sum(delta.finish is not None for delta in arrived)
                 yield merge(arrived)
-            for pull in ended:
-                pull.result()
-            if len(ended) == len(self._pulls):
-                return
+            if failure is not None:
+                raise failure
 
-    async def _pull(self, prompt: int, generation: Generation) -> None:
-        async for delta in generation:
-            if delta.finish is FinishReason.CANCELLED:
-                raise DrainingError("the server ended the request to shut down; send it again")
-            if delta.finish is FinishReason.FAILED:
-                raise RequestFailedError("the request could not be finished; send it again")
-            choice = prompt * self._n + delta.index
-            self._arrived.append(msgspec.structs.replace(delta, index=choice))
-            self._news.set()
+    def _take(self) -> tuple[list[Delta], Exception | None]:
+        """What has come of all choices, and why one of them ended before its end."""
+        arrived: list[Delta] = []
+        failure: Exception | None = None
+        for prompt, generation in enumerate(self.generations):
+            deltas, failed = generation.take()
+            failure = failure or failed
+            for delta in deltas:
+                if delta.finish is FinishReason.CANCELLED:
+                    message = "the server ended the request to shut down; send it again"
+                    failure = failure or DrainingError(message)
+                elif prompt == 0:
+                    arrived.append(delta)
+                else:
+                    choice = prompt * self._n + delta.index
+                    arrived.append(msgspec.structs.replace(delta, index=choice))
+        return arrived, failure
 
     def _cancel(self) -> None:
         for generation in self.generations:
@@ -102,6 +104,9 @@ class Following:
 
 def merge(deltas: Iterable[Delta]) -> list[Delta]:
     """One delta for each choice, with everything the given ones say of it, in index order."""
+    deltas = list(deltas)
+    if len(deltas) == 1:
+        return deltas
     by_choice: dict[int, list[Delta]] = {}
     for delta in deltas:
         by_choice.setdefault(delta.index, []).append(delta)

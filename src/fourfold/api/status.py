@@ -43,6 +43,8 @@ def status_routes(gateway: Gateway, registry: CollectorRegistry) -> APIRouter:
 
     @router.api_route("/health", methods=["GET", "HEAD"], response_model=None)
     async def health() -> Response:
+        if gateway.failure is not None:
+            return to_http_error(DrainingError(str(gateway.failure))).response()
         return JSONResponse({"status": "ok"})
 
     @router.api_route("/ready", methods=["GET", "HEAD"], response_model=None)

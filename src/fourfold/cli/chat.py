@@ -5,21 +5,18 @@ Ctrl-C stops a reply and keeps what was said of it; at the prompt, it or Ctrl-D 
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import dataclasses
-import math
 import sys
 from typing import TYPE_CHECKING
 
-from fourfold.cli.options import ModelOptions, start_model
+from fourfold.cli.options import ModelOptions, load_llm
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.messages import SamplingParams
 from fourfold.errors import RequestError, RequestFailedError
 from fourfold.gateway.config import GatewayLimits
 
 if TYPE_CHECKING:
-    from fourfold.gateway.gateway import Gateway
-    from fourfold.gateway.generation import GenerationOptions
+    from fourfold.llm import LLM, Asked
 
 _HELP = "/reset forgets the conversation, /exit leaves, Ctrl-C stops a reply."
 
@@ -46,25 +43,16 @@ class Options:
 
 def run(options: Options) -> int:
     from fourfold.gateway.budget import check_options
+    from fourfold.llm import options_of
 
-    limits = GatewayLimits(request_timeout=math.inf)  # Ctrl-C is the deadline
-    check_options(_wanted(options), limits, sys.maxsize)  # before a model is loaded
-    gateway = start_model(options.model, options.model.source(), options.engine, limits)
-    print(f"{gateway.model_names[0]}. {_HELP}", file=sys.stderr)
-    with asyncio.Runner() as runner:
-        runner.run(_start(gateway))
-        try:
-            _converse(gateway, options, runner)
-        finally:
-            runner.run(gateway.stop())
+    check_options(options_of(_asked(options)), GatewayLimits(), sys.maxsize)  # before loading
+    with load_llm(options.model, options.model.source(), options.engine) as llm:
+        print(f"{llm.name}. {_HELP}", file=sys.stderr)
+        _converse(llm, options)
     return 0
 
 
-async def _start(gateway: Gateway) -> None:
-    gateway.start()
-
-
-def _converse(gateway: Gateway, options: Options, runner: asyncio.Runner) -> None:
+def _converse(llm: LLM, options: Options) -> None:
     opening = [] if options.system is None else [{"role": "system", "content": options.system}]
     messages = list(opening)
     while (line := _read_line()) not in (None, "/exit"):
@@ -76,7 +64,7 @@ def _converse(gateway: Gateway, options: Options, runner: asyncio.Runner) -> Non
         elif line:
             messages.append({"role": "user", "content": line})
             try:
-                reply = runner.run(_reply(gateway, messages, options))
+                reply = _reply(llm, messages, options)
             except (RequestError, RequestFailedError) as error:
                 print(f"fourfold: {error} (/reset starts over)", file=sys.stderr)
                 messages.pop()
@@ -92,29 +80,29 @@ def _read_line() -> str | None:
         return None
 
 
-def _wanted(options: Options) -> GenerationOptions:
-    from fourfold.gateway.generation import GenerationOptions
-
-    sampling = SamplingParams(
-        temperature=options.temperature,
-        top_p=options.top_p,
-        repetition_penalty=options.repetition_penalty,
-        seed=options.seed,
-    )
-    return GenerationOptions(sampling=sampling, up_to=options.max_tokens)
+def _asked(options: Options) -> Asked:
+    return {
+        "temperature": options.temperature,
+        "top_p": options.top_p,
+        "repetition_penalty": options.repetition_penalty,
+        "seed": options.seed,
+        "up_to": options.max_tokens,
+    }
 
 
-async def _reply(gateway: Gateway, messages: list[dict[str, str]], options: Options) -> str:
+def _reply(llm: LLM, messages: list[dict[str, str]], options: Options) -> str:
     """Prints the reply as it comes; returns what was printed, also when Ctrl-C cuts it short."""
-    generation = await gateway.chat(messages, _wanted(options))
     text = ""
     try:
-        async for delta in generation:
-            text += delta.text
-            print(delta.text, end="", flush=True)
-    except asyncio.CancelledError:
-        print(" (stopped)", end="")
-    finally:
-        generation.cancel()
+        with contextlib.closing(llm.stream(messages, **_asked(options))) as pieces:
+            for piece in pieces:
+                text += piece
+                print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        print(" (stopped)")
+    except RequestFailedError:
+        print()
+        raise
+    else:
         print()
     return text

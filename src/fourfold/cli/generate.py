@@ -13,7 +13,6 @@ import asyncio
 import contextlib
 import dataclasses
 import json
-import math
 import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
@@ -21,15 +20,13 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import msgspec
 import tyro
 
-from fourfold.cli.options import ModelOptions, start_model
+from fourfold.cli.options import ModelOptions, load_llm
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.messages import SamplingParams
 from fourfold.errors import ConfigError, FourfoldError
 from fourfold.gateway.config import GatewayLimits
 
 if TYPE_CHECKING:
-    from fourfold.gateway.gateway import Gateway
-    from fourfold.gateway.generation import GenerationOptions
+    from fourfold.llm import LLM, Asked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,10 +66,11 @@ class Line(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 def run(options: Options) -> int:
     from fourfold.gateway.budget import check_options
+    from fourfold.llm import options_of
 
     lines = _read(options.input)
-    limits = GatewayLimits(max_concurrent=_in_flight(options), request_timeout=math.inf)
-    check_options(_wanted(options, Line()), limits, sys.maxsize)  # before a model is loaded
+    limits = GatewayLimits()
+    check_options(options_of(_asked(options, Line())), limits, sys.maxsize)  # before loading
     done = _count_done(options.output, lines)
     if done == len(lines):
         print(f"{options.output} already holds all {done} answers", file=sys.stderr)
@@ -80,14 +78,11 @@ def run(options: Options) -> int:
     if done:
         print(f"{options.output} holds {done} answers; continuing behind them", file=sys.stderr)
     source = options.model.source()
-    with _open_output(options.output) as output:  # what cannot be written is known before loading
-        gateway = start_model(options.model, source, options.engine, limits)
-        return asyncio.run(_answer_all(gateway, options, lines, done, output))
-
-
-def _in_flight(options: Options) -> int:
-    """Lines asked at a time: as many wait as run, so that a place is never empty."""
-    return 2 * options.engine.max_running
+    with (
+        _open_output(options.output) as output,  # what cannot be written is known before loading
+        load_llm(options.model, source, options.engine) as llm,
+    ):
+        return asyncio.run(_answer_all(llm, options, lines, done, output))
 
 
 def _read(path: str) -> list[Line]:
@@ -153,17 +148,10 @@ def _open_output(path: str) -> contextlib.AbstractContextManager[IO[str]]:
 
 
 async def _answer_all(
-    gateway: Gateway, options: Options, lines: list[Line], done: int, output: IO[str]
+    llm: LLM, options: Options, lines: list[Line], done: int, output: IO[str]
 ) -> int:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    gateway.start()
-    places = asyncio.Semaphore(_in_flight(options))
-
-    async def answer(line: Line) -> dict[str, Any]:
-        async with places:
-            return await _answer(gateway, options, line)
 
     columns = (
         BarColumn(),
@@ -172,60 +160,46 @@ async def _answer_all(
         TimeElapsedColumn(),
     )
     failed = tokens = 0
-    tasks = [asyncio.create_task(answer(line)) for line in lines[done:]]
-    try:
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            task = bar.add_task("generate", total=len(lines), completed=done, rate=0.0)
-            for pending in tasks:
-                result = await pending
-                failed += "error" in result
-                tokens += result.get("completion_tokens", 0)
-                output.write(json.dumps(result, ensure_ascii=False) + "\n")
-                output.flush()
-                elapsed = bar.tasks[task].elapsed or 1.0
-                bar.update(task, advance=1, rate=tokens / max(elapsed, 1e-3))
-    finally:
+    tasks = [asyncio.create_task(_answer(llm, options, line)) for line in lines[done:]]
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task("generate", total=len(lines), completed=done, rate=0.0)
         for pending in tasks:
-            pending.cancel()
-        await gateway.stop()
+            result = await pending
+            failed += "error" in result
+            tokens += result.get("completion_tokens", 0)
+            output.write(json.dumps(result, ensure_ascii=False) + "\n")
+            output.flush()
+            elapsed = bar.tasks[task].elapsed or 1.0
+            bar.update(task, advance=1, rate=tokens / max(elapsed, 1e-3))
     if failed:
         print(f"fourfold: {failed} of {len(tasks)} lines failed; see `error`", file=sys.stderr)
     return 1 if failed else 0
 
 
-def _wanted(options: Options, line: Line) -> GenerationOptions:
-    from fourfold.gateway.generation import GenerationOptions
-
-    return GenerationOptions(
-        sampling=SamplingParams(
-            temperature=options.temperature if line.temperature is None else line.temperature,
-            top_p=options.top_p if line.top_p is None else line.top_p,
-            seed=options.seed if line.seed is None else line.seed,
-        ),
-        max_tokens=line.max_tokens,
-        up_to=options.max_tokens,
-        stop=options.stop if line.stop is None else tuple(line.stop),
-    )
+def _asked(options: Options, line: Line) -> Asked:
+    return {
+        "temperature": options.temperature if line.temperature is None else line.temperature,
+        "top_p": options.top_p if line.top_p is None else line.top_p,
+        "seed": options.seed if line.seed is None else line.seed,
+        "max_tokens": line.max_tokens,
+        "up_to": options.max_tokens,
+        "stop": options.stop if line.stop is None else line.stop,
+    }
 
 
-async def _answer(gateway: Gateway, options: Options, line: Line) -> dict[str, Any]:
+async def _answer(llm: LLM, options: Options, line: Line) -> dict[str, Any]:
     result: dict[str, Any] = {} if line.id is None else {"id": line.id}
-    wanted = _wanted(options, line)
+    asked = _asked(options, line)
     try:
         if line.messages is not None:
-            generation = await gateway.chat(line.messages, wanted)
+            [answer] = await llm.achat([line.messages], **asked)
         else:
-            generation = await gateway.complete(line.prompt or "", wanted)
-        text, finish = "", None
-        async for delta in generation:
-            text += delta.text
-            finish = delta.finish or finish
+            [answer] = await llm.agenerate([line.prompt or ""], **asked)
     except FourfoldError as error:
         return result | {"error": str(error)}
-    usage = generation.usage
     return result | {
-        "text": text,
-        "finish_reason": finish,
-        "prompt_tokens": usage.prompt_tokens,
-        "completion_tokens": usage.completion_tokens,
+        "text": answer.text,
+        "finish_reason": answer.samples[0].finish_reason,
+        "prompt_tokens": answer.usage.prompt_tokens,
+        "completion_tokens": answer.usage.completion_tokens,
     }

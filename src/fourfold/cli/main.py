@@ -30,6 +30,7 @@ COMMANDS = {
     "bench offline": "measure the engine alone, beside other engines",
     "bench kernels": "every kernel's speed beside this GPU's limits, and its error",
     "bench quality": "what a precision costs in perplexity and agreement on a text",
+    "bench layers": "what each layer of a quantised model is off by",
 }
 _INTERRUPTED = 130
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
@@ -13,7 +15,8 @@ from fourfold.models.checkpoint.source import Source, find_source
 from fourfold.models.precision import Precision
 
 if TYPE_CHECKING:
-    from fourfold.gateway.gateway import Gateway
+    from fourfold.gateway.local import GatewaySetup
+    from fourfold.llm import LLM
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,43 +43,57 @@ class ModelOptions:
         """The model on disk. Raises `CheckpointError`."""
         return find_source(self.model, revision=self.revision)
 
+    def setup(
+        self,
+        source: Source,
+        config: EngineConfig,
+        limits: GatewayLimits,
+        names: tuple[str, ...] = (),
+    ) -> GatewaySetup:
+        """Everything that answers for the model, as chosen. Raises `CheckpointError`."""
+        from fourfold.engine.building import EngineSetup
+        from fourfold.gateway.local import GatewaySetup
 
-def start_model(
-    options: ModelOptions,
-    source: Source,
-    engine: EngineConfig,
-    limits: GatewayLimits,
-    names: tuple[str, ...] = (),
-) -> Gateway:
-    """Loads a model with a progress bar on stderr and builds the gateway that answers for it."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+        tokenizer = source if self.tokenizer is None else find_source(self.tokenizer, weights=False)
+        engine = EngineSetup(
+            source=source,
+            device=self.device,
+            precision=self.precision,
+            dummy=self.load == "dummy",
+            uniform_routing=self.routing == "uniform",
+            config=config,
+        )
+        return GatewaySetup(engine=engine, tokenizer=tokenizer, limits=limits, names=names)
 
-    from fourfold.gateway.local import LocalOptions, make_gateway
-    from fourfold.models.loading import LoadOptions, resolve_device
 
-    local = LocalOptions(
-        source=source,
-        tokenizer=source
-        if options.tokenizer is None
-        else find_source(options.tokenizer, weights=False),
-        load=LoadOptions(
-            device=resolve_device(options.device),
+def load_llm(options: ModelOptions, source: Source, config: EngineConfig) -> LLM:
+    """The model in this process, loaded behind a progress bar."""
+    from fourfold.llm import LLM
+
+    with loading_bar(source.model_id) as progress:
+        return LLM(
+            source,
+            tokenizer=options.tokenizer,
+            device=options.device,
             precision=options.precision,
             dummy=options.load == "dummy",
             uniform_routing=options.routing == "uniform",
-        ),
-        engine=engine,
-        limits=limits,
-        names=names,
-    )
-    name = TextColumn("{task.description}", markup=False)
-    columns = name, BarColumn(), DownloadColumn(), TransferSpeedColumn()
+            progress=progress,
+            **vars(config),
+        )
+
+
+@contextlib.contextmanager
+def loading_bar(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar on stderr for what loads inside: call it with bytes read and bytes in all."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+    text = TextColumn("{task.description}", markup=False)
+    columns = text, BarColumn(), DownloadColumn(), TransferSpeedColumn()
     console = Console(stderr=True)
     # In a log a bar would leave an empty line.
     hidden = not console.is_interactive
     with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
-        task = bar.add_task(f"loading {source.model_id}", total=None)
-        return make_gateway(
-            local, lambda done, total: bar.update(task, completed=done, total=total)
-        )
+        task = bar.add_task(f"loading {name}", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import os
@@ -9,7 +10,7 @@ import sys
 import time
 
 from fourfold.api.config import ApiConfig
-from fourfold.cli.options import ModelOptions, start_model
+from fourfold.cli.options import ModelOptions, loading_bar
 from fourfold.engine.config import EngineConfig
 from fourfold.gateway.config import GatewayLimits
 
@@ -36,15 +37,17 @@ def _leave_a_core(engine: EngineConfig) -> EngineConfig:
 def run(options: Options) -> int:
     from fourfold.api import server
     from fourfold.api.app import create_app
+    from fourfold.gateway.remote import make_remote_gateway
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     started = time.perf_counter()
     source = options.model.source()
     listener = server.bind(options.api)  # a taken port is known before the model is loaded
     names = options.served_name or (("default",) if options.model.model is None else ())
-    gateway = start_model(
-        options.model, source, _leave_a_core(options.engine), options.limits, names
-    )
+    engine = _leave_a_core(options.engine)
+    setup = options.model.setup(source, engine, options.limits, names)
+    with loading_bar(source.model_id) as progress:
+        gateway = make_remote_gateway(setup, progress)
 
     def announce(url: str) -> None:
         seconds = time.perf_counter() - started
@@ -52,12 +55,17 @@ def run(options: Options) -> int:
         print(f"Serving {served} at {url}/v1 (ready after {seconds:.1f} s)", file=sys.stderr)
 
     async def main() -> None:
-        gateway.start()
+        stop = asyncio.Event()
+        gateway.start(on_failure=stop.set)
         try:
             app = create_app(gateway, options.api)
-            await server.serve(app, gateway, options.api, listener=listener, on_ready=announce)
+            await server.serve(
+                app, gateway, options.api, listener=listener, on_ready=announce, stop=stop
+            )
         finally:
             await gateway.stop()
 
     server.run(main())
+    if gateway.failure is not None:
+        raise gateway.failure
     return 0

@@ -17,7 +17,13 @@ from typing import Protocol
 import msgspec
 
 from fourfold.engine.messages import Abort, EngineStats, Submit, TokenOutput
-from fourfold.errors import DrainingError, OverloadedError, RequestError
+from fourfold.errors import (
+    DrainingError,
+    FourfoldError,
+    OverloadedError,
+    RequestError,
+    RequestFailedError,
+)
 from fourfold.gateway.budget import check_budget
 from fourfold.gateway.chat_template import ChatTemplate
 from fourfold.gateway.config import GatewayLimits
@@ -30,7 +36,11 @@ _RETRY_AFTER = 1.0
 _DRAINING = "the server is shutting down; send the request elsewhere"
 
 
-Emit = Callable[[list[TokenOutput]], None]
+class Emit(Protocol):
+    """Takes in an engine's news, from any thread."""
+
+    def __call__(self, outputs: list[TokenOutput], since: float | None = None, /) -> None:
+        """`since` is when the engine had them, by `time.perf_counter`; None means now."""
 
 
 class EngineClient(Protocol):
@@ -46,11 +56,25 @@ class EngineClient(Protocol):
     def abort(self, message: Abort) -> None: ...
 
 
+class GatewayStats(msgspec.Struct, kw_only=True):
+    """What the gateway's own work took since the start, in seconds of this process."""
+
+    tokenize_seconds: float = 0.0
+    """Rendering and tokenising prompts."""
+    detokenize_seconds: float = 0.0
+    """Turning tokens to text, with stop strings."""
+    news: int = 0
+    """Messages of the engine that brought tokens."""
+    news_delay_seconds: float = 0.0
+    """From when the engine had them until they were taken in."""
+
+
 class GatewaySnapshot(msgspec.Struct, frozen=True, kw_only=True):
     """Numbers for /metrics, as of now."""
 
     active_requests: int
     engine: EngineStats
+    gateway: GatewayStats
 
 
 class Gateway:
@@ -69,6 +93,8 @@ class Gateway:
         self.limits = limits
         self.created = int(time.time())
         self.draining = False
+        self.failure: FourfoldError | None = None
+        """Why nothing is computed any more, once the engine has ended by itself."""
         self._engine = engine
         self._tokenizer = tokenizer
         self._template = (
@@ -80,6 +106,8 @@ class Gateway:
         self._ids = itertools.count(1)
         self._active: dict[int, Generation] = {}
         self._admitting = 0
+        self._stats = GatewayStats()
+        self._on_failure: Callable[[], None] = lambda: None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._all_ended = asyncio.Event()
 
@@ -98,15 +126,20 @@ class Gateway:
         return len(self._active) + self._admitting
 
     def snapshot(self) -> GatewaySnapshot:
-        return GatewaySnapshot(active_requests=self.active, engine=self._engine.stats)
+        return GatewaySnapshot(
+            active_requests=self.active, engine=self._engine.stats, gateway=self._stats
+        )
 
-    def start(self) -> None:
-        """Starts the engine; its news will be handled on the running loop."""
+    def start(self, on_failure: Callable[[], None] = lambda: None) -> None:
+        """Starts the engine; its news will be handled on the running loop. `on_failure` is called
+        there if the engine ends by itself (see `failure`)."""
         loop = asyncio.get_running_loop()
         self._loop = loop
+        self._on_failure = on_failure
 
-        def emit(outputs: list[TokenOutput]) -> None:
-            loop.call_soon_threadsafe(self._deliver, outputs)
+        def emit(outputs: list[TokenOutput], since: float | None = None) -> None:
+            since = time.perf_counter() if since is None else since
+            loop.call_soon_threadsafe(self._deliver, outputs, since)
 
         self._engine.start(emit)
 
@@ -114,7 +147,11 @@ class Gateway:
         """Ends what still runs, then the engine."""
         self.abort_all()
         self.draining = True
-        await asyncio.to_thread(self._engine.stop)
+        await asyncio.to_thread(self.halt)
+
+    def halt(self) -> None:
+        """Ends the engine alone, for a process that ends without its loop; waits for a step."""
+        self._engine.stop()
 
     async def drain(self, timeout: float) -> None:
         """Admits nothing more and waits for what runs; cancels the rest after `timeout` seconds."""
@@ -125,6 +162,13 @@ class Gateway:
                 await asyncio.wait_for(self._all_ended.wait(), timeout)
             except TimeoutError:
                 self.abort_all()
+
+    def fail(self, failure: FourfoldError) -> None:
+        """Ends every request because the engine has ended; admits nothing more."""
+        self.failure, self.draining = failure, True
+        for generation in list(self._active.values()):
+            generation.cancel(RequestFailedError(f"the request was lost: {failure}"))
+        self._on_failure()
 
     def abort_all(self) -> None:
         for generation in list(self._active.values()):
@@ -139,7 +183,9 @@ class Gateway:
                 f"{self.model_names[0]} has no chat template; use /v1/completions",
                 param="messages",
             )
+        began = time.perf_counter()
         prompt = self._template.render(messages)
+        self._stats.tokenize_seconds += time.perf_counter() - began
         return await self._admit(prompt, options, "messages")
 
     async def complete(self, prompt: str | Sequence[int], options: GenerationOptions) -> Generation:
@@ -189,11 +235,16 @@ class Gateway:
                 "the text holds half of a surrogate pair, which is no character; remove it",
                 param="prompt",
             )
-        if len(prompt) <= _LONG_TEXT:
-            return self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
-        return await asyncio.to_thread(
-            self._tokenizer.encode, prompt, add_special_tokens=add_special_tokens
-        )
+
+        def encode() -> tuple[list[int], float]:
+            began = time.perf_counter()
+            ids = self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            return ids, time.perf_counter() - began
+
+        is_long = len(prompt) > _LONG_TEXT
+        ids, seconds = await asyncio.to_thread(encode) if is_long else encode()
+        self._stats.tokenize_seconds += seconds
+        return ids
 
     def _request(self, ids: list[int], options: GenerationOptions, field: str) -> Submit:
         strange = next((token for token in ids if not 0 <= token < self._vocabulary), None)
@@ -224,11 +275,16 @@ class Gateway:
             ),
         )
 
-    def _deliver(self, outputs: Sequence[TokenOutput]) -> None:
+    def _deliver(self, outputs: Sequence[TokenOutput], since: float) -> None:
+        began = time.perf_counter()
         for output in outputs:
             generation = self._active.get(output.request_id)
             if generation is not None:
                 generation.receive(output)
+        stats = self._stats
+        stats.detokenize_seconds += time.perf_counter() - began
+        stats.news += 1
+        stats.news_delay_seconds += began - since
 
     def _ended(self, request_id: int) -> None:
         self._active.pop(request_id, None)

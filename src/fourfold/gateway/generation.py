@@ -81,6 +81,7 @@ class _Sample:
 
     detokenizer: Detokenizer
     stops: StopStrings
+    token_ids: list[int] = dataclasses.field(default_factory=list)
     made: int = 0
     passed: int = 0
     held: list[tuple[int, TokenText]] = dataclasses.field(default_factory=list)
@@ -88,7 +89,8 @@ class _Sample:
 
 
 class Generation:
-    """An admitted request. Iterate it once; leaving early must be followed by `cancel()`.
+    """An admitted request. Iterate it once, or `listen` and `take`; leaving early must be followed
+    by `cancel()`.
 
     Iterating yields `Delta`s of all samples interleaved and stops after every sample has finished.
     It raises `RequestFailedError` or `DeadlineError` when the request could not be finished, and
@@ -115,8 +117,9 @@ class Generation:
         self._samples = [
             _Sample(Detokenizer(tokenizer), StopStrings(stop)) for _ in range(request.n)
         ]
-        self._news: asyncio.Queue[Delta | Exception] = asyncio.Queue()
-        self._completion_tokens = 0
+        self._news: list[Delta] = []
+        self._failure: FourfoldError | None = None
+        self._on_news: Callable[[], None] = lambda: None
         self._cached_tokens = 0
         self._ended = False
         self._deadline: asyncio.TimerHandle | None = None
@@ -145,17 +148,37 @@ class Generation:
         return Usage(
             prompt_tokens=len(self._request.prompt_ids),
             cached_tokens=self._cached_tokens,
-            completion_tokens=self._completion_tokens,
+            completion_tokens=sum(len(sample.token_ids) for sample in self._samples),
         )
 
+    def token_ids(self, index: int) -> tuple[int, ...]:
+        """What a sample's text was made of so far, tokens that end it included."""
+        return tuple(self._samples[index].token_ids)
+
+    def listen(self, on_news: Callable[[], None]) -> None:
+        """Has `on_news` called on the loop whenever there is something to `take`."""
+        self._on_news = on_news
+        if self._news or self._failure is not None:
+            on_news()
+
+    def take(self) -> tuple[list[Delta], FourfoldError | None]:
+        """The news since the last call, and why there will be no more if the request failed."""
+        news, self._news = self._news, []
+        return news, self._failure
+
     async def __aiter__(self) -> AsyncIterator[Delta]:
+        arrived = asyncio.Event()
+        self.listen(arrived.set)
         unfinished = len(self._samples)
         while unfinished:
-            news = await self._news.get()
-            if isinstance(news, Exception):
-                raise news
-            unfinished -= news.finish is not None
-            yield news
+            await arrived.wait()
+            arrived.clear()
+            news, failure = self.take()
+            for delta in news:
+                unfinished -= delta.finish is not None
+                yield delta
+            if failure is not None:
+                raise failure
 
     def cancel(self, reason: FourfoldError | None = None) -> None:
         """Ends whatever still runs and frees its pages; harmless after the end. Whoever iterates
@@ -186,7 +209,8 @@ class Generation:
             self._cached_tokens += output.cached_tokens
         delta = self._advance(sample, output)
         if delta.text or delta.tokens or delta.finish:
-            self._news.put_nowait(delta)
+            self._news.append(delta)
+            self._on_news()
         if all(sample.finish is not None for sample in self._samples):
             self._end()
 
@@ -194,7 +218,7 @@ class Generation:
         text, stopped = "", False
         begins = sample.made
         if output.token is not None:
-            self._completion_tokens += 1
+            sample.token_ids.append(output.token)
             ends_sample = output.token in self._request.sampling.stop_token_ids
             piece = "" if ends_sample else sample.detokenizer.push(output.token)
             sample.made += len(piece)
@@ -221,7 +245,8 @@ class Generation:
     def _end_early(self, error: FourfoldError) -> None:
         if not self._ended:
             self._abort(Abort(request_id=self.request_id))
-            self._news.put_nowait(error)
+            self._failure = error
+            self._on_news()
             self._end()
 
     def _end(self) -> None:

@@ -1,43 +1,43 @@
-"""Starts everything that one process needs to answer: model, engine, tokenizer, gateway."""
+"""Everything that one process needs to answer: model, engine, tokenizer, gateway."""
 
 from __future__ import annotations
 
 import dataclasses
 
-from fourfold.engine.config import EngineConfig
-from fourfold.engine.engine import Engine
-from fourfold.engine.runner import Runner
+from fourfold.engine.building import EngineSetup, ModelFacts, Progress, build_engine
 from fourfold.gateway.config import GatewayLimits
-from fourfold.gateway.gateway import Gateway
-from fourfold.gateway.tokenizer import load_tokenizer
+from fourfold.gateway.gateway import EngineClient, Gateway
+from fourfold.gateway.tokenizer import Tokenizer, load_tokenizer
 from fourfold.models.checkpoint.source import Source
-from fourfold.models.filling import Progress
-from fourfold.models.loading import LoadOptions, load_model, pages_of
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LocalOptions:
-    """What a gateway in this process is made of."""
+class GatewaySetup:
+    """What a gateway is made of."""
 
-    source: Source
+    engine: EngineSetup
     tokenizer: Source
-    load: LoadOptions
-    engine: EngineConfig
-    limits: GatewayLimits
+    limits: GatewayLimits = GatewayLimits()
     names: tuple[str, ...] = ()
     """Further names that the model is served under."""
 
 
-def make_gateway(options: LocalOptions, progress: Progress = lambda done, total: None) -> Gateway:
-    """Loads the model and builds the gateway; `Gateway.start` on a running loop starts it."""
-    model = load_model(options.source, options.load, progress)
-    tokenizer = load_tokenizer(options.tokenizer, model.config.eos_token_ids)
-    pages = pages_of(model, options.engine.kv_pages)
-    engine = Engine(Runner(model, options.engine, pages), options.engine)
+def make_gateway(setup: GatewaySetup, progress: Progress = lambda done, total: None) -> Gateway:
+    """Loads the model into this process and builds the gateway; `Gateway.start` on a running loop
+    starts it. Raises `ConfigError` and `CheckpointError`."""
+    tokenizer = load_tokenizer(setup.tokenizer)
+    engine, model = build_engine(setup.engine, progress)
+    return assemble(setup, engine, tokenizer, model)
+
+
+def assemble(
+    setup: GatewaySetup, engine: EngineClient, tokenizer: Tokenizer, model: ModelFacts
+) -> Gateway:
+    """The gateway to an engine, wherever that runs."""
     return Gateway(
         engine,
-        tokenizer,
-        options.limits,
-        model_names=(options.source.model_id, *options.names),
-        vocabulary=model.config.vocabulary,
+        tokenizer.ending_with(model.eos_token_ids),
+        setup.limits,
+        model_names=(setup.engine.source.model_id, *setup.names),
+        vocabulary=model.vocabulary,
     )

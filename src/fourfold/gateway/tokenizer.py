@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,11 @@ class Tokenizer:
             return bytes([int(piece[3:5], 16)])
         return piece.replace("\u2581", " ").encode()
 
+    def ending_with(self, eos_token_ids: Iterable[int]) -> Tokenizer:
+        """The same with further end-of-text ids, those that a model's configuration names."""
+        ends = sorted({*self.eos_token_ids, *eos_token_ids})
+        return dataclasses.replace(self, eos_token_ids=tuple(ends))
+
     def is_special(self, token: int) -> bool:
         """Whether a token is a mark that has no text."""
         return self._added.get(token, False)
@@ -79,14 +85,14 @@ class Tokenizer:
         return {token: entry.special for token, entry in added.items()}
 
 
-def load_tokenizer(source: Source, eos_token_ids: tuple[int, ...] = ()) -> Tokenizer:
-    """The tokenizer of a checkpoint; `eos_token_ids` are those that config.json names."""
+def load_tokenizer(source: Source) -> Tokenizer:
+    """The tokenizer of a checkpoint, with the ends of text that its own files name."""
     if source.kind is SourceKind.DIRECTORY:
-        return _from_directory(source.path, eos_token_ids)
+        return _from_directory(source.path)
     return _from_gguf(source.path)
 
 
-def _from_directory(path: Path, eos_token_ids: tuple[int, ...]) -> Tokenizer:
+def _from_directory(path: Path) -> Tokenizer:
     file = path / "tokenizer.json"
     backend = _read_backend(file) if file.is_file() else _converted(path)
     # Some files carry the settings of a training run, which would cut or pad prompts.
@@ -105,9 +111,8 @@ def _from_directory(path: Path, eos_token_ids: tuple[int, ...]) -> Tokenizer:
     jinja = path / "chat_template.jinja"
     if jinja.is_file():
         template = jinja.read_text()
-    ends = set(eos_token_ids)
     named = generation.get("eos_token_id")
-    ends |= set(named if isinstance(named, list) else [] if named is None else [named])
+    ends = set(named if isinstance(named, list) else [] if named is None else [named])
     end = backend.token_to_id(specials.get("eos_token", ""))
     if end is not None:
         ends.add(end)

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fourfold.engine.messages import EngineStats, FinishReason
-from fourfold.errors import DrainingError, OverloadedError, RequestFailedError
-from fourfold.gateway.gateway import GatewaySnapshot
+from fourfold.errors import DrainingError, FourfoldError, OverloadedError, RequestFailedError
+from fourfold.gateway.gateway import GatewaySnapshot, GatewayStats
 from fourfold.gateway.generation import Delta, GenerationOptions, TokenText, Usage
 
 MODEL = "org/fake-moe"
@@ -57,6 +57,25 @@ class FakeGeneration:
         self._on_end = on_end
         self._cancelled = asyncio.Event()
         self._said = 0
+        self._news: list[Delta] = []
+        self._failure: Exception | None = None
+        self._speaking: asyncio.Task[None] | None = None
+
+    def listen(self, on_news: Callable[[], None]) -> None:
+        self._speaking = asyncio.get_running_loop().create_task(self._speak(on_news))
+
+    def take(self) -> tuple[list[Delta], Exception | None]:
+        news, self._news = self._news, []
+        return news, self._failure
+
+    async def _speak(self, on_news: Callable[[], None]) -> None:
+        try:
+            async for delta in self:
+                self._news.append(delta)
+                on_news()
+        except Exception as error:  # what a test scripted, or a fault of this fake
+            self._failure = error
+            on_news()
 
     @property
     def usage(self) -> Usage:
@@ -103,6 +122,7 @@ class FakeGateway:
     context_length: int = 4096
     ready: bool = False
     draining: bool = False
+    failure: FourfoldError | None = None
     capacity: int | None = None
     """Generations held at once at most."""
     script: Script = field(default_factory=Script)
@@ -123,9 +143,10 @@ class FakeGateway:
     def reset(self) -> None:
         """As new, for the next test."""
         self.script, self.capacity, self.ready, self.cancelled = Script(), None, True, 0
+        self.failure = None
         self.calls.clear()
 
-    def start(self) -> None:
+    def start(self, on_failure: Callable[[], None] = lambda: None) -> None:
         self.ready = True
 
     async def stop(self) -> None:
@@ -156,7 +177,8 @@ class FakeGateway:
 
     def snapshot(self) -> GatewaySnapshot:
         engine = EngineStats(running=2, pages_total=64, pages_in_use=3, steps=7, step_seconds=0.5)
-        return GatewaySnapshot(active_requests=self.active, engine=engine)
+        gateway = GatewayStats(tokenize_seconds=0.25, news=5)
+        return GatewaySnapshot(active_requests=self.active, engine=engine, gateway=gateway)
 
     async def _admit(self, prompt: Any, text: str, options: GenerationOptions) -> FakeGeneration:
         script = self.script

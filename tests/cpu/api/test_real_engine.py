@@ -1,6 +1,6 @@
 """The default model behind the socket: the table of bad input again, and many impatient clients.
 
-The imported tests run here against this module's `server`.
+The engine is in a process of its own. The imported tests run here against this module's `server`.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import openai
 import pytest
 
 from fourfold.api.config import ApiConfig
+from fourfold.engine.building import EngineSetup
 from fourfold.engine.config import EngineConfig
 from fourfold.gateway.config import GatewayLimits
-from fourfold.gateway.local import LocalOptions, make_gateway
+from fourfold.gateway.local import GatewaySetup
+from fourfold.gateway.remote import make_remote_gateway
 from fourfold.models.checkpoint.source import find_source
-from fourfold.models.loading import LoadOptions
 from tests.cpu.api.conftest import Server, eventually, running_server
 from tests.cpu.api.test_bad_input import (  # noqa: F401
     test_a_body_that_dribbles_in_gets_408,
@@ -33,16 +34,15 @@ from tests.cpu.api.test_bad_input import (  # noqa: F401
 @pytest.fixture(scope="module")
 def real_server() -> Iterator[Server]:
     source = find_source(None)
-    options = LocalOptions(
-        source=source,
+    config = EngineConfig(kv_memory_gib=0.5, decode_threads=1)
+    setup = GatewaySetup(
+        engine=EngineSetup(source=source, device="cpu", config=config),
         tokenizer=source,
-        load=LoadOptions(),
-        engine=EngineConfig(kv_memory_gib=0.5, decode_threads=1),
         limits=GatewayLimits(max_output_tokens=512),
         names=("default",),
     )
-    config = ApiConfig(port=0, header_timeout=0.5, body_timeout=0.5, drain_timeout=5.0)
-    with running_server(make_gateway(options), config) as server:
+    api = ApiConfig(port=0, header_timeout=0.5, body_timeout=0.5, drain_timeout=5.0)
+    with running_server(make_remote_gateway(setup), api) as server:
         yield server
 
 

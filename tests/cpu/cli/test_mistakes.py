@@ -39,7 +39,7 @@ def assert_one_line(result: tuple[int, str, str], *fragments: str) -> None:
         ("serve --port 99999", ["--port 99999", "65535"]),
         ("serve --port", ["--port"]),
         ("serve --max-running 0", ["--max-running 0"]),
-        ("serve --max-running 600", ["--step-tokens"]),
+        ("serve --max-running 600 --step-tokens 512", ["--step-tokens 512"]),
         ("serve --step-tokens 64", ["--step-tokens 64"]),
         ("serve --kv-memory-gib -1", ["--kv-memory-gib"]),
         ("serve --max-context 1", ["--max-context"]),

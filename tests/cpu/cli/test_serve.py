@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import openai
@@ -41,6 +42,12 @@ class Server:
         threading.Thread(target=listen, daemon=True).start()
         assert announced.wait(90), "the server did not start in time"
         assert self.url, "".join(self.said[-20:])
+
+    def engine(self) -> int:
+        """The engine's process."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
+        [pid] = map(int, children.read_text().split())
+        return pid
 
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
@@ -113,3 +120,56 @@ def test_a_signal_lets_a_running_stream_finish(
         assert [c.choices[0].finish_reason for c in [*first, *rest] if c.choices][-1] == "length"
         assert server.process.wait(30) == 0
         assert "Traceback" not in "".join(server.said)
+
+
+def test_an_engine_that_dies_takes_the_server_with_it(small: Sequence[str]) -> None:
+    with serving(*small) as server:
+        stream = server.client().chat.completions.create(
+            model="tiny-mixtral", messages=TALK, temperature=0, max_tokens=600, stream=True
+        )
+        chunks = iter(stream)
+        next(chunks)
+        os.kill(server.engine(), signal.SIGKILL)
+        with pytest.raises(openai.APIError, match="lost"):
+            list(chunks)
+        assert server.process.wait(20) == 2
+        assert "fourfold: the engine's process was ended by SIGKILL" in server.said[-1]
+        assert "Traceback" not in "".join(server.said)
+
+
+@pytest.mark.parametrize("when", ["serving", "loading"])
+def test_no_engine_outlives_its_server(when: str, small: Sequence[str]) -> None:
+    """However the server ends: an orphan would keep the GPU."""
+    if when == "serving":
+        with serving(*small) as server:
+            engine = server.engine()
+            server.process.kill()
+    else:
+        process = subprocess.Popen([*MAIN, "serve", *small, "--port", "0"])
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while not (children.exists() and children.read_text()):
+            assert process.poll() is None
+            time.sleep(0.01)
+        engine = int(children.read_text())
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 20
+    while running(engine):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def running(pid: int) -> bool:
+    """Whether a process computes still; one that nobody has buried yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def test_an_option_that_only_the_engine_can_judge(small: Sequence[str]) -> None:
+    arguments = [*MAIN, "serve", *small, "--port", "0", "--device", "cuda:77"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("fourfold: device 'cuda:77' does not exist")
+    assert done.stderr.count("\n") == 1

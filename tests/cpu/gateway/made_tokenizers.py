@@ -88,7 +88,8 @@ def write(path: Path, backend: Backend, **config: Any) -> Path:
 
 
 def load(path: Path, eos_token_ids: tuple[int, ...] = ()) -> Tokenizer:
-    return load_tokenizer(Source(SourceKind.DIRECTORY, path, path.name), eos_token_ids)
+    tokenizer = load_tokenizer(Source(SourceKind.DIRECTORY, path, path.name))
+    return tokenizer.ending_with(eos_token_ids)
 
 
 def write_default(path: Path) -> Path:
