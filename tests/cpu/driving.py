@@ -47,7 +47,7 @@ def run(engine: Engine, requests: Sequence[Submit]) -> dict[tuple[int, int], lis
         outputs = [*(engine.receive(wait=False) or ()), *(engine.step() or ())]
         for output in outputs:
             news[output.request_id, output.index].append(output)
-        if engine.scheduler.idle:
+        if engine.idle:
             return news
     raise AssertionError("the engine never became idle")
 

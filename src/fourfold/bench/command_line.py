@@ -8,14 +8,16 @@ from typing import Any
 
 # Not for a record; whoever repeats the run has their own.
 _SECRETS = {"api_key": "API_KEY"}
+_RESULTS = frozenset({"out", "details", "profiles"})
 
 
 def command_line(command: str, options: Any, *, positional: str | None = None) -> str:
-    """`command` with every option of a dataclass that is not its default, quoted for a shell."""
+    """`command` with every option of a dataclass that is not its default, quoted for a shell; where
+    results go is left to whoever repeats the run."""
     words = command.split()
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
-        if value == field.default:
+        if value == field.default or field.name in _RESULTS:
             continue
         if field.name != positional:
             words.append("--" + field.name.replace("_", "-"))

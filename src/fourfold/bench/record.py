@@ -32,11 +32,11 @@ DEFAULT_PACKAGES = ("fourfold", "torch", "triton", "transformers")
 class Result(
     msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
 ):
-    """One figure. `limit` and `peer_value` are in the unit of `value`, each with its name.
+    """One figure. `limit`, `mark` and `peer_value` are in the unit of `value`.
 
-    `limit` is the ceiling measured in the same run (`limit_name`: "copy bandwidth"), `peer_value`
-    what `peer` ("vLLM 0.23.0") reached on the same case. ValueError for a figure that is not
-    finite, or a `limit` or `peer_value` without its name.
+    `limit` is what the device allows (`limit_name`: "copy bandwidth"), `mark` what is to be
+    reached, `peer_value` what `peer` ("vLLM 0.23.0") reached on the same case. ValueError for a
+    figure that is not finite, or a `limit` or `peer_value` without its name.
     """
 
     case: str
@@ -45,11 +45,12 @@ class Result(
     unit: str
     limit: float | UnsetType = UNSET
     limit_name: str | UnsetType = UNSET
+    mark: float | UnsetType = UNSET
     peer: str | UnsetType = UNSET
     peer_value: float | UnsetType = UNSET
 
     def __post_init__(self) -> None:
-        for field in ("value", "limit", "peer_value"):
+        for field in ("value", "limit", "mark", "peer_value"):
             figure = getattr(self, field)
             if figure is not UNSET and not math.isfinite(figure):
                 raise ValueError(f"{field} of {self.metric} ({self.case}) is {figure}, not finite")

@@ -4,11 +4,14 @@
     python -m fourfold.bench.tables README.md --check    # exit 1 where they are not up to date
 
 A table stands between two comments and shows every record of that name, or only some metrics of
-it. What a person writes between them is replaced, so a figure in the README cannot drift from the
-run that gave it.
+it; `across` gives every case one line, with a column for each metric. What a person writes between
+them is replaced, so a figure in the README cannot drift from the run that gave it.
 
     <!-- table:serve only: ttft_p50, output_rate -->
     <!-- /table:serve -->
+
+    <!-- table:serve-rates across: output_rate, ttft_p50, ttft_p99 -->
+    <!-- /table:serve-rates -->
 
 A ratio says how many times *better* than the peer the figure is, whether it is a time or a size
 (less is better) or a rate (more is better); it is left out for units that are neither.
@@ -30,7 +33,7 @@ from fourfold.bench.record import Record, Result, load, write_atomically
 from fourfold.errors import ConfigError
 
 _TABLE = re.compile(
-    r"(?P<opening><!-- table:(?P<name>[\w.-]+)(?: only: (?P<only>[^>]+?))? -->)"
+    r"(?P<opening><!-- table:(?P<name>[\w.-]+)(?: (?P<form>only|across): (?P<metrics>[^>]+?))? -->)"
     r".*?"
     r"(?P<closing><!-- /table:(?P=name) -->)",
     re.DOTALL,
@@ -49,38 +52,57 @@ def render(readme: str, records: Sequence[Record]) -> str:
         )
 
     def fill(match: re.Match[str]) -> str:
-        metrics = [metric.strip() for metric in match["only"].split(",")] if match["only"] else []
-        tables = make_tables(match["name"], metrics, records)
+        metrics = [metric.strip() for metric in (match["metrics"] or "").split(",") if metric]
+        tables = make_tables(match["name"], metrics, records, across=match["form"] == "across")
         return f"{match['opening']}\n{tables}\n{match['closing']}"
 
     return _TABLE.sub(fill, readme)
 
 
-def make_tables(name: str, metrics: Sequence[str], records: Sequence[Record]) -> str:
-    """A Markdown table for each record called `name`: all its metrics, or those listed."""
+def make_tables(
+    name: str, metrics: Sequence[str], records: Sequence[Record], *, across: bool = False
+) -> str:
+    """A Markdown table for each record called `name`: all its metrics, or those listed, below each
+    other or across."""
     chosen = [record for record in records if record.name == name]
     if not chosen:
         known = ", ".join(sorted({record.name for record in records})) or "none"
         raise ConfigError(f"no benchmark record is called {name!r} (there are: {known})")
-    return "\n\n".join(_make_table(record, metrics) for record in chosen)
+    return "\n\n".join(_make_table(record, metrics, across) for record in chosen)
 
 
-def _make_table(record: Record, metrics: Sequence[str]) -> str:
+def _make_table(record: Record, metrics: Sequence[str], across: bool) -> str:
     results = [r for r in record.results if not metrics or r.metric in metrics]
     if missing := set(metrics) - {result.metric for result in results}:
         raise ConfigError(f"the record {record.name!r} holds no {', '.join(sorted(missing))}")
+    used = _columns_across(results, metrics) if across else make_columns(results)
+    lines = [tuple(used), ("---",) * len(used), *zip(*used.values(), strict=True)]
+    table = "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines)
+    return f"{table}\n\n{_origin(record)}"
+
+
+def make_columns(results: Sequence[Result]) -> dict[str, list[str]]:
+    """The cells of a table of figures by heading; columns that would be empty are left out."""
     columns = {
         "case": [result.case for result in results],
         "metric": [result.metric for result in results],
         "value": [format_figure(result.value, result.unit) for result in results],
         "of the limit": [_of_limit(result) for result in results],
+        "mark": [_mark(result) for result in results],
         "peer": [_peer(result) for result in results],
         "vs peer (>1 is better)": [_versus(result) for result in results],
     }
-    used = {heading: cells for heading, cells in columns.items() if any(cells)}
-    lines = [tuple(used), ("---",) * len(used), *zip(*used.values(), strict=True)]
-    table = "\n".join(f"| {' | '.join(_escape(cell) for cell in line)} |" for line in lines)
-    return f"{table}\n\n{_origin(record)}"
+    return {heading: cells for heading, cells in columns.items() if any(cells)}
+
+
+def _columns_across(results: Sequence[Result], metrics: Sequence[str]) -> dict[str, list[str]]:
+    """The cells of a table with one line for each case."""
+    figures = {
+        (result.case, result.metric): format_figure(result.value, result.unit) for result in results
+    }
+    cases = list(dict.fromkeys(result.case for result in results))
+    columns = {metric: [figures.get((case, metric), "") for case in cases] for metric in metrics}
+    return {"case": cases, **columns}
 
 
 def _of_limit(result: Result) -> str:
@@ -89,6 +111,14 @@ def _of_limit(result: Result) -> str:
     share = ratio(result.value, result.limit, result.unit)
     limit = f"{format_figure(result.limit, result.unit)} ({result.limit_name})"
     return limit if share is None else f"{share:.0%} of {limit}"
+
+
+def _mark(result: Result) -> str:
+    if result.mark is UNSET:
+        return ""
+    mark = format_figure(result.mark, result.unit)
+    times = ratio(result.value, result.mark, result.unit)
+    return mark if times is None else f"{mark}, {'met' if times >= 1 else 'missed'}"
 
 
 def _peer(result: Result) -> str:

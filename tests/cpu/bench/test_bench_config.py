@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 import shlex
@@ -80,10 +81,15 @@ def test_bad_lengths_are_refused(spec: str) -> None:
         ({"num_requests": 0}, "--num-requests 0 must be at least 1"),
         ({"warmup_requests": -1}, "--warmup-requests"),
         ({"concurrency": 0}, "--concurrency"),
-        ({"request_rate": 0.0}, "--request-rate"),
-        ({"request_rate": math.nan}, "--request-rate"),
-        ({"request_rate": 4.0, "concurrency": 2}, "exclude each other"),
+        ({"request_rate": (0.0,)}, "--request-rate"),
+        ({"request_rate": (4.0, math.nan)}, "--request-rate"),
+        ({"request_rate": (4.0,), "concurrency": 2}, "exclude each other"),
         ({"burstiness": 0.5}, "--request-rate; give one"),
+        ({"request_rate": ()}, "one rate or several"),
+        ({"request_rate": (4.0, 4.0)}, "several different"),
+        ({"request_rate": (4.0, 5.0), "case": "mine"}, "leave it out with several"),
+        ({"seconds": 5.0}, "--seconds goes with finite rates"),
+        ({"seconds": 0.0, "request_rate": (4.0,)}, "--seconds 0.0 must be"),
         ({"timeout": 0.0}, "--timeout"),
         ({"slo_ttft": -1.0}, "--slo-ttft"),
         ({"temperature": math.nan}, "--temperature"),
@@ -106,7 +112,7 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 def test_the_command_gives_the_options_again() -> None:
     config = ServeBenchConfig(
         model="a model",
-        request_rate=2.5,
+        request_rate=(2.5, 4.0),
         ignore_eos=True,
         slo_ttft=0.5,
         prompt_tokens="uniform:1:9",
@@ -114,7 +120,8 @@ def test_the_command_gives_the_options_again() -> None:
     )
     words = shlex.split(config.command())
     assert words[:3] == ["fourfold", "bench", "serve"]
-    assert tyro.cli(ServeBenchConfig, args=words[3:]) == config
+    again = tyro.cli(ServeBenchConfig, args=words[3:])
+    assert again == dataclasses.replace(config, out=None), "where it goes is not part of the run"
 
 
 def test_the_command_keeps_the_key_to_itself() -> None:
@@ -130,7 +137,7 @@ def test_the_command_keeps_the_key_to_itself() -> None:
             "100 completions requests, 8 concurrent, 64 shared + 512 in, 128 out",
         ),
         (
-            {"request_rate": 2.5, "prompt_tokens": "jsonl:data/chats.jsonl"},
+            {"request_rate": (2.5,), "prompt_tokens": "jsonl:data/chats.jsonl"},
             "100 chat requests, 2.5 req/s, chats.jsonl in, 128 out",
         ),
         ({"case": "mine"}, "mine"),
@@ -148,3 +155,11 @@ def test_importing_the_options_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_each_rate_is_a_run_of_its_own() -> None:
+    config = ServeBenchConfig(request_rate=(0.5, 2.0), seconds=10.0, seed=3)
+    runs = config.runs()
+    assert [(run.rate, run.num_requests, run.seed) for run in runs] == [(0.5, 5, 3), (2.0, 20, 4)]
+    assert runs[1].describe() == "20 chat requests, 2 req/s, 512 in, 128 out"
+    assert ServeBenchConfig().runs() == [ServeBenchConfig()]

@@ -28,7 +28,7 @@ from scripted_server import (
 from fourfold.bench.record import Record, load, write
 from fourfold.bench.serve.config import ServeBenchConfig
 from fourfold.bench.serve.main import INTERRUPTED, main, run
-from fourfold.bench.serve.report import Report
+from fourfold.bench.serve.report import Report, make_record
 from fourfold.errors import ConfigError
 
 BUSY_S = 0.5
@@ -102,7 +102,7 @@ def test_failures_are_counted_by_kind(server: ScriptedServer, model: str, kind: 
     assert summary.completed == 0
     assert set(summary.latencies) == {"lateness"}
     assert any(remark.startswith(f"first {kind} failure: ") for remark in report.remarks())
-    assert f"failed_{kind.replace(' ', '_')}" in figures(report.record())
+    assert f"failed_{kind.replace(' ', '_')}" in figures(make_record(report.config, [report]))
 
 
 def test_refusals_under_load_are_counted(server: ScriptedServer, tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_refusals_under_load_are_counted(server: ScriptedServer, tmp_path: Path)
 def test_a_server_that_goes_away_fails_what_comes_after() -> None:
     other = ScriptedServer()
     other.start()
-    config = small(other, num_requests=20, request_rate=40.0, prompt_tokens="8")
+    config = small(other, num_requests=20, request_rate=(40.0,), prompt_tokens="8")
     stopping: list[asyncio.Future[None]] = []
 
     def stop_at_first(outcome: object) -> None:
@@ -141,7 +141,7 @@ def test_the_closed_loop_holds_its_concurrency(server: ScriptedServer) -> None:
 
 
 def test_the_open_loop_follows_its_schedule(server: ScriptedServer) -> None:
-    report = bench(server, num_requests=10, request_rate=50.0, output_tokens="1")
+    report = bench(server, num_requests=10, request_rate=(50.0,), output_tokens="1")
     due = sorted(outcome.due for outcome in report.outcomes)
     assert len(set(due)) == 10
     assert all(outcome.sent >= outcome.due for outcome in report.outcomes)
@@ -303,14 +303,38 @@ def test_main_prints_and_writes(
     assert all(word in printed.out for word in ("ttft", "tpot", "itl", "p99", "goodput"))
 
 
+def test_rising_rates_make_one_record(
+    server: ScriptedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, details = tmp_path / "out.json", tmp_path / "details.jsonl"
+    rates = {"request_rate": (20.0, 40.0), "seconds": 0.2, "output_tokens": "2"}
+    config = small(server, out=out, details=details, **rates)
+    assert main(config) == 0
+    record = load(out)
+    assert record.command == config.command()
+    completed = {r.case: r.value for r in record.results if r.metric == "completed"}
+    assert completed == {
+        "4 chat requests, 20 req/s, 64 in, 2 out": 4,
+        "8 chat requests, 40 req/s, 64 in, 2 out": 8,
+    }
+    lines = [json.loads(line) for line in details.read_text().splitlines()]
+    assert [line["rate"] for line in lines] == [20.0] * 4 + [40.0] * 8
+    prompts = [json.dumps(request["messages"]) for request in measured(server)]
+    assert len(set(prompts)) == 12, "a rate that shares prompts would find them in the cache"
+    [curve] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("    40 ")]
+    assert curve.split()[:3] == ["40", "8", "0"]
+
+
 def test_main_says_when_a_request_failed(server: ScriptedServer) -> None:
     assert main(small(server, model="malformed", num_requests=1)) == 1
 
 
 def test_a_peer_stands_beside(server: ScriptedServer, tmp_path: Path) -> None:
     theirs = tmp_path / "peer.json"
-    write(bench(server).record(), theirs)
-    record = bench(server, peer=f"other 1.0={theirs}").record()
+    report = bench(server)
+    write(make_record(report.config, [report]), theirs)
+    report = bench(server, peer=f"other 1.0={theirs}")
+    record = make_record(report.config, [report])
     ttft = next(result for result in record.results if result.metric == "ttft_p50")
     assert (ttft.peer, ttft.peer_value) == ("other 1.0", figures(load(theirs))["ttft_p50"])
     with pytest.raises(ConfigError, match="give both runs the same load"):
@@ -319,7 +343,7 @@ def test_a_peer_stands_beside(server: ScriptedServer, tmp_path: Path) -> None:
 
 def test_an_interrupted_run_keeps_what_it_measured(server: ScriptedServer, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
-    options = {"request_rate": 100.0, "num_requests": 1000, "output_tokens": "1"}
+    options = {"request_rate": (100.0,), "num_requests": 1000, "output_tokens": "1"}
     arguments = {"base_url": server.url, "warmup_requests": 0, **options}
     code = (
         "import pathlib, sys; from fourfold.bench.serve.config import ServeBenchConfig; "

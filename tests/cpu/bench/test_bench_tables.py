@@ -74,6 +74,41 @@ def test_render_shows_only_what_is_asked_for() -> None:
     ]
 
 
+def test_render_gives_each_case_a_line() -> None:
+    results = [
+        Result(case=case, metric=metric, value=value, unit="tok/s")
+        for case, metric, value in (("a", "in", 1.0), ("a", "out", 2.0), ("b", "out", 3.0))
+    ]
+    record = Record(
+        **{name: getattr(RECORD, name) for name in ("name", "command", "date", "hardware")},
+        software={},
+        results=tuple(results),
+    )
+    readme = "<!-- table:decode across: out, in -->\n<!-- /table:decode -->"
+    assert render(readme, [record]).splitlines()[1:5] == [
+        "| case | out | in |",
+        "| --- | --- | --- |",
+        "| a | 2.00 tok/s | 1.00 tok/s |",
+        "| b | 3.00 tok/s |  |",
+    ]
+
+
+def test_marks_say_whether_they_are_met() -> None:
+    results = tuple(
+        Result(case="c", metric=metric, value=value, unit=unit, mark=2.0)
+        for metric, value, unit in (("a", 1.0, "s"), ("b", 1.0, "tok/s"), ("c", 1.0, "%"))
+    )
+    record = Record(
+        **{name: getattr(RECORD, name) for name in ("name", "command", "date", "hardware")},
+        software={},
+        results=results,
+    )
+    table = render(README, [record])
+    assert "| c | a | 1.00 s | 2.00 s, met |" in table
+    assert "| c | b | 1.00 tok/s | 2.00 tok/s, missed |" in table
+    assert "| c | c | 1 % | 2 % |" in table
+
+
 @pytest.mark.parametrize(
     ("readme", "message"),
     [

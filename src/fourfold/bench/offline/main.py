@@ -6,18 +6,25 @@ import importlib.util
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Sequence
 
 import msgspec
 import torch  # noqa: F401 (the record names the GPUs that an imported torch sees)
 
 from fourfold.bench.command_line import command_line
-from fourfold.bench.figures import format_figure
+from fourfold.bench.offline.cases import parse_case
 from fourfold.bench.offline.config import OfflineBenchConfig
-from fourfold.bench.offline.engines import Figures, Task
+from fourfold.bench.offline.marks import load_marks, with_marks
+from fourfold.bench.offline.task import Answer, Task
 from fourfold.bench.record import DEFAULT_PACKAGES, Result, new_record, write
+from fourfold.bench.tables import make_columns
 from fourfold.errors import ConfigError
+from fourfold.models.checkpoint.source import find_source
+from fourfold.models.loading import open_checkpoint
 
-_LONGEST = 600
+_LONGEST = 1200
+_LOG_WIDTH = 200
 _PACKAGES = {
     "transformers": ("transformers", "transformers"),
     "llama.cpp": ("llama_cpp", "llama-cpp-python"),
@@ -30,92 +37,94 @@ def main(config: OfflineBenchConfig) -> int:
         module, package = _PACKAGES[peer]
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"{peer} is not installed; run `pip install {package}`")
-    engines = ("fourfold", *config.peers)
-    runs: dict[str, list[Figures]] = {engine: [] for engine in engines}
+    marks = None if config.marks is None else load_marks(config.marks)
+    vocabulary = int(open_checkpoint(find_source(config.model)).fields()["vocab_size"])
+    answers: dict[str, list[Answer]] = {engine: [] for engine in ("fourfold", *config.peers)}
     for number in range(config.rounds):
-        for engine in engines:
+        for engine, given in answers.items():
             print(f"round {number + 1} of {config.rounds}: {engine}", file=sys.stderr)
-            runs[engine].append(_run(engine, config))
-    results = _results(config, runs)
+            given.append(_run(engine, config, vocabulary))
+    results = merge(answers)
+    if marks is not None:
+        results = with_marks(results, marks)
     _show(results)
     if config.out is not None:
-        packages = (*DEFAULT_PACKAGES, "llama-cpp-python")
         record = new_record(
             config.name,
             command_line("fourfold bench offline", config, positional="model"),
             results,
-            packages=packages,
+            packages=(*DEFAULT_PACKAGES, "llama-cpp-python"),
         )
         write(record, config.out)
     return 0
 
 
-def _run(engine: str, config: OfflineBenchConfig) -> Figures:
+def _run(engine: str, config: OfflineBenchConfig, vocabulary: int) -> Answer:
     task = Task(
         engine=engine,
+        started=time.time(),
         model=config.model,
+        vocabulary=vocabulary,
         precision=config.precision,
         kv_pages=config.kv_pages,
         dummy=config.load == "dummy",
         uniform_routing=config.routing == "uniform",
-        prompt_tokens=config.prompt_tokens,
-        batch=config.batch,
-        batch_prompt_tokens=config.batch_prompt_tokens,
-        output_tokens=config.output_tokens,
+        cases=tuple(map(parse_case, config.cases)),
+        max_running=config.max_running,
+        step_tokens=config.step_tokens,
+        mixed_tokens=config.mixed_tokens,
+        kv_memory_gib=config.kv_memory_gib,
+        profiles=None if config.profiles is None else str(config.profiles),
     )
     done = subprocess.run(
         [sys.executable, "-m", "fourfold.bench.offline.engines"],
         input=msgspec.json.encode(task),
-        capture_output=True,
+        stdout=subprocess.PIPE,
         timeout=_LONGEST,
         check=False,
     )
     if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines() or ["no message"]
-        raise ConfigError(f"{engine} could not be measured: {lines[-1]}")
-    return msgspec.json.decode(done.stdout, type=Figures)
+        raise ConfigError(f"{engine} could not be measured, it says why above")
+    return msgspec.json.decode(done.stdout, type=Answer)
 
 
-def _results(config: OfflineBenchConfig, runs: dict[str, list[Figures]]) -> list[Result]:
-    prompt = f"{config.prompt_tokens} tokens"
-    cases = {
-        "ready": ("start to ready", "ready", "s"),
-        "prefill": (f"prompt of {prompt}", "prefill", "tok/s"),
-        "first_token": (f"prompt of {prompt}", "first token", "s"),
-        "decode": (f"batch 1 after {prompt}", "decode", "tok/s"),
-        "decode_batch": (
-            f"batch {config.batch} after {config.batch_prompt_tokens} tokens",
-            "decode",
-            "tok/s",
-        ),
-    }
+def merge(answers: dict[str, list[Answer]]) -> list[Result]:
+    """Our medians over the rounds, each beside every peer's that has the same figure."""
+    ours, *peers = (_medians(given) for given in answers.values())
+    versions = [given[0].version for given in answers.values()][1:]
     results = []
-    for field, (case, metric, unit) in cases.items():
-        ours = _median(runs["fourfold"], field)
-        assert ours is not None
-        result = Result(case=case, metric=metric, value=ours, unit=unit)
+    for figure, result in ours.items():
         theirs = [
-            msgspec.structs.replace(result, peer=runs[peer][0].version, peer_value=figure)
-            for peer in config.peers
-            if (figure := _median(runs[peer], field)) is not None
+            msgspec.structs.replace(result, peer=version, peer_value=peer[figure].value)
+            for version, peer in zip(versions, peers, strict=True)
+            if figure in peer
         ]
         results.extend(theirs or [result])
     return results
 
 
-def _median(runs: list[Figures], field: str) -> float | None:
-    figures = [figure for run in runs if (figure := getattr(run, field)) is not None]
-    return statistics.median(figures) if figures else None
+def _medians(rounds: Sequence[Answer]) -> dict[tuple[str, str], Result]:
+    """The figures of an engine by case and metric; those of every round that has them."""
+    figures: dict[tuple[str, str], list[Result]] = {}
+    for answer in rounds:
+        for result in answer.results:
+            figures.setdefault((result.case, result.metric), []).append(result)
+    return {
+        figure: msgspec.structs.replace(
+            results[0], value=statistics.median(result.value for result in results)
+        )
+        for figure, results in figures.items()
+    }
 
 
-def _show(results: list[Result]) -> None:
+def _show(results: Sequence[Result]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("case", "metric", "fourfold", "peer", box=None)
-    for result in results:
-        peer = ""
-        if isinstance(result.peer_value, float):
-            peer = f"{format_figure(result.peer_value, result.unit)} ({result.peer})"
-        table.add_row(result.case, result.metric, format_figure(result.value, result.unit), peer)
-    Console().print(table)
+    columns = make_columns(results)
+    table = Table(*columns, box=None)
+    for cells in zip(*columns.values(), strict=True):
+        table.add_row(*cells)
+    console = Console()
+    # In a log nothing needs to fit a screen.
+    console.print(table, width=None if console.is_terminal else _LOG_WIDTH)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -21,7 +21,9 @@ class ServeBenchConfig:
 
     Requests arrive at `request_rate`, whether or not the server keeps up (open loop), or
     `concurrency` clients each send their next request when the last is answered (closed loop).
-    Only an open loop shows how a server queues. Prompts are synthetic unless read from a file.
+    Only an open loop shows how a server queues. Several rates are run one after the other, each
+    with prompts of its own: a curve of latency over load. Prompts are synthetic unless read from a
+    file.
     """
 
     base_url: str = "http://127.0.0.1:8000"
@@ -37,10 +39,13 @@ class ServeBenchConfig:
     """/v1/chat/completions or /v1/completions."""
 
     num_requests: int = 100
-    """How many requests are measured."""
+    """How many requests are measured, at each rate."""
 
-    request_rate: float = math.inf
-    """Mean arrivals per second; inf sends all at once."""
+    seconds: float | None = None
+    """For how long requests arrive at each rate, instead of num_requests."""
+
+    request_rate: tuple[float, ...] = (math.inf,)
+    """Mean arrivals per second, one or several rates; inf sends all at once."""
 
     burstiness: float = 1.0
     """Shape of the gamma-distributed gaps between arrivals: 1 is Poisson, less comes in bursts,
@@ -90,7 +95,7 @@ class ServeBenchConfig:
     """The record's name, by which the README's tables find it."""
 
     case: str | None = None
-    """The record's case; by default a description of the load."""
+    """The record's case, of a run at one rate; by default a description of the load."""
 
     peer: str | None = None
     """Another server's record of the same load, as NAME=FILE.json: its figures go beside ours."""
@@ -117,19 +122,27 @@ class ServeBenchConfig:
     def _check_load(self) -> None:
         _at_least("num-requests", self.num_requests, 1)
         _at_least("warmup-requests", self.warmup_requests, 0)
-        for option in ("request_rate", "burstiness", "timeout", "slo_ttft", "slo_tpot"):
-            value = getattr(self, option)
+        options = ("seconds", "burstiness", "timeout", "slo_ttft", "slo_tpot")
+        values = [(option, getattr(self, option)) for option in options]
+        for option, value in [*values, *(("request_rate", rate) for rate in self.request_rate)]:
             if value is not None and not value > 0:
                 raise ConfigError(f"{_flag(option)} {value} must be more than 0")
+        if self.case is not None and len(self.request_rate) > 1:
+            raise ConfigError("--case names one load; leave it out with several rates")
+        if len(set(self.request_rate)) != max(1, len(self.request_rate)):
+            raise ConfigError("--request-rate needs one rate or several different ones")
         if self.concurrency is not None:
             _at_least("concurrency", self.concurrency, 1)
-            if math.isfinite(self.request_rate):
+            if self.request_rate != (math.inf,):
                 raise ConfigError(
                     "--concurrency and --request-rate exclude each other: in a closed loop the "
                     "server sets the rate; give one of them"
                 )
-        if self.burstiness != 1.0 and not math.isfinite(self.request_rate):
-            raise ConfigError("--burstiness shapes a --request-rate; give one")
+        if not all(map(math.isfinite, self.request_rate)):
+            if self.burstiness != 1.0:
+                raise ConfigError("--burstiness shapes a --request-rate; give one")
+            if self.seconds is not None:
+                raise ConfigError("--seconds goes with finite rates; give --request-rate")
 
     def _check_prompts(self) -> None:
         parse_lengths(self.output_tokens, "--output-tokens")
@@ -158,16 +171,37 @@ class ServeBenchConfig:
         """Whether arrivals follow a schedule of their own."""
         return self.concurrency is None
 
+    @property
+    def rate(self) -> float:
+        """Mean arrivals per second of a run at one rate."""
+        [rate] = self.request_rate
+        return rate
+
+    def runs(self) -> list[ServeBenchConfig]:
+        """One run for each rate, with other prompts and so many requests as arrive in its time."""
+        return [
+            replace(
+                self,
+                request_rate=(rate,),
+                seed=self.seed + number,
+                num_requests=self.num_requests
+                if self.seconds is None
+                else max(1, round(rate * self.seconds)),
+                seconds=None,
+            )
+            for number, rate in enumerate(self.request_rate)
+        ]
+
     def describe(self) -> str:
-        """The record's case: what was asked of the server, in a few words."""
+        """The case of a run at one rate: what was asked of the server, in a few words."""
         if self.case is not None:
             return self.case
         if self.concurrency is not None:
             load = f"{self.concurrency} concurrent"
-        elif math.isinf(self.request_rate):
+        elif math.isinf(self.rate):
             load = "all at once"
         else:
-            load = f"{self.request_rate:g} req/s"
+            load = f"{self.rate:g} req/s"
         prefix = f"{self.shared_prefix_tokens} shared + " if self.shared_prefix_tokens else ""
         source = self.prompts_file
         prompts = f"{prefix}{self.prompt_tokens}" if source is None else source.name

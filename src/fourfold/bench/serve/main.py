@@ -18,6 +18,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    TaskID,
     TextColumn,
     TimeElapsedColumn,
 )
@@ -29,7 +30,7 @@ from fourfold.bench.serve.http_client import HttpClient
 from fourfold.bench.serve.load import arrival_times, closed_loop, open_loop, unless
 from fourfold.bench.serve.measure import Outcome
 from fourfold.bench.serve.prompts import make_requests
-from fourfold.bench.serve.report import Report
+from fourfold.bench.serve.report import Report, make_record, show_curve, write_details
 from fourfold.errors import ConfigError
 
 INTERRUPTED = 130
@@ -42,7 +43,7 @@ async def run(
     stop: asyncio.Event | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Report:
-    """Loads the server and reports. Setting `stop` ends the load early with a partial report;
+    """Loads the server at one rate and reports. Setting `stop` ends it early, the report partial;
     `on_outcome` hears of each measured request as it ends.
 
     ConfigError where the server cannot be reached or refuses a first request, or a file given is
@@ -89,22 +90,27 @@ def main(config: ServeBenchConfig) -> int:
     for path in (config.out, config.details):
         _check_writable(path)
     _allow_many_connections()
-    report = uvloop.run(_interruptible(config))
-    if not report.outcomes:
+    reports = uvloop.run(_interruptible(config))
+    if not reports:
         print("interrupted before a request was measured", file=sys.stderr)
         return INTERRUPTED
-    report.show(Console())
+    console = Console()
+    for report in reports:
+        report.show(console)
+    if len(config.request_rate) > 1:
+        show_curve(reports, console)
     if config.out is not None:
-        write(report.record(), config.out)
+        write(make_record(config, reports), config.out)
     if config.details is not None:
-        report.write_details(config.details)
-    if report.unfinished:
+        write_details(reports, config.details)
+    if len(reports) < len(config.request_rate) or reports[-1].unfinished:
         return INTERRUPTED
-    return 1 if report.failed else 0
+    return 1 if any(report.failed for report in reports) else 0
 
 
-async def _interruptible(config: ServeBenchConfig) -> Report:
-    """`run` with a progress bar on stderr, ended early by Ctrl-C."""
+async def _interruptible(config: ServeBenchConfig) -> list[Report]:
+    """`run` at every rate with a progress bar on stderr, ended early by Ctrl-C; the reports that
+    have anything to say."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -123,16 +129,22 @@ async def _interruptible(config: ServeBenchConfig) -> Report:
         refresh_per_second=2,  # drawing takes about a millisecond away from measuring
         disable=not console.is_terminal,
     )
+    reports = []
     with bar:
-        task = bar.add_task("preparing", total=config.num_requests)
-        failed = 0
+        for each in config.runs():
+            task = bar.add_task("preparing", total=each.num_requests)
+            failed = 0
 
-        def advance(outcome: Outcome) -> None:
-            nonlocal failed
-            failed += outcome.failure is not None
-            bar.update(task, advance=1, description=f"{failed} failed" if failed else "measuring")
+            def advance(outcome: Outcome, task: TaskID = task) -> None:
+                nonlocal failed
+                failed += outcome.failure is not None
+                said = f"{failed} failed" if failed else "measuring"
+                bar.update(task, advance=1, description=said)
 
-        return await run(config, stop=stop, on_outcome=advance)
+            reports.append(await run(each, stop=stop, on_outcome=advance))
+            if stop.is_set():
+                break
+    return [report for report in reports if report.outcomes]
 
 
 def _load(
@@ -144,7 +156,7 @@ def _load(
     if config.concurrency is not None:
         return closed_loop(endpoint.ask, bodies, config.concurrency, record)
     rng = random.Random(f"arrivals {config.seed}")
-    times = arrival_times(len(bodies), config.request_rate, config.burstiness, rng)
+    times = arrival_times(len(bodies), config.rate, config.burstiness, rng)
     return open_loop(endpoint.ask, bodies, times, record)
 
 

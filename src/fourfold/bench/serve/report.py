@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -35,6 +36,7 @@ class _Detail(msgspec.Struct, frozen=True, omit_defaults=True):
     itl: tuple[float, ...] = ()
     prompt_tokens: int | None = None
     output_tokens: int = 0
+    rate: float | None = None
     failure: str | None = None
     failure_detail: str | None = None
 
@@ -86,21 +88,11 @@ class Report:
             return results
         return with_peer(results, *self.peer)
 
-    def record(self) -> Record:
-        """The run as a benchmark record; its hardware is the generator's."""
-        record = new_record(
-            self.config.name, self.config.command(), self.results(), packages=_PACKAGES
-        )
-        if not self.server.software:
-            return record
-        software = record.software | {"server": self.server.software}
-        return msgspec.structs.replace(record, software=software)
-
-    def write_details(self, path: Path) -> None:
-        """Writes one JSON line per request, in the order they were due."""
+    def details(self) -> list[_Detail]:
+        """What is kept of each request, in the order they were due."""
         ordered = sorted(self.outcomes, key=lambda outcome: outcome.due)
-        lines = [_detail(outcome, ordered[0].due) for outcome in ordered]
-        write_atomically(path, msgspec.json.Encoder().encode_lines(lines))
+        rate = self.config.rate if math.isfinite(self.config.rate) else None
+        return [_detail(outcome, ordered[0].due, rate) for outcome in ordered]
 
     def remarks(self) -> list[str]:
         """What a reader must know before believing the figures, one sentence each."""
@@ -172,7 +164,43 @@ class Report:
                 yield f"{name}_p{percent}", value, "s"
 
 
-def _detail(outcome: Outcome, start: float) -> _Detail:
+def make_record(config: ServeBenchConfig, reports: Sequence[Report]) -> Record:
+    """Runs at one rate or several as one benchmark record; its hardware is the generator's."""
+    results = [result for report in reports for result in report.results()]
+    record = new_record(config.name, config.command(), results, packages=_PACKAGES)
+    server = reports[0].server.software
+    if not server:
+        return record
+    return msgspec.structs.replace(record, software=record.software | {"server": server})
+
+
+def write_details(reports: Sequence[Report], path: Path) -> None:
+    """Writes one JSON line per request, one run after the other."""
+    lines = [detail for report in reports for detail in report.details()]
+    write_atomically(path, msgspec.json.Encoder().encode_lines(lines))
+
+
+def show_curve(reports: Sequence[Report], console: Console) -> None:
+    """Prints one line for each rate."""
+    table = Table(box=SIMPLE, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in ("req/s", "requests", "failed", "tok/s"):
+        table.add_column(heading, justify="right")
+    shown = [(name, p) for name in ("ttft", "tpot", "itl") for p in (50, 99)]
+    for name, percent in shown:
+        table.add_column(f"{name}\np{percent} ms", justify="right")
+    for report in reports:
+        s = report.summary
+        latencies = [
+            significant(1e3 * s.latencies[name].percentiles[percent]) if name in s.latencies else ""
+            for name, percent in shown
+        ]
+        counts = (str(s.completed), str(sum(s.failures.values())))
+        rate = f"{report.config.rate:g}"
+        table.add_row(rate, *counts, significant(s.output_rate), *latencies)
+    console.print(table)
+
+
+def _detail(outcome: Outcome, start: float, rate: float | None) -> _Detail:
     failure = outcome.failure
     return _Detail(
         due=outcome.due - start,
@@ -183,6 +211,7 @@ def _detail(outcome: Outcome, start: float) -> _Detail:
         itl=outcome.gaps,
         prompt_tokens=outcome.prompt_tokens,
         output_tokens=outcome.output_tokens,
+        rate=rate,
         failure=None if failure is None else failure.kind,
         failure_detail=None if failure is None else failure.detail,
     )

@@ -17,10 +17,13 @@ from fourfold.bench.kernels.case import Case
 from fourfold.kernels.decode_attention import (
     DecodeShape,
     PlanBuffers,
+    merge_and_quantize,
     paged_int8_attention_decode_reference,
+    paged_int8_attention_decode_unmerged,
     plan_decode,
 )
 from fourfold.kernels.pages import PAGE_TOKENS
+from fourfold.kernels.rows import Rows
 from fourfold.quadrants.costs import cost_of
 
 _SEQUENCES = 64
@@ -51,6 +54,8 @@ def cases(device: torch.device) -> Iterator[Case]:
             shared_pages=prefix // 64,
         )
         yield _case(f"int8 {groups} x 8 siblings over {prefix}", step, device)
+    for batch in (1, 256):
+        yield _coded(StepOf(lengths=(512,) * batch, shape=_of(1)), device)
 
 
 def _of(rows: int) -> DecodeShape:
@@ -83,6 +88,34 @@ def _case(name: str, step: StepOf, device: torch.device) -> Case:
         baseline=_sdpa(step, made.q[0]) if same else None,
         baseline_name="PyTorch SDPA, bfloat16" if same else None,
         baseline_work=float(_contiguous_bytes(step)) if same else None,
+    )
+
+
+def _coded(step: StepOf, device: torch.device) -> Case:
+    """With the merge on the way to the 8-bit rows that the output projection reads."""
+    made = RandomStep(step, device, layers=1)
+    buffers = PlanBuffers.holding(plan_decode(made.sequences, made.shape, cost_of(device)), device)
+    width = step.shape.heads * step.shape.head_width
+    arguments = (made.q[0], made.records[0], made.open_k[0], made.open_v[0], made.layout)
+
+    def run() -> Rows:
+        out_RHC = paged_int8_attention_decode_unmerged(*arguments, buffers)
+        return merge_and_quantize(out_RHC, buffers, torch.int8, width)
+
+    def error() -> float:
+        wanted = paged_int8_attention_decode_reference(*arguments, made.sequences)
+        codes_TW, scale_T = run()
+        out = codes_TW.float() * scale_T[:, None]
+        return float((out - wanted.flatten(1).float()).norm() / wanted.float().norm())
+
+    return Case(
+        kernel="paged_int8_attention_decode",
+        case=f"int8 {len(step.lengths)} x {step.lengths[0]}, to 8-bit rows",
+        run=run,
+        work=float(step.page_bytes),
+        unit="B",
+        ceiling="copy bandwidth",
+        error=error,
     )
 
 

@@ -1,6 +1,7 @@
 """Filling pages, in the shape of Qwen3-30B-A3B.
 
-Shapes: J jobs, S rows, G KV heads, N = 64 tokens per page, C head width.
+Shapes: J jobs, S rows, T tokens, G KV heads, N = 64 tokens per page, C head width, A channels of
+queries, keys and values.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ from fourfold.kernels.pages import (
     append_rows,
     seal_pages,
 )
+from fourfold.kernels.rope import OpenRows, norm_rope_append
+from fourfold.kernels.rope import reference as rope_reference
 
-_KV_HEADS, _HEAD_WIDTH = 4, 128
+_HEADS, _KV_HEADS, _HEAD_WIDTH = 32, 4, 128
+_EPS = 1e-6
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -32,6 +36,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield _seal(pages, PageCodes.INT8, device)
     for rows in (256, 64):
         yield _append(rows, device)
+    for rows in (256, 1):
+        yield _norm_rope_append(rows, device)
 
 
 def _keys_and_values(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -96,6 +102,41 @@ def _append(rows: int, device: torch.device) -> Case:
         case=f"{rows} rows, {_KV_HEADS} heads x {_HEAD_WIDTH}",
         run=run,
         work=2.0 * (k_TGC.nbytes + v_TGC.nbytes),
+        unit="B",
+        ceiling="copy bandwidth",
+        error=error,
+    )
+
+
+def _norm_rope_append(rows: int, device: torch.device) -> Case:
+    """Of a decode step: keys and values go to open pages alone."""
+    across = (_HEADS + 2 * _KV_HEADS) * _HEAD_WIDTH
+    qkv_TA = torch.randn(rows, across, dtype=torch.bfloat16, device=device)
+    cos_TC, sin_TC = torch.randn(2, rows, _HEAD_WIDTH, dtype=torch.bfloat16, device=device)
+    q_weight, k_weight = torch.rand(2, _HEAD_WIDTH, device=device) + 0.5
+    options = q_weight, k_weight, _EPS
+    open_k, open_v = _keys_and_values(rows * PAGE_TOKENS, device)
+    place_T = torch.randperm(open_k.shape[0], device=device)[:rows].int()
+    heads = _HEADS, _KV_HEADS, _HEAD_WIDTH
+
+    def run() -> Tensor:
+        opened = OpenRows(open_k, open_v, place_T)
+        return norm_rope_append(qkv_TA, *heads, cos_TC, sin_TC, opened, *options)[0]
+
+    def error() -> float:
+        open_k.fill_(float("nan"))
+        ours = (run(), open_k[place_T.long()], open_v[place_T.long()])
+        exact = rope_reference.norm_rope(qkv_TA.float(), *heads, cos_TC, sin_TC, *options)
+        return max(
+            float((out.float() - expected).norm() / expected.norm())
+            for out, expected in zip(ours, exact, strict=True)
+        )
+
+    return Case(
+        kernel="norm_rope_append",
+        case=f"{rows} rows, {_HEADS}/{_KV_HEADS} heads x {_HEAD_WIDTH}, normed",
+        run=run,
+        work=4.0 * rows * across + 4.0 * rows * _HEAD_WIDTH,
         unit="B",
         ceiling="copy bandwidth",
         error=error,

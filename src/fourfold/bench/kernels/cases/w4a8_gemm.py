@@ -1,4 +1,4 @@
-"""W4A8 products in the shapes of Qwen3-30B-A3B: the experts' FFN, dense projections, an 8-bit head.
+"""Products in the shapes of Qwen3-30B-A3B: the experts' FFN, dense projections in 4 and 8 bits.
 
 With many tokens the work is operations and the baseline cuBLAS FP8 on a dense product of as many;
 with few it is the bytes of the weights, codes and scales, of those experts that tokens go to.
@@ -28,6 +28,7 @@ _HEAD = (151936, 2048)
 _PREFILL = 16384
 _EXPERT_CASES = (
     (W4A8Recipe.INT8_CHANNEL, ("uniform", "zipf"), (1, 8, 64)),
+    (W4A8Recipe.INT8_G64, ("uniform",), (1, 8, 32, 128, 256)),
     (W4A8Recipe.INT8_G128, ("uniform",), (64,)),
 )
 """Recipes, the routings of many tokens, and how few tokens."""
@@ -45,7 +46,9 @@ def cases(device: torch.device) -> Iterator[Case]:
     for outputs, inputs in _DENSE:
         for tokens in (_PREFILL, 1):
             yield _dense(W4A8Recipe.INT8_CHANNEL, tokens, outputs, inputs, device)
-    yield _head(1, device)
+        for tokens in (_PREFILL, 256, 32, 1):
+            yield _dense_8_bits(tokens, outputs, inputs, device)
+    yield _dense_8_bits(1, *_HEAD, device)
 
 
 def random_rows(*shape: int, device: torch.device) -> Tensor:
@@ -271,8 +274,7 @@ def _dense(
     return _one(str(recipe), (tokens, outputs, inputs), run, wanted, weight.nbytes, device)
 
 
-def _head(tokens: int, device: torch.device) -> Case:
-    outputs, inputs = _HEAD
+def _dense_8_bits(tokens: int, outputs: int, inputs: int, device: torch.device) -> Case:
     weight = quantize_rows(random_rows(outputs, inputs, device=device), torch.int8, inputs)
     x_TI = random_rows(tokens, inputs, device=device)
     rows = quantize_rows(x_TI, torch.int8, inputs)

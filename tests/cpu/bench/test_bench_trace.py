@@ -1,0 +1,55 @@
+"""The device's timeline, read from a Chrome trace."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from fourfold.bench.offline.trace import Activity, by_kernel, idle, read_trace
+
+
+def event(name: str, category: str, start: float, length: float, launch: int) -> dict[str, Any]:
+    times = {"ph": "X", "ts": start, "dur": length, "pid": 0, "tid": 7}
+    return {"name": name, "cat": category, "args": {"correlation": launch, "device": 0}, **times}
+
+
+TRACE = {
+    "schemaVersion": 1,
+    "deviceProperties": [{"id": 0}],
+    "traceEvents": [
+        {"ph": "M", "name": "process_name", "pid": "Trace", "ts": 3, "args": {"name": "python"}},
+        event("cudaGraphLaunch", "cuda_runtime", 0, 1000, 1),
+        # Two graphs of two kernels each, a copy between them, and kernels that overlap.
+        event("b", "kernel", 12, 8, 1),
+        event("a", "kernel", 0, 10, 1),
+        event("copy", "gpu_memcpy", 25, 5, 2),
+        event("a", "kernel", 31, 9, 3),
+        event("b", "kernel", 35, 10, 3),
+        event("c", "kernel", 36, 2, 3),
+        event("set", "gpu_memset", 50, 1, 4),
+    ],
+}
+
+
+def test_gaps_are_told_apart_by_launch() -> None:
+    activities = read_trace(json.dumps(TRACE).encode())
+    assert [activity.name for activity in activities] == ["a", "b", "copy", "a", "b", "c", "set"]
+    spent = idle(activities)
+    assert spent.window == pytest.approx(51e-6)
+    assert spent.within == pytest.approx(2e-6)  # 10 to 12
+    assert spent.between == pytest.approx(11e-6)  # 20 to 25, 30 to 31, 45 to 50
+
+
+def test_kernels_are_summed_the_most_first() -> None:
+    activities = [
+        Activity("x|y", 0.0, 1e-6, 1),
+        Activity("z", 2e-6, 8e-6, 1),
+        Activity("x|y", 9e-6, 10e-6, 2),
+    ]
+    lines = by_kernel(activities).splitlines()
+    assert lines[2:] == [
+        "| z | 1 | 6.00 | 0.006 | 75.0% |",
+        "| x y | 2 | 1.00 | 0.002 | 25.0% |",
+    ]
