@@ -16,7 +16,7 @@ import msgspec
 from starlette.types import Receive
 
 from fourfold.engine.messages import FinishReason
-from fourfold.errors import DrainingError
+from fourfold.errors import DrainingError, RequestFailedError
 from fourfold.gateway.generation import Delta, Generation, Usage
 
 _NOTICE = 1.0
@@ -90,6 +90,9 @@ class Following:
                 if delta.finish is FinishReason.CANCELLED:
                     message = "the server ended the request to shut down; send it again"
                     failure = failure or DrainingError(message)
+                elif delta.finish is FinishReason.FAILED:
+                    message = "the request could not be finished; send it again"
+                    failure = failure or RequestFailedError(message)
                 elif prompt == 0:
                     arrived.append(delta)
                 else:
