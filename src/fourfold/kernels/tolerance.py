@@ -23,6 +23,7 @@ TOLERANCES = {
     "seal_pages": {"int8": 0.05, "fp8": 0.05},
     "append_rows": {"": 0.0},
     "route": {"": 0.01},
+    "group_rows": {"": 0.0},
 }
 """For every kernel what each recipe is allowed; "" where a kernel has one recipe."""
 

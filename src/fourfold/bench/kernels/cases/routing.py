@@ -105,8 +105,8 @@ def _combine(tokens: int, device: torch.device) -> Case:
     # Read what experts returned and the residual, write their sum and the codes.
     size = tokens * (_WIDTH * (2.0 * _CHOICES + 5) + 4 * _CHOICES + 4)
     return Case(
-        kernel="combine, rms_norm_quantize",
-        case=f"{tokens} x {_CHOICES} x {_WIDTH}, residual, int8",
+        kernel="rms_norm_quantize",
+        case=f"{tokens} x {_CHOICES} x {_WIDTH}, combined, residual, int8",
         run=run,
         work=size,
         unit="B",
