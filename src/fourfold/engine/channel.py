@@ -1,33 +1,73 @@
-"""The wire between a gateway and an engine in another process: typed messages over a local socket.
+"""The wire between a gateway and an engine in another process: typed messages over a socket.
 
-A message is msgpack behind its length in four bytes. A gateway sends `Load` first and the engine
-answers with `Progress` until it says `Ready` or `LoadFailed`; then requests and aborts go one way,
-and what each step brought goes the other. Whoever finds the socket closed knows that the other
-process has ended.
+A message is msgpack behind its length in four bytes. A worker says `Hello`, the gateway `Load`, and
+the worker answers with `Progress` until it says `Ready` or `LoadFailed`; then requests and aborts
+go one way, and what each step brought goes the other. Both say something at least every
+`ALIVE_SECONDS`. Whoever finds the socket closed, or hears nothing for long, takes the other process
+for dead.
 """
 
 from __future__ import annotations
 
+import enum
 import socket
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
 from fourfold.engine.building import EngineSetup, ModelFacts
-from fourfold.engine.messages import Abort, EngineStats, Submit, TokenOutput
+from fourfold.engine.messages import (
+    Abort,
+    Continue,
+    EngineStats,
+    Granted,
+    HandoverNews,
+    Submit,
+    TokenOutput,
+)
+from fourfold.transport.format import PageFormat
+from fourfold.transport.peer import Peer
+
+ALIVE_SECONDS = 0.5
 
 _LENGTH_BYTES = 4
 _READ_BYTES = 1 << 18
 
 
+class Role(enum.StrEnum):
+    """What a worker is given to compute. Every worker can compute everything."""
+
+    BOTH = "both"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """A worker is there; its first message of all."""
+
+    name: str
+    role: Role
+    pid: int
+    device: str
+    """What it was told to compute on; auto if nothing."""
+
+
 class Load(msgspec.Struct, frozen=True, tag=True):
-    """Build this engine; the first message of all."""
+    """Build this engine; the answer to `Hello`."""
 
     setup: EngineSetup
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
     """Let the running step finish, then end the process."""
+
+
+class Alive(msgspec.Struct, frozen=True, tag=True):
+    """The gateway is there and has nothing else to say."""
+
+
+class Leaving(msgspec.Struct, frozen=True, tag=True):
+    """The worker was asked to end: it takes nothing new and waits for `Stop`."""
 
 
 class Progress(msgspec.Struct, frozen=True, tag=True):
@@ -44,6 +84,11 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     max_context: int
     """Tokens of prompt and answer together at most."""
     stats: EngineStats
+    peer: Peer
+    """How others reach its pages."""
+    pages: PageFormat
+    fingerprint: str
+    """Equal for engines whose keys and values mean the same."""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
@@ -60,11 +105,13 @@ class News(msgspec.Struct, frozen=True, tag=True):
     """Empty where only the numbers have changed."""
     stats: EngineStats
     time: float
-    """When the engine had the first of it: `time.perf_counter()`, the same clock for both sides."""
+    """When the engine had the first of it: `time.perf_counter()`, the same clock for both sides if
+    they share a machine."""
+    handover: list[HandoverNews] = []
 
 
-ToEngine = Load | Stop | Submit | Abort
-FromEngine = Progress | Ready | LoadFailed | News
+ToEngine = Load | Stop | Alive | Submit | Abort | Granted | Continue
+FromEngine = Hello | Progress | Ready | LoadFailed | News | Leaving
 
 Incoming = TypeVar("Incoming")
 

@@ -3,6 +3,12 @@
 Plain immutable msgspec structs without tensors, so that the same messages serve a thread in this
 process and a worker behind a wire. The gateway makes `Submit` and `Abort`; the engine answers each
 sample of a request with `TokenOutput`s, the last of which carries a finish reason.
+
+A request may be cut in two (`Stage`): one engine computes its prompt, another its answer. The
+gateway then submits it to both. The decoding engine reserves pages and says `Granted`, which the
+gateway passes to the prefilling one; that one sends the pages as it computes them, and the first
+token to the gateway, who passes it on as `Continue`. Both say `Moved` when the pages are there, or
+why not.
 """
 
 from __future__ import annotations
@@ -10,6 +16,8 @@ from __future__ import annotations
 import enum
 
 import msgspec
+
+from fourfold.transport.peer import Peer
 
 
 class FinishReason(enum.StrEnum):
@@ -49,13 +57,61 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Token ids that end a sample (the model's end-of-text ids included by the gateway)."""
 
 
+class Stage(enum.StrEnum):
+    """Which part of a request an engine computes."""
+
+    WHOLE = "whole"
+    PREFILL = "prefill"
+    """The prompt, and the first sample's next token."""
+    DECODE = "decode"
+    """What follows; the prompt's pages come from another engine."""
+
+
 class Submit(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """One request: `n` samples of one prompt."""
+    """One request: `n` samples of one prompt, numbered from `index`."""
 
     request_id: int
+    """Of this engine's part; a request that is tried again has another."""
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     n: int = 1
+    index: int = 0
+    generated: tuple[int, ...] = ()
+    """Tokens that the one sample (`n` is 1) has got already, elsewhere."""
+    stage: Stage = Stage.WHOLE
+    peer: Peer | None = None
+    """Unless the stage is WHOLE: where the pages go, or come from."""
+
+
+class Granted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The decoding engine holds pages for a prompt; the first `found` of them it had already."""
+
+    request_id: int
+    found: int = 0
+
+
+class Continue(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """The first sample's next token, for the decoding engine, which does not report it; `finish`
+    if it was the sample's last."""
+
+    request_id: int
+    token: int
+    finish: FinishReason | None = None
+
+
+class Moved(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """A prompt's pages are all there, or will never be because of `error`.
+
+    Said by both engines. After an error the prefilling engine has let go of its part; the decoding
+    one holds its pages until it is told to abort.
+    """
+
+    request_id: int
+    error: str | None = None
+
+
+HandoverNews = Granted | Moved
+"""What an engine reports beside tokens."""
 
 
 class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
