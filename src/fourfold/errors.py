@@ -19,6 +19,10 @@ class ConfigError(FourfoldError):
     """An option or combination of options that cannot be honoured."""
 
 
+class AuthenticationError(FourfoldError):
+    """A process whose key differs from ours, or that is none of ours."""
+
+
 class RequestError(FourfoldError):
     """A request that is refused before anything is allocated (HTTP 400).
 

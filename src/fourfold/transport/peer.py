@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from fourfold.transport.format import PageFormat
+
 
 class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """A node of the transport, as others are told of it."""
@@ -15,3 +17,5 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     host_id: str = ""
     """Equal for nodes that can read each other's shared memory."""
+    pages: PageFormat | None = None
+    """What its pages are; None for a node without any."""
