@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fourfold.engine.config import EngineConfig
+from fourfold.models.checkpoint.fingerprint import fingerprint
 from fourfold.models.checkpoint.source import Source
 from fourfold.models.phases import Phases
 from fourfold.models.precision import Precision
@@ -49,6 +50,8 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Number of token ids that may be asked for."""
     eos_token_ids: tuple[int, ...]
     """Ends of text that the model's configuration names."""
+    fingerprint: str
+    """Equal for engines whose keys and values mean the same."""
 
 
 def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelFacts]:
@@ -79,7 +82,13 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
         runner.warm()
     logger.info("weights: %s", told(weight_bytes(model)))
     logger.info("engine %s", phases.ready())
-    facts = ModelFacts(vocabulary=model.config.vocabulary, eos_token_ids=model.config.eos_token_ids)
+    facts = ModelFacts(
+        vocabulary=model.config.vocabulary,
+        eos_token_ids=model.config.eos_token_ids,
+        fingerprint=" ".join(
+            (fingerprint(setup.source), *["dummy"] * setup.dummy, model.precision.value)
+        ),
+    )
     return Engine(runner, setup.config), facts
 
 

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -58,6 +58,9 @@ class Runner:
             self._samples = Samples(config.running, model.config.vocabulary, self.device)
         self._cores = torch.get_num_threads()
         self._decode_threads = config.decode_threads or self._cores
+        self.stored: Callable[[Iterable[int], Iterable[Work]], None] = lambda layers, chunks: None
+        """Called with layers in whose pages chunks of prompts are now, while later layers are still
+        to be computed; where launching is computing."""
         self._graphs: StepGraphs | None = None
         self._planner: DecodePlanner | None = None
         if config.cuda_graphs and isinstance(self.pages, CodedPages) and self._stream is not None:
@@ -140,6 +143,8 @@ class Runner:
         arrays = Staging(input_sizes(rows[0] + rows[1], rows[2]), self.device)
         arrays.load(self._inputs(plan, params, *rows))
         step = lay_out(self.pages, decodes, prefills, heads=self.model.config.query_heads)
+        if self.device.type == "cpu":
+            step.stored = lambda layer: self.stored([layer], plan.prefills)
         outputs = run_step(self.model, step, arrays, self._samples, adjustment=adjustment)
         return outputs, len(decodes)
 

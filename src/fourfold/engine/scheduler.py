@@ -7,17 +7,29 @@ youngest sample gives up its pages and is computed again later.
 
 `schedule` relies on counts only, never on the value of a token that is still on the device, so a
 step can be scheduled before the one before it has been read.
+
+Of a request cut in two, the prefilling engine holds the prompt's pages until the other one has
+them; the decoding one grants pages in order of arrival, as to any prompt, and computes on when they
+have come. Both kinds are `moving` meanwhile: they are not scheduled and never preempted.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.messages import Abort, FinishReason, Submit, TokenLogprob, TokenOutput
+from fourfold.engine.messages import (
+    Abort,
+    Continue,
+    FinishReason,
+    Stage,
+    Submit,
+    TokenLogprob,
+    TokenOutput,
+)
 from fourfold.engine.page_pool import PagePool
 from fourfold.engine.sequence import Sequence
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
@@ -74,6 +86,11 @@ class Scheduler:
         self.max_context = max_context
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
+        self.moving: dict[int, Sequence] = {}
+        self.granted: list[Sequence] = []
+        """Those that hold pages now and wait for what belongs in them; for the engine to take."""
+        self.before_leaving: Callable[[Sequence], None] = lambda sequence: None
+        """Called before the pages of a part of a request are given up."""
         self.preemptions = 0
         self._tokens = config.tokens
         self._slots = list(reversed(range(config.running)))
@@ -81,7 +98,7 @@ class Scheduler:
 
     @property
     def idle(self) -> bool:
-        return not self.waiting and not self.running
+        return not self.waiting and not self.running and not self.moving
 
     def add(self, request: Submit) -> list[TokenOutput]:
         """Queues every sample of a request; samples after the first wait for its prompt.
@@ -90,7 +107,9 @@ class Scheduler:
         samples fail at once, and that is the news returned.
         """
         length = len(request.prompt_ids)
-        if not 0 < length < self.max_context:
+        here = 1 if request.stage is Stage.PREFILL else request.n
+        indices = range(request.index, request.index + here)
+        if not 0 < length + len(request.generated) < self.max_context:
             return [
                 TokenOutput(
                     request_id=request.request_id,
@@ -98,10 +117,10 @@ class Scheduler:
                     finish=FinishReason.FAILED,
                     error=f"a prompt of {length} tokens does not fit {self.max_context}",
                 )
-                for index in range(request.n)
+                for index in indices
             ]
         leader: Sequence | None = None
-        for index in range(request.n):
+        for index in indices:
             longest = min(length + request.sampling.max_tokens, self.max_context)
             sequence = Sequence(request, index, self._arrivals, leader, longest)
             self._arrivals += 1
@@ -128,7 +147,8 @@ class Scheduler:
                 break
             if not self._admit(sequence):
                 break
-            budget -= self._schedule_chunk(sequence, budget, prefills)
+            if sequence.stage is not Stage.DECODE:
+                budget -= self._schedule_chunk(sequence, budget, prefills)
         if not decodes and not prefills:
             return None
         return StepPlan(tuple(decodes), tuple(prefills))
@@ -147,9 +167,33 @@ class Scheduler:
                 sequence.tokens.append(result.token)
                 outputs.append(self._output(sequence, result))
             self._publish(sequence)
-            if sequence.finish is not None:
+            if work.samples and _wanted_elsewhere(sequence):
+                self.running.remove(sequence)
+                self.moving[sequence.request.request_id] = sequence
+            elif sequence.finish is not None:
                 self._retire(sequence)
         return outputs
+
+    def part(self, request_id: int) -> Sequence | None:
+        """The sample that is computed here in part, if it is under way."""
+        for sequence in [*self.moving.values(), *self.running, *self.waiting]:
+            if sequence.request.request_id == request_id and sequence.stage is not Stage.WHOLE:
+                return sequence
+        return None
+
+    def arrive(self, sequence: Sequence) -> None:
+        """The pages of a prompt have come; its answer goes on once its next token is known."""
+        sequence.computed = sequence.given
+        self._go_on(sequence)
+
+    def proceed(self, sequence: Sequence, message: Continue) -> None:
+        """The next token of a prompt is known; its answer goes on once its pages have come."""
+        sequence.proceeds = message
+        self._go_on(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Ends a part of which nothing more is wanted here, without news."""
+        self._retire(sequence)
 
     def retry_smaller(self, plan: StepPlan) -> bool:
         """Takes back a step that did not fit into memory, so that the next one is smaller: half its
@@ -161,8 +205,9 @@ class Scheduler:
         if plan.prefills and smaller < plan.tokens:
             self._tokens = smaller
             return True
-        if len(self.running) > 1:
-            self._preempt(self.running[-1])
+        youngest = self._youngest()
+        if youngest is not None and len(self.running) > 1:
+            self._preempt(youngest)
             return True
         return False
 
@@ -170,11 +215,16 @@ class Scheduler:
         """Ends the named samples where they still exist, and says so for each."""
         named = [
             sequence
-            for sequence in [*self.waiting, *self.running]
+            for sequence in [*self.waiting, *self.running, *self.moving.values()]
             if sequence.request.request_id == message.request_id
             and message.index in (None, sequence.index)
         ]
-        return [self._end(sequence, message.reason, None) for sequence in named]
+        over = [sequence for sequence in named if sequence.finish is not None]
+        for sequence in over:  # only its pages were still wanted, elsewhere
+            self._retire(sequence)
+        return [
+            self._end(sequence, message.reason, None) for sequence in named if sequence not in over
+        ]
 
     def fail(self, sequences: Iterable[Sequence], error: str) -> list[TokenOutput]:
         """Ends samples that cannot be computed, with the reason."""
@@ -190,7 +240,8 @@ class Scheduler:
             length = sequence.length
             preempted = sequence.slot < 0
             ending = sequence.pending and length >= sequence.longest
-            if preempted or ending or length - sequence.computed != 1:
+            ended_here = sequence.stage is Stage.PREFILL and sequence.prefilled
+            if preempted or ending or ended_here or length - sequence.computed != 1:
                 continue
             if self._make_room(sequence):
                 decodes.append(self._take(sequence, 1))
@@ -202,7 +253,8 @@ class Scheduler:
         if sequence.pages_for(sequence.computed + 1) == 0:
             return True
         while not self.pool.available:
-            victim = self.running[-1]
+            victim = self._youngest()
+            assert victim is not None
             self._preempt(victim)
             if victim is sequence:
                 return False
@@ -238,7 +290,7 @@ class Scheduler:
         idle = sum(self.pool.owners(page) == 0 for page in found)
         needed = sequence.pages_for(sequence.length) - len(found)
         # Leave every running sample its next page, or the newcomer would soon be thrown out again.
-        if needed + len(self.running) > self.pool.available - idle:
+        if needed + len(self.running) + len(self.moving) > self.pool.available - idle:
             return False
         for page in found:
             self.pool.share(page)
@@ -250,9 +302,35 @@ class Scheduler:
         self.waiting.remove(sequence)
         sequence.slot = self._slots.pop()
         sequence.admissions += 1
+        if sequence.stage is Stage.DECODE:
+            self.moving[sequence.request.request_id] = sequence
+            self.granted.append(sequence)
+        else:
+            self._run(sequence)
+        return True
+
+    def _run(self, sequence: Sequence) -> None:
         self.running.append(sequence)
         self.running.sort(key=lambda other: other.arrival)
-        return True
+
+    def _go_on(self, sequence: Sequence) -> None:
+        """From here on a sample is like any other, if nothing is missing."""
+        if sequence.proceeds is None or not sequence.prefilled:
+            return
+        del self.moving[sequence.request.request_id]
+        sequence.stage = Stage.WHOLE
+        sequence.prefilled_once = True
+        sequence.tokens.append(sequence.proceeds.token)
+        sequence.finish = sequence.proceeds.finish
+        self._run(sequence)
+        self._publish(sequence)
+        if sequence.finish is not None:
+            self._retire(sequence)
+
+    def _youngest(self) -> Sequence | None:
+        """Who gives way next. Pages that others may be reading stay."""
+        fixed = Stage.PREFILL
+        return next((other for other in reversed(self.running) if other.stage is not fixed), None)
 
     def _grow(self, sequence: Sequence, tokens: int) -> None:
         for _ in range(sequence.pages_for(tokens)):
@@ -265,7 +343,11 @@ class Scheduler:
         self.waiting.insert(position, sequence)
 
     def _leave(self, sequence: Sequence) -> None:
-        self.running.remove(sequence)
+        self._let_go(sequence)
+        if self.moving.get(sequence.request.request_id) is sequence:
+            del self.moving[sequence.request.request_id]
+        else:
+            self.running.remove(sequence)
         self._slots.append(sequence.slot)
         sequence.slot = -1
         self.pool.release(sequence.forget_pages())
@@ -310,10 +392,21 @@ class Scheduler:
         if sequence.slot >= 0:
             self._leave(sequence)
         else:
+            self._let_go(sequence)
             self.waiting.remove(sequence)
+
+    def _let_go(self, sequence: Sequence) -> None:
+        if sequence.stage is not Stage.WHOLE:
+            self.before_leaving(sequence)
 
 
 def _waits_for_leader(sequence: Sequence) -> bool:
     """Samples of one prompt wait until the first has computed it, then share its pages."""
     leader = sequence.leader
     return leader is not None and leader.finish is None and not leader.prefilled_once
+
+
+def _wanted_elsewhere(sequence: Sequence) -> bool:
+    """Whether the pages of a prompt are to be sent, unless its only sample has ended already."""
+    request = sequence.request
+    return sequence.stage is Stage.PREFILL and (sequence.finish is None or request.n > 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fourfold.engine.messages import FinishReason, Submit, TokenLogprob
+from fourfold.engine.messages import Continue, FinishReason, Stage, Submit, TokenLogprob
 from fourfold.engine.page_pool import ROOT_KEY, PageKey, page_key
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 
@@ -10,11 +10,14 @@ from fourfold.quadrants.kv_pages import PAGE_TOKENS
 class Sequence:
     """State of one sample of a request; changed by the scheduler alone.
 
-    `tokens` are prompt and output as far as the host knows them. `computed` tokens have their KV
-    in `pages` once the steps launched so far have run. `pending` counts sampled tokens that have
-    not yet come back from the device. `longest` is the length at which it ends if nothing else ends
-    it. `slot` is its place in the runner's per-sample state while
-    it runs, `admissions` how often it began to (once more after every preemption).
+    `tokens` are prompt and output as far as the host knows them, `given` is how many it came with.
+    `computed` tokens have their KV in `pages` once the steps launched so far have run. `pending`
+    counts sampled tokens that have not yet come back from the device. `longest` is the length at
+    which it ends if nothing else ends it. `slot` is its place in the runner's per-sample state
+    while it runs, `admissions` how often it began to (once more after every preemption).
+
+    `stage` is what of it is computed here: of a request's samples the first may be cut in two, the
+    others share its prompt's pages. `proceeds` is the next token of a prompt computed elsewhere.
     """
 
     def __init__(
@@ -30,16 +33,19 @@ class Sequence:
         self.arrival = arrival
         self.leader = leader
         self.longest = longest
-        self.tokens = list(request.prompt_ids)
+        self.stage = request.stage if leader is None else Stage.WHOLE
+        self.tokens = [*request.prompt_ids, *request.generated]
+        self.given = len(self.tokens)
         self.pages: list[int] = []
         self.computed = 0
         self.pending = 0
         self.slot = -1
         self.admissions = 0
         self.cached_tokens = 0
-        self.prefilled_once = False
+        self.prefilled_once = bool(request.generated)
         self.prompt_logprobs: list[TokenLogprob] = []
         self.finish: FinishReason | None = None
+        self.proceeds: Continue | None = None
         self._keys: list[PageKey] = []
         self._published = 0
 
@@ -56,6 +62,11 @@ class Sequence:
     def remaining(self) -> int:
         """Tokens to compute before the next one can be sampled; 1 while decoding."""
         return self.length - self.computed
+
+    @property
+    def prefilled(self) -> bool:
+        """Whether all tokens it came with are computed, or will be by the steps launched so far."""
+        return self.computed >= self.given
 
     @property
     def wants_prompt_logprobs(self) -> bool:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -69,6 +69,8 @@ class QuadrantStep(abc.ABC):
     live_T: Tensor | None = None
     prefills: bool
     """Whether it has rows of prompts."""
+    stored: Callable[[int], None] = staticmethod(lambda layer: None)
+    """Called when the rows' keys and values in a layer have been enqueued to their pages."""
 
     @abc.abstractmethod
     def attention(self, layer: int, projected: Projected, reader: Weight) -> Activations:
@@ -98,6 +100,7 @@ class FloatStep(QuadrantStep):
     def attention(self, layer: int, projected: Projected, reader: Weight) -> Activations:
         q_THC, k_TGC, v_TGC = projected.rotated()
         self._writes.before_attention(layer, k_TGC, v_TGC)
+        self.stored(layer)
         first = self._decode_rows
         parts = []
         if self._decode is not None:
@@ -246,6 +249,7 @@ class CodedStep(QuadrantStep):
             assert v_TGC is not None
             first = self.room.decode_rows
             self._writes.before_attention(layer, k_TGC, v_TGC)
+            self.stored(layer)
             self._prefill(layer, q_THC[first:], k_TGC[first:], v_TGC[first:], out_THC[first:])
         seals = self._writes.after_attention(layer)
         if isinstance(reader, CudaW8A8Weight):

@@ -12,7 +12,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Sequence as Items
 
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.messages import Abort, FinishReason, Submit, TokenLogprob, TokenOutput
+from fourfold.engine.messages import Abort, FinishReason, Stage, Submit, TokenLogprob, TokenOutput
 from fourfold.engine.page_pool import PagePool
 from fourfold.engine.scheduler import Sampled, Scheduler, StepPlan, Work
 from fourfold.engine.sequence import Sequence
@@ -126,7 +126,8 @@ class Drive:
         oldest = scheduler.running[0]
         assert oldest in planned or oldest.pending
         for sequence in scheduler.running:
-            if sequence not in planned and not sequence.pending:
+            prefilled = sequence.stage is Stage.PREFILL and sequence.prefilled
+            if sequence not in planned and not sequence.pending and not prefilled:
                 assert plan.tokens == budget, "budget left over while a sample waits for it"
         admitted = [s.arrival for s in waited if s in scheduler.running]
         for sequence in waited:
@@ -138,17 +139,18 @@ class Drive:
     def check_ownership(self) -> None:
         scheduler = self.scheduler
         pool, running = scheduler.pool, scheduler.running
-        slots = [sequence.slot for sequence in running]
+        holding = [*running, *scheduler.moving.values()]
+        slots = [sequence.slot for sequence in holding]
         assert len(set(slots)) == len(slots) <= self.config.max_running
         assert all(0 <= slot < self.config.max_running for slot in slots)
         assert [s.arrival for s in running] == sorted(s.arrival for s in running)
         assert all(not s.pages and s.slot < 0 and not s.computed for s in scheduler.waiting)
-        owners = Counter(page for sequence in running for page in sequence.pages)
+        owners = Counter(page for sequence in holding for page in sequence.pages)
         assert [pool.owners(page) for page in range(pool.total)] == [
             owners[page] for page in range(pool.total)
         ]
         assert pool.in_use == len(owners)
-        for sequence in running:
+        for sequence in holding:
             assert len(set(sequence.pages)) == len(sequence.pages)
             assert sequence.computed <= len(sequence.pages) * PAGE_TOKENS
             assert sequence.computed <= sequence.length
