@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import threading
+import time
+
 import msgspec
 
 
@@ -36,3 +39,58 @@ class PathStats(msgspec.Struct, frozen=True, kw_only=True):
     def rate(self) -> float:
         """Bytes per second while busy; 0 before anything came."""
         return self.bytes / self.seconds if self.seconds else 0.0
+
+
+class Counters:
+    """Counts for one direction and peer; every link between the two adds to the same ones.
+
+    For any thread. Counts of events are plain attributes, changed by `add` only.
+    """
+
+    def __init__(self, peer: str, *, sends: bool) -> None:
+        self._lock = threading.Lock()
+        self._peer, self._sends = peer, sends
+        self._bytes, self._frames, self._seconds = 0, 0, 0.0
+        self._events = dict.fromkeys(("links", "duplicate", "stale", "corrupt", "failed"), 0)
+        self._under_way, self._since = 0, 0.0
+        self.path = ""
+        self.connected = False
+        self.round_trip = 0.0
+
+    def begin(self) -> None:
+        """A payload is under way."""
+        with self._lock:
+            if not self._under_way:
+                self._since = time.perf_counter()
+            self._under_way += 1
+
+    def end(self, count: int) -> None:
+        """It is no more, and so many bytes of it were right; 0 where it failed."""
+        with self._lock:
+            self._under_way -= 1
+            if not self._under_way:
+                self._seconds += time.perf_counter() - self._since
+            if count:
+                self._bytes += count
+                self._frames += 1
+
+    def add(self, event: str, count: int = 1) -> None:
+        """Counts one of `links`, `duplicate`, `stale`, `corrupt` and `failed`."""
+        with self._lock:
+            self._events[event] += count
+
+    def stats(self) -> PathStats:
+        """All of it as it is now."""
+        with self._lock:
+            running = time.perf_counter() - self._since if self._under_way else 0.0
+            return PathStats(
+                peer=self._peer,
+                sends=self._sends,
+                path=self.path,
+                connected=self.connected,
+                bytes=self._bytes,
+                seconds=self._seconds + running,
+                frames=self._frames,
+                round_trip=self.round_trip,
+                **self._events,
+            )
