@@ -11,6 +11,7 @@ import time
 
 from fourfold.api.config import ApiConfig
 from fourfold.cli.options import ModelOptions, loading_bar
+from fourfold.cluster.config import ClusterConfig
 from fourfold.engine.config import EngineConfig
 from fourfold.gateway.config import GatewayLimits
 
@@ -24,46 +25,58 @@ class Options:
     """Further names that requests may use for the model."""
     engine: EngineConfig = EngineConfig()
     limits: GatewayLimits = GatewayLimits()
+    cluster: ClusterConfig = ClusterConfig()
     api: ApiConfig = ApiConfig()
 
 
-def _leave_a_core(engine: EngineConfig) -> EngineConfig:
+def _share_cores(engine: EngineConfig, workers: int) -> EngineConfig:
+    """Local workers decode with equal shares of the cores; one alone leaves a core for HTTP."""
     if engine.decode_threads is not None:
         return engine
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return dataclasses.replace(engine, decode_threads=max(1, (cores or 1) - 1))
+    threads = (cores or 1) // workers if workers > 1 else (cores or 1) - 1
+    return dataclasses.replace(engine, decode_threads=max(1, threads))
 
 
 def run(options: Options) -> int:
     from fourfold.api import server
     from fourfold.api.app import create_app
-    from fourfold.gateway.remote import make_remote_gateway
+    from fourfold.cluster.cluster import make_cluster
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     started = time.perf_counter()
     source = options.model.source()
     listener = server.bind(options.api)  # a taken port is known before the model is loaded
     names = options.served_name or (("default",) if options.model.model is None else ())
-    engine = _leave_a_core(options.engine)
+    engine = _share_cores(options.engine, len(options.cluster.roles))
     setup = options.model.setup(source, engine, options.limits, names)
     with loading_bar(source.model_id) as progress:
-        gateway = make_remote_gateway(setup, progress)
+        cluster = make_cluster(
+            setup,
+            options.cluster,
+            progress,
+            drain_timeout=options.api.drain_timeout,
+        )
+    gateway = cluster.gateway
 
     def announce(url: str) -> None:
         seconds = time.perf_counter() - started
         served = " and ".join(gateway.model_names)
         print(f"Serving {served} at {url}/v1 (ready after {seconds:.1f} s)", file=sys.stderr)
+        if cluster.listener is not None:
+            address = cluster.listener.address
+            print(f"Workers may join: fourfold worker --join {address}", file=sys.stderr)
 
     async def main() -> None:
         stop = asyncio.Event()
-        gateway.start(on_failure=stop.set)
+        cluster.start(on_failure=stop.set)
         try:
             app = create_app(gateway, options.api)
             await server.serve(
                 app, gateway, options.api, listener=listener, on_ready=announce, stop=stop
             )
         finally:
-            await gateway.stop()
+            await cluster.stop()
 
     server.run(main())
     if gateway.failure is not None:

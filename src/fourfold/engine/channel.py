@@ -9,7 +9,6 @@ for dead.
 
 from __future__ import annotations
 
-import enum
 import socket
 from typing import Any, Generic, TypeVar
 
@@ -22,6 +21,7 @@ from fourfold.engine.messages import (
     EngineStats,
     Granted,
     HandoverNews,
+    Role,
     Submit,
     TokenOutput,
 )
@@ -31,15 +31,9 @@ from fourfold.transport.peer import Peer
 ALIVE_SECONDS = 0.5
 
 _LENGTH_BYTES = 4
+_LONGEST = 1 << 28
+"""Bytes of a message at most: what claims to be longer is no message."""
 _READ_BYTES = 1 << 18
-
-
-class Role(enum.StrEnum):
-    """What a worker is given to compute. Every worker can compute everything."""
-
-    BOTH = "both"
-    PREFILL = "prefill"
-    DECODE = "decode"
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
@@ -48,14 +42,24 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
     name: str
     role: Role
     pid: int
-    device: str
-    """What it was told to compute on; auto if nothing."""
 
 
 class Load(msgspec.Struct, frozen=True, tag=True):
     """Build this engine; the answer to `Hello`."""
 
     setup: EngineSetup
+    timeout: float = 3.0
+    """Seconds of silence, once `Alive` was said, after which the other side is taken for dead."""
+    ordinal: int = 0
+    """Of this worker among the `workers` that the gateway started on its machine."""
+    workers: int = 1
+
+
+class Refused(msgspec.Struct, frozen=True, tag=True):
+    """The gateway does not take this worker, for the reason said; `again`: it may ask later."""
+
+    message: str
+    again: bool = False
 
 
 class Stop(msgspec.Struct, frozen=True, tag=True):
@@ -87,8 +91,8 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     peer: Peer
     """How others reach its pages."""
     pages: PageFormat
-    fingerprint: str
-    """Equal for engines whose keys and values mean the same."""
+    device: str
+    """What it computes on."""
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):
@@ -110,7 +114,7 @@ class News(msgspec.Struct, frozen=True, tag=True):
     handover: list[HandoverNews] = []
 
 
-ToEngine = Load | Stop | Alive | Submit | Abort | Granted | Continue
+ToEngine = Load | Refused | Stop | Alive | Submit | Abort | Granted | Continue
 FromEngine = Hello | Progress | Ready | LoadFailed | News | Leaving
 
 Incoming = TypeVar("Incoming")
@@ -131,12 +135,15 @@ class Channel(Generic[Incoming]):
     def receive(self) -> list[Incoming]:
         """The messages that one read completes: none where only a part of one came.
 
-        Waits for something to read, or raises `BlockingIOError` if the socket does not block.
-        Raises `EOFError` when the other side has closed its end.
+        Waits for something to read, or raises `BlockingIOError` if the socket does not block, or
+        `TimeoutError` if it has a timeout. Raises `EOFError` when the other side has gone, and
+        `ValueError` where what comes is no message.
         """
         try:
             data = self._connection.recv(_READ_BYTES)
-        except ConnectionResetError:
+        except (BlockingIOError, TimeoutError):
+            raise
+        except OSError:  # reset, or given up by the system
             data = b""
         if not data:
             raise EOFError
@@ -145,7 +152,10 @@ class Channel(Generic[Incoming]):
         with memoryview(self._arrived) as view:
             while len(view) - start >= _LENGTH_BYTES:
                 begin = start + _LENGTH_BYTES
-                end = begin + int.from_bytes(view[start:begin])
+                length = int.from_bytes(view[start:begin])
+                if length > _LONGEST:
+                    raise ValueError(f"a message of {length} bytes")
+                end = begin + length
                 if end > len(view):
                     break
                 messages.append(self._decoder.decode(view[begin:end]))

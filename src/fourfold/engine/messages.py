@@ -57,6 +57,14 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     """Token ids that end a sample (the model's end-of-text ids included by the gateway)."""
 
 
+class Role(enum.StrEnum):
+    """What a worker is given to compute. Every worker can compute everything."""
+
+    BOTH = "both"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
 class Stage(enum.StrEnum):
     """Which part of a request an engine computes."""
 

@@ -1,15 +1,22 @@
-"""An engine in a process of its own: `python -m fourfold.engine.worker FD`, FD an open socket.
+"""An engine in a process of its own: `python -m fourfold.engine.worker FD NAME ROLE`, FD an open
+socket.
 
-It ends when it is told to, and at once when the socket closes: an engine that nobody can reach
-must not keep a GPU. Signals are its gateway's business, which ends it in good order.
+It ends when it is told to, and at once when the socket closes or the gateway falls silent: an
+engine that nobody can reach must not keep a GPU. Signals are its gateway's business, which ends it
+in good order. A worker that joined a gateway by itself (`cluster.joining`) drops what it holds
+instead, and keeps the engine for the next one.
 """
 
 from __future__ import annotations
 
+import contextlib
+import enum
 import gc
 import logging
+import math
 import os
 import queue
+import secrets
 import signal
 import socket
 import sys
@@ -18,32 +25,76 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from fourfold.engine.building import build_engine
+import msgspec
+
+from fourfold.engine.building import EngineSetup, build_engine
 from fourfold.engine.channel import (
+    ALIVE_SECONDS,
+    Alive,
     Channel,
     FromEngine,
+    Hello,
+    Leaving,
     Load,
     LoadFailed,
     News,
     Progress,
     Ready,
+    Refused,
     Stop,
     ToEngine,
 )
-from fourfold.engine.messages import Submit, TokenOutput
+from fourfold.engine.messages import (
+    Abort,
+    Continue,
+    Granted,
+    HandoverNews,
+    Moved,
+    Role,
+    Stage,
+    Submit,
+    TokenOutput,
+)
+from fourfold.engine.placing import place
 from fourfold.errors import FourfoldError
+from fourfold.transport import Node
+from fourfold.transport.config import TransportConfig
+from fourfold.transport.identity import Identity
 
 if TYPE_CHECKING:
     from fourfold.engine.engine import Engine
 
+logger = logging.getLogger(__name__)
+
+_MOST_AT_ONCE = 1000
+"""News of the engine that go as one message at most."""
 _PROGRESS_SECONDS = 0.05
 """Between two reports of progress."""
 _STATS_SECONDS = 0.1
 """After which numbers are sent that changed without other news."""
-_Emitted = tuple[float, list[TokenOutput]]
-"""News with the time at which the engine had the first of it."""
 _LOST = 1
 """Exit code when the gateway or the engine's own thread has gone."""
+
+
+class End(enum.Enum):
+    """Why a connection to a gateway is over."""
+
+    STOPPED = "stopped"
+    """It said so."""
+    LOST = "lost"
+    REFUSED = "refused"
+    """It does not take this worker."""
+
+
+class _Leave(enum.Enum):
+    """The worker was asked to end."""
+
+    LEAVE = 0
+
+
+_News = list[TokenOutput] | HandoverNews
+_Item = tuple[float, _News] | tuple["_Link", End] | _Leave
+"""News with the time at which the engine had it, or what else there is to do."""
 
 
 def main() -> None:
@@ -51,105 +102,288 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    threading.excepthook = _end_with_thread
-    Worker(socket.socket(fileno=int(sys.argv[1]))).run()
+    descriptor, name, role = sys.argv[1:]
+    worker = Worker(Hello(name, Role(role), os.getpid()), TransportConfig())
+
+    def leave_at_once(end: End) -> None:
+        if end is End.LOST or not worker.ready:
+            os._exit(0 if end is End.STOPPED else _LOST)
+
+    worker.serve(socket.socket(fileno=int(descriptor)), leave_at_once)
+    worker.close()
 
 
 class Worker:
-    """Builds the engine that it is asked for, and carries messages to it and news from it."""
+    """Builds the engine that it is asked for, once, and carries messages to it and news from it.
 
-    def __init__(self, connection: socket.socket) -> None:
-        self._channel: Channel[ToEngine] = Channel(connection, ToEngine)
-        self._asked: queue.SimpleQueue[Load] = queue.SimpleQueue()
-        self._news: queue.SimpleQueue[_Emitted | None] = queue.SimpleQueue()
+    Serves one gateway after the other, from one thread; `leave` may be called by a signal handler.
+    """
+
+    def __init__(
+        self,
+        hello: Hello,
+        transport: TransportConfig,
+        choose: Callable[[EngineSetup], EngineSetup] = lambda setup: setup,
+    ) -> None:
+        """`choose` makes the setup that is built here of the one that the gateway sends."""
+        threading.excepthook = _end_with_thread
+        self.refusal: Refused | LoadFailed | None = None
+        """Why the last gateway did not take it, or what could not be built."""
+        self._hello = hello
+        self._transport = transport
+        self._choose = choose
+        self._news: queue.SimpleQueue[_Item] = queue.SimpleQueue()
         self._engine: Engine | None = None
+        self._node: Node | None = None
+        self._ready: Ready | None = None
+        self._held = _Held()
 
-    def run(self) -> None:
-        """Returns when the gateway has said that it is over, or when loading has failed."""
-        threading.Thread(target=self._listen, name="listener", daemon=True).start()
-        setup = self._asked.get().setup
-        try:
-            engine, model = build_engine(setup, self._progress())
-        except FourfoldError as error:
-            self._send(LoadFailed(type(error).__name__, str(error)))
-            return
+    @property
+    def ready(self) -> bool:
+        """Whether the engine is there."""
+        return self._ready is not None
+
+    def serve(
+        self, connection: socket.socket, on_end: Callable[[End], None] = lambda end: None
+    ) -> End:
+        """Serves the gateway at the other end until one of both ends it, then closes the socket
+        and drops what is left. `on_end` is called at once, by another thread."""
+        link = _Link(connection, self._news.put, on_end)
+        with connection:
+            link.send(self._hello)
+            threading.Thread(target=link.listen, args=(self._hear,), daemon=True).start()
+            end = self._load(link) or self._tell(link)
+            if isinstance(link.refusal, Refused):
+                self.refusal = link.refusal
+            link.close()
+        if self._engine is not None:
+            for part in self._held.all():
+                self._engine.abort(Abort(request_id=part))
+        return end
+
+    def leave(self) -> None:
+        """Asks the gateway to take back what is here."""
+        self._news.put(_Leave.LEAVE)
+
+    def close(self) -> None:
+        """Ends the engine, after the step that runs."""
+        if self._engine is not None:
+            self._engine.stop()
+        if self._node is not None:
+            self._node.close()
+
+    def _load(self, link: _Link) -> End | None:
+        """Builds the engine, unless it is there, and says so; or how the connection ended."""
+        load = link.loads.get()
+        if isinstance(load, End):
+            return load
+        if self._engine is None:
+            try:
+                self._build(load, link)
+            except FourfoldError as error:
+                self.refusal = LoadFailed(type(error).__name__, str(error))
+                link.send(self.refusal)
+                return End.REFUSED
+        assert self._ready is not None
+        assert self._engine is not None
+        link.send(msgspec.structs.replace(self._ready, stats=self._engine.stats))
+        return None
+
+    def _build(self, load: Load, link: _Link) -> None:
+        setup = self._choose(load.setup)
+        if load.workers > 1:
+            setup = place(setup, load.ordinal, load.workers)
+        engine, facts = build_engine(setup, _progress(link))
+        pages = engine.page_format
+        identity = Identity(
+            name=self._hello.name,
+            epoch=secrets.randbits(63),
+            model=facts.fingerprint,
+            pages=pages,
+        )
+        self._node = Node(identity, self._transport)
+        engine.connect(self._node)
         # The model lives as long as the process; to look through it for garbage takes longer than
         # many a step.
         gc.collect()
         gc.freeze()
+
+        def put(news: _News) -> None:
+            self._news.put((time.perf_counter(), news))
+
+        engine.start(put, put)
         self._engine = engine
-        engine.start(lambda outputs: self._news.put((time.perf_counter(), outputs)))
-        self._send(Ready(model, engine.max_context, engine.stats))
-        self._tell(engine)
-        engine.stop()
+        peer = msgspec.structs.replace(self._node.peer, pages=pages)
+        self._ready = Ready(facts, engine.max_context, engine.stats, peer, pages, setup.device)
 
-    def _listen(self) -> None:
-        """Hands on what the gateway says, on a thread of its own, so that its end is noticed even
-        while the model is loading."""
+    def _hear(self, message: Submit | Abort | Granted | Continue) -> None:
+        engine = self._engine
+        assert engine is not None, "requests come after Ready"
+        match message:
+            case Submit():
+                self._held.add(message)
+                engine.submit(message)
+            case Abort():
+                engine.abort(message)
+            case _:
+                engine.relay(message)
+
+    def _tell(self, link: _Link) -> End:
+        """Sends what the engine emits and counts, until told to stop; how the connection ended."""
+        engine = self._engine
+        assert engine is not None
+        told, told_at = engine.stats, time.monotonic()
+        while True:
+            outputs: list[TokenOutput] = []
+            handover: list[HandoverNews] = []
+            since, end = math.inf, None
+            for item in self._gather():
+                match item:
+                    case _Leave.LEAVE:
+                        link.send(Leaving())
+                    case (_Link() as other, End() as ending):
+                        end = ending if other is link else end
+                    case (float() as time_had, list() as made):
+                        since = min(since, time_had)
+                        outputs += made
+                    case (float() as time_had, said):
+                        since = min(since, time_had)
+                        handover.append(said)
+            self._held.note(outputs, handover)
+            stats, now = engine.stats, time.monotonic()
+            if outputs or handover or stats != told or now - told_at >= ALIVE_SECONDS:
+                since = min(since, time.perf_counter())
+                link.send(News(outputs, stats, since, handover))
+                told, told_at = stats, now
+            if end is not None:
+                return end
+
+    def _gather(self) -> list[_Item]:
+        """All that there is, as one, so that a gateway which is busy gets fewer, larger messages;
+        nothing if nothing was for a while."""
         try:
-            while True:
-                for message in self._channel.receive():
-                    self._hear(message)
-        except EOFError:
-            os._exit(_LOST)
-
-    def _hear(self, message: ToEngine) -> None:
-        if isinstance(message, Load):
-            self._asked.put(message)
-        elif isinstance(message, Stop):
-            self._news.put(None)
-        else:
-            assert self._engine is not None, "requests come after Ready"
-            if isinstance(message, Submit):
-                self._engine.submit(message)
-            else:
-                self._engine.abort(message)
-
-    def _progress(self) -> Callable[[int, int], None]:
-        due = 0.0
-
-        def tell(done: int, total: int) -> None:
-            nonlocal due
-            now = time.perf_counter()
-            if now >= due or done == total:
-                due = now + _PROGRESS_SECONDS
-                self._send(Progress(done, total))
-
-        return tell
-
-    def _tell(self, engine: Engine) -> None:
-        """Sends what the engine emits and counts, until told to stop."""
-        told = engine.stats
-        while (news := self._gather()) is not None:
-            since, outputs = news
-            stats = engine.stats
-            if outputs or stats != told:
-                self._send(News(outputs, stats, since))
-                told = stats
-
-    def _gather(self) -> _Emitted | None:
-        """All that was emitted since, as one, so that a gateway which is busy gets fewer, larger
-        messages; nothing if nothing was for a while; None when told to stop."""
-        try:
-            first = self._news.get(timeout=_STATS_SECONDS)
+            items = [self._news.get(timeout=_STATS_SECONDS)]
         except queue.Empty:
-            return time.perf_counter(), []
-        if first is None:
-            return None
-        since, outputs = first
-        while not self._news.empty():
-            more = self._news.get()
-            if more is None:
-                self._news.put(None)
-                break
-            outputs += more[1]
-        return since, outputs
+            return []
+        while len(items) < _MOST_AT_ONCE and not self._news.empty():
+            items.append(self._news.get())
+        return items
 
-    def _send(self, message: FromEngine) -> None:
+
+class _Link:
+    """The connection to one gateway."""
+
+    def __init__(
+        self,
+        connection: socket.socket,
+        put: Callable[[tuple[_Link, End]], None],
+        on_end: Callable[[End], None],
+    ) -> None:
+        self.loads: queue.SimpleQueue[Load | End] = queue.SimpleQueue()
+        """What is to be built, or why there is nothing to build."""
+        self.refusal: Refused | None = None
+        self._connection = connection
+        self._channel: Channel[ToEngine] = Channel(connection, ToEngine)
+        self._put = put
+        self._on_end = on_end
+        self._timeout: float | None = None
+
+    def send(self, message: FromEngine) -> None:
+        """Waits until there is room. Where nobody listens the connection ends."""
         try:
             self._channel.send(message)
         except OSError:
-            os._exit(_LOST)
+            self.close()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self._connection.shutdown(socket.SHUT_RDWR)
+
+    def listen(self, hear: Callable[[Submit | Abort | Granted | Continue], None]) -> None:
+        """Hands on what the gateway says, on a thread of its own, so that its end is noticed even
+        while the model is loading."""
+        end = self._listen(hear)
+        self._on_end(end)
+        self.loads.put(end)
+        self._put((self, end))
+
+    def _listen(self, hear: Callable[[Submit | Abort | Granted | Continue], None]) -> End:
+        try:
+            while True:
+                for message in self._channel.receive():
+                    match message:
+                        case Load():
+                            self._timeout = message.timeout
+                            self.loads.put(message)
+                        case Alive():
+                            # From now on it says so all the time.
+                            self._connection.settimeout(self._timeout)
+                        case Stop():
+                            return End.STOPPED
+                        case Refused():
+                            self.refusal = message
+                            return End.REFUSED
+                        case _:
+                            hear(message)
+        except (EOFError, TimeoutError):
+            return End.LOST
+        except (ValueError, msgspec.MsgspecError) as error:
+            logger.error("the gateway sent what is no message (%s)", error)
+            return End.LOST
+
+
+class _Held:
+    """The parts of requests that are here, so that they can be dropped with their gateway."""
+
+    def __init__(self) -> None:
+        self._samples: dict[int, int] = {}
+        self._sending: set[int] = set()
+        self._lock = threading.Lock()
+
+    def add(self, part: Submit) -> None:
+        with self._lock:
+            self._samples[part.request_id] = part.n
+            if part.stage is Stage.PREFILL:
+                self._samples[part.request_id] = 1
+                self._sending.add(part.request_id)
+
+    def note(self, outputs: list[TokenOutput], handover: list[HandoverNews]) -> None:
+        """Forgets what has ended."""
+        with self._lock:
+            for output in outputs:
+                left = self._samples.get(output.request_id, 0) - (output.finish is not None)
+                if left > 0:
+                    self._samples[output.request_id] = left
+                else:
+                    self._forget(output.request_id)
+            for said in handover:
+                if isinstance(said, Moved) and said.request_id in self._sending:
+                    self._forget(said.request_id)
+
+    def all(self) -> list[int]:
+        """Takes them all out."""
+        with self._lock:
+            parts = list(self._samples)
+            self._samples.clear()
+            self._sending.clear()
+            return parts
+
+    def _forget(self, part: int) -> None:
+        self._samples.pop(part, None)
+        self._sending.discard(part)
+
+
+def _progress(link: _Link) -> Callable[[int, int], None]:
+    due = 0.0
+
+    def tell(done: int, total: int) -> None:
+        nonlocal due
+        now = time.perf_counter()
+        if now >= due or done == total:
+            due = now + _PROGRESS_SECONDS
+            link.send(Progress(done, total))
+
+    return tell
 
 
 def _end_with_thread(args: threading.ExceptHookArgs) -> None:

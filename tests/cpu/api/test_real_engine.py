@@ -14,14 +14,16 @@ import openai
 import pytest
 
 from fourfold.api.config import ApiConfig
+from fourfold.cluster.cluster import make_cluster
 from fourfold.engine.building import EngineSetup
 from fourfold.engine.config import EngineConfig
 from fourfold.gateway.config import GatewayLimits
 from fourfold.gateway.local import GatewaySetup
-from fourfold.gateway.remote import make_remote_gateway
 from fourfold.models.checkpoint.source import find_source
 from tests.cpu.api.conftest import Server, eventually, running_server
 from tests.cpu.api.test_bad_input import (  # noqa: F401
+    CHAT,
+    COMPLETIONS,
     test_a_body_that_dribbles_in_gets_408,
     test_a_client_that_leaves_frees_what_it_held,
     test_bad_input_is_refused_with_a_typed_error,
@@ -42,7 +44,7 @@ def real_server() -> Iterator[Server]:
         names=("default",),
     )
     api = ApiConfig(port=0, header_timeout=0.5, body_timeout=0.5, drain_timeout=5.0)
-    with running_server(make_remote_gateway(setup), api) as server:
+    with running_server(make_cluster(setup).gateway, api) as server:
         yield server
 
 
@@ -70,21 +72,25 @@ def test_the_openai_client_gets_sense(server: Server) -> None:
 
 
 def test_64_clients_of_which_many_leave(server: Server) -> None:
-    """Streamed and not, with n, left at random moments: everything is free again afterwards."""
+    """Either API, streamed and not, with n, left at random moments: all is free afterwards."""
     dice = random.Random(0)
 
     async def ask(client: httpx.AsyncClient, number: int) -> str:
         body = {
             "model": "default",
-            "messages": [{"role": "user", "content": f"Count to {number}."}],
             "max_tokens": dice.randrange(1, 24),
             "stream": bool(number % 2),
             "n": 1 + number % 3,
         }
+        text = f"Count to {number}."
+        if number % 4 < 2:
+            path, body["messages"] = CHAT, [{"role": "user", "content": text}]
+        else:
+            path, body["prompt"] = COMPLETIONS, text
         patience = dice.choice([0.05, 0.3, 1.0, 60.0, 60.0])
         try:
             async with asyncio.timeout(patience):
-                answer = await client.post("/v1/chat/completions", json=body)
+                answer = await client.post(path, json=body)
         except TimeoutError:
             return "left"
         assert answer.status_code == 200, answer.text

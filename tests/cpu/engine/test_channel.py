@@ -14,6 +14,7 @@ from fourfold.engine.building import EngineSetup, ModelFacts
 from fourfold.engine.channel import (
     Channel,
     FromEngine,
+    Hello,
     Load,
     LoadFailed,
     News,
@@ -28,6 +29,7 @@ from fourfold.engine.messages import (
     Abort,
     EngineStats,
     FinishReason,
+    Role,
     SamplingParams,
     Submit,
     TokenLogprob,
@@ -35,6 +37,8 @@ from fourfold.engine.messages import (
 )
 from fourfold.models.checkpoint.source import Source, SourceKind
 from fourfold.models.precision import PageFormat, Precision
+from fourfold.transport import format as transport
+from fourfold.transport.peer import Peer
 
 SAMPLING = SamplingParams(
     temperature=0.5, logit_bias={7: -1.5}, stop_token_ids=(2, 3), seed=2**62, logprobs=2
@@ -53,10 +57,27 @@ TO_ENGINE: list[ToEngine] = [
     Abort(request_id=5),
     Stop(),
 ]
+PAGES = transport.PageFormat(
+    layers=2,
+    kv_heads=2,
+    head_width=8,
+    page_tokens=64,
+    code="int8",
+    open_code="float32",
+    record_bytes=4096,
+)
 LIKELY = TokenLogprob(5, -0.25, ((5, -0.25), (9, float("-inf"))))
 FROM_ENGINE: list[FromEngine] = [
     Progress(5, 2**40),
-    Ready(ModelFacts(vocabulary=320, eos_token_ids=(2,)), 1024, EngineStats(pages_total=9)),
+    Hello("both-0", Role.BOTH, 5),
+    Ready(
+        ModelFacts(vocabulary=320, eos_token_ids=(2,), fingerprint="a model"),
+        1024,
+        EngineStats(pages_total=9),
+        Peer(name="both-0", epoch=2**63, host="::1", port=9, pages=PAGES),
+        PAGES,
+        "cpu",
+    ),
     LoadFailed("ConfigError", "a sentence"),
     News([], EngineStats(steps=3, step_seconds=0.5), 1.25),
     News(
@@ -108,6 +129,15 @@ def test_a_setup_comes_out_with_its_types(wire: tuple[socket.socket, socket.sock
     assert heard.setup.source.path == Path("/models/m\u00fcll")
     assert heard.setup.precision is Precision.W4A8
     assert heard.setup.config.kv_pages is PageFormat.INT8
+
+
+def test_what_claims_to_be_too_long_is_no_message(
+    wire: tuple[socket.socket, socket.socket],
+) -> None:
+    ours, theirs = wire
+    ours.sendall(b"\xff\xff\xff\xff{}")
+    with pytest.raises(ValueError, match="4294967295 bytes"):
+        Channel[ToEngine](theirs, ToEngine).receive()
 
 
 def test_a_part_of_a_message_is_none_yet_and_an_end_is_noticed(

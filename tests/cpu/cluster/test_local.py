@@ -1,4 +1,4 @@
-"""A gateway whose engine is another process: the same answers, and either may die."""
+"""A gateway whose engines are other processes: the same answers, and either may die."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ import signal
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from fourfold.cluster.cluster import Cluster, make_cluster
+from fourfold.cluster.local import LocalWorkers
 from fourfold.engine.building import EngineSetup
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.messages import FinishReason, SamplingParams
@@ -19,12 +22,10 @@ from fourfold.errors import (
     ConfigError,
     DrainingError,
     FourfoldError,
-    RequestFailedError,
 )
 from fourfold.gateway.gateway import Gateway
 from fourfold.gateway.generation import GenerationOptions
 from fourfold.gateway.local import GatewaySetup, make_gateway
-from fourfold.gateway.remote import RemoteEngine, make_remote_gateway
 from fourfold.models.checkpoint.source import find_source
 from fourfold.models.precision import Precision
 from tests.cpu.gateway.made_tokenizers import write_default
@@ -53,10 +54,10 @@ def setup(checkpoint: Callable[[str], Path], tmp_path: Path) -> Setup:
     return make
 
 
-def process_of(gateway: Gateway) -> int:
-    engine = gateway._engine
-    assert isinstance(engine, RemoteEngine)
-    return engine._process.pid
+def process_of(cluster: Cluster) -> int:
+    """The worker's, which must be the only one."""
+    [member] = cluster.fleet.members
+    return member.hello.pid
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
@@ -98,8 +99,9 @@ def test_answers_are_those_of_an_engine_in_this_process(setup: Setup) -> None:
             await gateway.stop()
 
     told: list[tuple[int, int]] = []
-    remote = make_remote_gateway(setup(), lambda done, total: told.append((done, total)))
-    pid = process_of(remote)
+    cluster = make_cluster(setup(), progress=lambda done, total: told.append((done, total)))
+    remote = cluster.gateway
+    pid = process_of(cluster)
     local = make_gateway(setup())
     assert remote.context_length == local.context_length
     assert asyncio.run(main(remote)) == asyncio.run(main(local))
@@ -114,73 +116,84 @@ def test_what_cannot_be_loaded_is_said_as_here(setup: Setup, tmp_path: Path) -> 
     with pytest.raises(ConfigError) as here:
         make_gateway(wrong)
     with pytest.raises(ConfigError) as there:
-        make_remote_gateway(wrong)
+        make_cluster(wrong)
     assert str(there.value) == str(here.value)
 
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises(CheckpointError) as checkpoint_error:
-        make_remote_gateway(setup(tmp_path / "empty"))
+        make_cluster(setup(tmp_path / "empty"))
     assert str(tmp_path) in str(checkpoint_error.value)
 
 
-def test_an_engine_that_dies_ends_every_request(setup: Setup) -> None:
-    async def main(gateway: Gateway) -> None:
-        failed = asyncio.Event()
-        gateway.start(on_failure=failed.set)
-        running = await gateway.complete("the rain", ENDLESS)
-        waiting = [await gateway.complete("in spain", ENDLESS) for _ in range(12)]
-        await anext(aiter(running))
-        os.kill(process_of(gateway), signal.SIGKILL)
-        await asyncio.wait_for(failed.wait(), 10)
-        for generation in (running, *waiting):
-            with pytest.raises(RequestFailedError, match=r"lost.*SIGKILL"):
-                await asyncio.wait_for(hear(generation), 1)
-        assert gateway.active == 0
-        assert not gateway.ready
-        assert "SIGKILL" in str(gateway.failure)
-        with pytest.raises(DrainingError):
-            await gateway.complete("another", ENDLESS)
-        await asyncio.wait_for(gateway.stop(), 5)
+def test_a_worker_that_dies_is_started_again_and_no_token_is_lost(setup: Setup) -> None:
+    """Running and waiting requests go on after the tokens that were delivered."""
+    options = GenerationOptions(sampling=GREEDY, max_tokens=200, ignore_eos=True)
+    prompts = [f"the rain in spain {number}" for number in range(12)]
 
-    asyncio.run(main(make_remote_gateway(setup())))
+    async def answers(gateway: Gateway, kill: Callable[[], None]) -> list[tuple[int, ...]]:
+        generations = [await gateway.complete(prompt, options) for prompt in prompts]
+        heard = [asyncio.create_task(hear(generation)) for generation in generations]
+        await eventually(lambda: sum(len(g.token_ids(0)) > 5 for g in generations) >= 2)
+        kill()
+        for task in heard:
+            assert finishes(await asyncio.wait_for(task, 60)) == [FinishReason.LENGTH]
+        return [generation.token_ids(0) for generation in generations]
+
+    async def main(cluster: Cluster) -> None:
+        cluster.start(on_failure=lambda: pytest.fail("it is to be started again"))
+        pid = process_of(cluster)
+        expected = await answers(cluster.gateway, lambda: None)
+        assert await answers(cluster.gateway, lambda: os.kill(pid, signal.SIGKILL)) == expected
+        assert process_of(cluster) != pid
+        assert cluster.fleet.counts.lost > 1
+        await cluster.stop()
+
+    asyncio.run(main(make_cluster(setup())))
 
 
 def test_stopping_ends_what_runs_and_the_process(setup: Setup) -> None:
-    async def main(gateway: Gateway) -> None:
-        gateway.start(on_failure=lambda: pytest.fail("it was stopped"))
+    async def main(cluster: Cluster) -> None:
+        gateway = cluster.gateway
+        cluster.start(on_failure=lambda: pytest.fail("it was stopped"))
         running = [await gateway.complete("the rain", ENDLESS) for _ in range(3)]
         await anext(aiter(running[0]))
-        await gateway.stop()
+        await cluster.stop()
         for generation in running:
             with pytest.raises(DrainingError):
                 await hear(generation)
 
-    gateway = make_remote_gateway(setup())
-    asyncio.run(main(gateway))
+    cluster = make_cluster(setup())
+    pid = process_of(cluster)
+    asyncio.run(main(cluster))
     with pytest.raises(ProcessLookupError):
-        os.kill(process_of(gateway), 0)
-    assert gateway.failure is None
+        os.kill(pid, 0)
+    assert cluster.gateway.failure is None
 
 
 def test_more_prompts_at_once_than_the_socket_holds(setup: Setup) -> None:
-    async def main(gateway: Gateway) -> None:
-        gateway.start()
+    async def main(cluster: Cluster) -> None:
+        gateway = cluster.gateway
+        cluster.start()
         prompt = [5, 6, 7, 300] * 200
         options = GenerationOptions(sampling=GREEDY, max_tokens=1, ignore_eos=True)
         generations = [await gateway.complete(prompt, options) for _ in range(250)]
         for generation in generations:
             assert finishes(await hear(generation)) == [FinishReason.LENGTH]
-        await gateway.stop()
+        await cluster.stop()
 
-    asyncio.run(main(make_remote_gateway(setup())))
+    asyncio.run(main(make_cluster(setup())))
 
 
 def test_a_process_that_dies_while_loading_is_said_so(
     setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = RemoteEngine(setup().engine)
-    os.kill(engine._process.pid, signal.SIGKILL)
+    start = LocalWorkers._start
+
+    def start_and_kill(self: LocalWorkers, place: Any) -> None:
+        start(self, place)
+        os.kill(place.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(LocalWorkers, "_start", start_and_kill)
     with pytest.raises(FourfoldError, match=r"SIGKILL.*while it was loading"):
-        engine.wait_until_ready(lambda done, total: None)
-    engine.kill()
+        make_cluster(setup())

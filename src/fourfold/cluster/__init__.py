@@ -1,0 +1,1 @@
+"""Workers: started here, or joining over the network."""

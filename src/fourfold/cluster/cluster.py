@@ -1,0 +1,89 @@
+"""A gateway and its workers, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+
+from fourfold.cluster.config import ClusterConfig, read_key
+from fourfold.cluster.listener import ClusterListener
+from fourfold.cluster.local import LocalWorkers
+from fourfold.engine.building import ModelFacts, Progress
+from fourfold.gateway.fleet.fleet import Fleet
+from fourfold.gateway.gateway import Gateway
+from fourfold.gateway.local import GatewaySetup, assemble
+from fourfold.gateway.tokenizer import load_tokenizer
+
+_ONE_WORKER = ClusterConfig()
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """A gateway whose engine is a fleet of workers."""
+
+    gateway: Gateway
+    fleet: Fleet
+    listener: ClusterListener | None
+
+    def start(self, on_failure: Callable[[], None] = lambda: None) -> None:
+        """Starts the gateway on the running loop, and lets workers join."""
+        self.gateway.start(on_failure)
+        if self.listener is not None:
+            self.listener.start()
+
+    async def stop(self) -> None:
+        """Ends what still runs, then the workers."""
+        if self.listener is not None:
+            self.listener.close()
+        await self.gateway.stop()
+
+
+def make_cluster(
+    setup: GatewaySetup,
+    config: ClusterConfig = _ONE_WORKER,
+    progress: Progress = lambda done, total: None,
+    *,
+    drain_timeout: float = 30.0,
+) -> Cluster:
+    """As `make_gateway`, with the model in worker processes; returns when all that are started here
+    take requests, or, where there are none, when one has joined.
+
+    A worker that leaves has `drain_timeout` seconds to finish. Raises `ConfigError`,
+    `CheckpointError` and what else loading raises there.
+    """
+    fleet = Fleet(setup.engine, config.fleet, drain_timeout)
+    listener = None
+    if config.cluster_port is not None:
+        listener = ClusterListener(fleet, config, read_key(config.key_file))
+    local = LocalWorkers(fleet, config.roles)
+    try:
+        local.start()
+        tokenizer = load_tokenizer(setup.tokenizer)  # while the model is loading there
+        model = asyncio.run(_load(fleet, local, listener, progress))
+        gateway = assemble(setup, fleet, tokenizer, model)
+    except BaseException:
+        local.kill()
+        fleet.kill()
+        if listener is not None:
+            listener.close()
+        raise
+    fleet.on_failure = gateway.fail
+    return Cluster(gateway, fleet, listener)
+
+
+async def _load(
+    fleet: Fleet, local: LocalWorkers, listener: ClusterListener | None, progress: Progress
+) -> ModelFacts:
+    fleet.attach()
+    try:
+        await local.load(progress)
+        if fleet.model is None and listener is not None:
+            listener.start()
+            await fleet.one_ready()
+    finally:
+        if listener is not None:
+            listener.pause()
+        fleet.detach()
+    assert fleet.model is not None
+    return fleet.model

@@ -1,0 +1,102 @@
+"""The door at which workers join: accepts, has both sides prove that they hold the key, and hands
+the connection to the fleet."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+import socket
+from concurrent.futures import ThreadPoolExecutor
+
+from fourfold.cluster.config import ClusterConfig
+from fourfold.cluster.wiring import plain_socket
+from fourfold.errors import FourfoldError
+from fourfold.gateway.fleet.fleet import Fleet
+from fourfold.transport.handshake import ForeignError, Handshake, Purpose, Role
+from fourfold.transport.identity import Identity
+from fourfold.transport.wire import answer, listen
+
+logger = logging.getLogger(__name__)
+
+_GREETED_AT_ONCE = 8
+_WAITING = 64
+"""Connections that wait to be greeted at most; more are closed unread."""
+_GREETING_SECONDS = 5.0
+
+
+class ClusterListener:
+    """Lets workers join a fleet. To be used on the loop that the fleet listens on."""
+
+    def __init__(self, fleet: Fleet, config: ClusterConfig, key: bytes | None) -> None:
+        """Takes the address. Raises `ConfigError` where it cannot be had."""
+        assert config.cluster_port is not None
+        self._fleet = fleet
+        self._key = key
+        self._socket = listen(config.cluster_host, config.cluster_port)
+        self._socket.setblocking(False)
+        # The same for all workers that join: none of them has pages yet to compare.
+        self._identity = Identity(name="gateway", epoch=secrets.randbits(63), model="")
+        self._threads = ThreadPoolExecutor(_GREETED_AT_ONCE, "greeting")
+        self._greetings: set[asyncio.Task[None]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def address(self) -> str:
+        """HOST:PORT, as `fourfold worker --join` wants it."""
+        host, port, *_ = self._socket.getsockname()
+        return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+    def start(self) -> None:
+        """Lets workers join, on the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._loop.add_reader(self._socket, self._accept)
+
+    def pause(self) -> None:
+        """Lets none join until it is started again, or closed."""
+        if self._loop is not None:
+            self._loop.remove_reader(self._socket)
+            self._loop = None
+
+    def close(self) -> None:
+        """Gives the address back."""
+        self.pause()
+        self._socket.close()
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._socket.accept()
+        except OSError:  # it has gone again, or there are too many open files
+            return
+        if len(self._greetings) >= _WAITING:
+            connection.close()
+            return
+        assert self._loop is not None
+        greeting = self._loop.create_task(self._greet(connection))
+        self._greetings.add(greeting)
+        greeting.add_done_callback(self._greetings.discard)
+
+    async def _greet(self, connection: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        address = "somebody who has gone"
+        with contextlib.suppress(OSError):
+            address = str(connection.getpeername()[0])
+        handshake = Handshake(Role.LISTENER, self._identity, self._key)
+        try:
+            wire, introduction = await loop.run_in_executor(
+                self._threads, answer, connection, handshake, _GREETING_SECONDS, None
+            )
+            if introduction.purpose is not Purpose.GATEWAY:
+                wire.close()
+                raise ForeignError("it wants pages, and a gateway has none")
+        except (OSError, FourfoldError) as error:
+            logger.warning("a connection from %s to the cluster port is closed: %s", address, error)
+            return
+        joined = plain_socket(wire, self._fleet.config.worker_timeout)
+        if self._fleet.stopping or self._loop is None:
+            joined.close()
+            return
+        logger.info("worker %s joins from %s", introduction.identity.name, address)
+        self._fleet.add(joined)

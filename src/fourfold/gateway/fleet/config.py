@@ -1,0 +1,28 @@
+"""What a fleet tolerates. Importing this needs nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+from fourfold.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FleetConfig:
+    """How long workers may be silent, and how often a request is tried."""
+
+    worker_timeout: float = 3.0
+    """Seconds of silence after which a worker is taken for dead, and its requests go on elsewhere.
+    """
+    max_attempts: int = 5
+    """Times in a row that a sample may lose its worker without one new token before it fails."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.worker_timeout < math.inf:
+            raise ConfigError(
+                f"--worker-timeout {self.worker_timeout} must be finite and at least 1: workers "
+                "say something every half second"
+            )
+        if self.max_attempts < 1:
+            raise ConfigError(f"--max-attempts {self.max_attempts} must be at least 1")
