@@ -7,6 +7,7 @@ from fourfold.transport.link import Link, Transfer
 from fourfold.transport.node import Node
 from fourfold.transport.peer import Peer
 from fourfold.transport.pieces import Landing, Part, Piece
+from fourfold.transport.shared import SharedRegion
 from fourfold.transport.stats import PathStats
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "PathStats",
     "Peer",
     "Piece",
+    "SharedRegion",
     "TlsFiles",
     "Transfer",
     "TransportConfig",

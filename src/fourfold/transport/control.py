@@ -47,6 +47,7 @@ class Region(msgspec.Struct, frozen=True, kw_only=True):
     number: int
     process: int
     descriptor: int
+    inode: int
     size: int
 
 

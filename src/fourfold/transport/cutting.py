@@ -5,12 +5,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from fourfold.transport.pieces import Part, Piece
 
 if TYPE_CHECKING:
-    from fourfold.transport.link import Transfer
+    from fourfold.transport.transfers import Transfer
 
 SPLIT_BYTES = 1 << 20
 """A page of more is sent in parts."""
@@ -20,8 +21,7 @@ SPLIT_BYTES = 1 << 20
 class Slice:
     """What one frame carries; the names are those of its header."""
 
-    transfer: Transfer | None
-    """None for a probe."""
+    transfer: Transfer
     part: Part
     layer: int
     layers: int
@@ -71,13 +71,13 @@ class Cutter:
     """Runs that wait, in order, and the frames they are cut into. For one thread at a time."""
 
     def __init__(self, slice_bytes: int) -> None:
-        self._slice_bytes = slice_bytes
+        self.slice_bytes = slice_bytes
         self._runs: collections.deque[_Run] = collections.deque()
 
     def __bool__(self) -> bool:
         return bool(self._runs)
 
-    def add(self, transfer: Transfer, pieces: list[Piece]) -> int:
+    def add(self, transfer: Transfer, pieces: Sequence[Piece]) -> int:
         """Queues runs and returns their bytes. Raises `ValueError` where one makes no sense."""
         runs = [_Run(transfer, piece) for piece in pieces]
         self._runs.extend(runs)
@@ -87,16 +87,13 @@ class Cutter:
         """Takes a transfer's runs out."""
         self._runs = collections.deque(run for run in self._runs if run.transfer is not transfer)
 
-    def clear(self) -> None:
-        self._runs.clear()
-
     def cut(self) -> Slice:
         """The next frame; there must be a run."""
         run = self._runs[0]
         if run.page_bytes > SPLIT_BYTES:
             return self._cut_page(run)
         piece = run.piece
-        fit = max(1, self._slice_bytes // run.page_bytes)
+        fit = max(1, self.slice_bytes // run.page_bytes)
         count = min(fit, piece.count - run.pages)
         views = run.take(count * run.page_bytes)
         first, layers = piece.first + run.pages, 1
@@ -127,7 +124,7 @@ class Cutter:
                 or (more.part, more.first, more.count) != (piece.part, piece.first, piece.count)
                 or more.layer != piece.layer + joined + 1
                 or other.bytes != run.bytes
-                or (joined + 2) * run.bytes > self._slice_bytes
+                or (joined + 2) * run.bytes > self.slice_bytes
             ):
                 break
             views += other.take(other.bytes)
@@ -138,7 +135,7 @@ class Cutter:
     def _cut_page(self, run: _Run) -> Slice:
         """A part of a page that is too large for one frame."""
         piece, offset = run.piece, run.offset
-        length = min(self._slice_bytes, run.page_bytes - offset)
+        length = min(self.slice_bytes, run.page_bytes - offset)
         views = run.take(length)
         page = piece.first + run.pages
         run.offset += length

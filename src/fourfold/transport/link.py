@@ -1,16 +1,17 @@
-"""The sender's side: a link to a peer, and transfers into its leases."""
+"""The sender's side of a link: how it connects, which way pages go, and how it ends."""
 
 from __future__ import annotations
 
 import logging
 import os
+import queue
 import ssl
+import statistics
 import threading
 import time
-from collections.abc import Callable, Sequence
 
 from fourfold.errors import FourfoldError
-from fourfold.transport.config import TransportConfig
+from fourfold.transport.config import TransportConfig, TransportPath
 from fourfold.transport.control import (
     Cancel,
     Complete,
@@ -19,71 +20,37 @@ from fourfold.transport.control import (
     Finish,
     Grant,
     Mapped,
+    Offer,
     Ping,
     Pong,
     ToSender,
     Welcome,
 )
-from fourfold.transport.cutting import Cutter, Slice
-from fourfold.transport.frames import Header, Kind, checksum, encode_header
+from fourfold.transport.cutting import Slice
+from fourfold.transport.frames import Extent, Header, Kind, checksum, encode_extents, encode_header
 from fourfold.transport.handshake import Handshake, Purpose, Role
-from fourfold.transport.identity import Identity
+from fourfold.transport.identity import Identity, host_id
 from fourfold.transport.notifier import Notifier
 from fourfold.transport.peer import Peer
-from fourfold.transport.pieces import Piece
-from fourfold.transport.stats import Counters
+from fourfold.transport.self_test import PROBE_ROUND_TRIPS, Probe, RoundTrips
+from fourfold.transport.shared import Regions
+from fourfold.transport.stats import SHARED_MEMORY, Counters
+from fourfold.transport.transfers import Done, Transfer, Transfers
 from fourfold.transport.wire import Wire, dial
+
+__all__ = ["Link", "Transfer"]
 
 logger = logging.getLogger(__name__)
 
-Done = Callable[[str | None], None]
-
-_LEAVE_SECONDS = 30.0
-
-
-class Transfer:
-    """Pages on their way into one lease. For one thread; its fields change under the link's lock.
-
-    `done` is called once, from a thread of the transport, unless the transfer is cancelled first.
-    """
-
-    def __init__(self, link: Link, lease: int, done: Done) -> None:
-        self._link = link
-        self.lease, self.done = lease, done
-        self.queued = 0
-        """Bytes that wait to be sent."""
-        self.sending = 0
-        """Frames that are being sent now."""
-        self.frames = 0
-        self.finishing = False
-        self.sent = False
-        """Whether the receiver was told that this is all."""
-        self.over = False
-        self.problem: str | None = None
-        self.settled = False
-        self.cancelled = False
-
-    def write(self, pieces: Sequence[Piece]) -> None:
-        """Queues runs, in any order; never waits for the network.
-
-        Their memory must stay as it is until the transfer is done or cancelled. Raises
-        `ValueError` for a piece that makes no sense.
-        """
-        self._link.write(self, pieces)
-
-    def finish(self) -> None:
-        """Says that there are no more pieces: `done(None)` follows when the receiver has verified
-        everything it expects."""
-        self._link.finish(self)
-
-    def cancel(self) -> None:
-        """Gives the transfer up: when this returns, no thread of ours reads its pieces, and `done`
-        is not called any more."""
-        self._link.cancel(self)
+_SHARED_SLICE_BYTES = 1 << 20
+"""Copying is faster in larger pieces than a socket takes well."""
 
 
 class Link:
-    """A way to one incarnation of a peer. It connects by itself, and once broken stays broken."""
+    """A way to one incarnation of a peer. It connects by itself, and once broken stays broken.
+
+    When it stands it tests itself, and only then sends.
+    """
 
     def __init__(
         self,
@@ -92,73 +59,53 @@ class Link:
         identity: Identity,
         config: TransportConfig,
         tls: ssl.SSLContext | None,
+        regions: Regions,
         counters: Counters,
         notifier: Notifier,
     ) -> None:
-        """`identity` is this node's own."""
+        """`identity` and `regions` are this node's own."""
         self.peer = peer
         self._identity, self._config, self._tls = identity, config, tls
-        self._counters, self._notifier = counters, notifier
-        self._work = threading.Condition()
-        self._cutter = Cutter(config.slice_bytes)
-        self._transfers: dict[int, Transfer] = {}
-        self._credit = 0
-        self._moved = time.monotonic()
-        self._problem: str | None = None
+        self._regions, self._counters = regions, counters
+        self._transfers = Transfers(config.slice_bytes, counters, notifier, self._tell)
         self._control: Control[ToSender] | None = None
         self._session = os.urandom(16)
+        self._lock = threading.Lock()
         self._streams: list[Wire] = []
         self._senders: list[threading.Thread] = []
+        self._shared: frozenset[int] = frozenset()
+        """Regions that the peer has mapped."""
+        self._opened = False
+        self._window = 0
+        self._round_trips: RoundTrips | None = None
+        self._probe: Probe | None = None
         self._thread = threading.Thread(target=self._run, name=f"link {peer.name}", daemon=True)
         self._thread.start()
 
     @property
     def broken(self) -> str | None:
         """Why the link is of no use any more; None while it is, or may become so."""
-        return self._problem
+        return self._transfers.problem
 
     def begin(self, lease: int, done: Done) -> Transfer:
         """A transfer into a lease of the peer; on a broken link it fails at once.
 
         Raises `ValueError` where one into the same lease is under way.
         """
-        transfer = Transfer(self, lease, done)
-        with self._work:
-            if lease in self._transfers:
-                raise ValueError(f"a transfer into lease {lease} is under way")
-            self._transfers[lease] = transfer
-            if self._problem is not None:
-                self._end(transfer, self._problem)
-        return transfer
+        return self._transfers.begin(lease, done)
 
-    def write(self, transfer: Transfer, pieces: Sequence[Piece]) -> None:
-        """See `Transfer`."""
-        with self._work:
-            assert not transfer.finishing, "a piece after the last"
-            if transfer.over:
-                return
-            self._start_clock()
-            transfer.queued += self._cutter.add(transfer, list(pieces))
-            self._work.notify_all()
+    def round_trips(self, count: int, seconds: float) -> list[float]:
+        """Seconds that so many messages took there and back, one after the other; for a link that
+        stands. Raises `queue.Empty` after `seconds`."""
+        times: queue.SimpleQueue[list[float]] = queue.SimpleQueue()
+        assert self._control is not None, "the link does not stand yet"
+        self._ping(RoundTrips(count, times.put))
+        return times.get(timeout=seconds)
 
-    def finish(self, transfer: Transfer) -> None:
-        """See `Transfer`."""
-        with self._work:
-            self._start_clock()
-            transfer.finishing = True
-            self._say_sent(transfer)
-            self._settle(transfer)
-
-    def cancel(self, transfer: Transfer) -> None:
-        """See `Transfer`."""
-        with self._work:
-            transfer.cancelled = True
-            if not transfer.over:
-                self._end(transfer, "it was cancelled")
-                if self._control is not None:
-                    self._control.post(Cancel(transfer.lease))
-            if not self._work.wait_for(lambda: not transfer.sending, _LEAVE_SECONDS):
-                raise RuntimeError(f"a thread still reads the pages for lease {transfer.lease}")
+    def offer(self) -> None:
+        """Tells the peer of this node's regions as they are now, if it could map them."""
+        if self._control is not None and self._may_share() is None:
+            self._control.post(Offer(self._regions.offers()))
 
     def close(self, reason: str) -> None:
         """Breaks the link: what is under way fails."""
@@ -169,20 +116,22 @@ class Link:
         self._thread.join(seconds)
 
     def _run(self) -> None:
-        reason, peer = "its thread failed", self.peer
+        peer, reason = self.peer, "its thread failed"
         try:
             wire = self._dial(Purpose.LINK)
-            self._control = Control(
+            control = Control[ToSender](
                 wire,
                 ToSender,
                 hear=self._hear,
                 beat=self._beat,
                 silence_seconds=self._config.stall_seconds,
             )
-            if self._problem is not None:
-                self._control.end(self._problem)
+            with self._lock:
+                self._control = control
+                if self.broken is not None:
+                    control.end(self.broken)
             try:
-                reason = self._control.run()
+                reason = control.run()
             finally:
                 self._break(reason)
                 for sender in self._senders:
@@ -195,8 +144,8 @@ class Link:
         except OSError as error:
             reason = f"it cannot be reached at {peer.host}:{peer.port}: {error}"
         finally:
-            self._counters.connected = False
             self._break(reason)
+            self._counters.connected = False
 
     def _dial(self, purpose: Purpose) -> Wire:
         handshake = Handshake(
@@ -217,96 +166,198 @@ class Link:
         wire.give_up_after(self._config.stall_seconds)
         return wire
 
-    def _open(self) -> None:
-        """Opens the streams; from the control thread."""
-        try:
-            self._open_streams()
-        except (OSError, FourfoldError) as error:
-            self._break(f"a stream cannot be opened: {error}")
+    def _break(self, reason: str) -> None:
+        with self._lock:
+            if not self._transfers.stop(f"the link to {self.peer.name} broke: {reason}"):
+                return
+            for stream in self._streams:
+                stream.shut()
+            if self._control is not None:
+                self._control.end(reason)
+        logger.info("the link to %s ended: %s", self.peer.name, reason)
 
-    def _open_streams(self) -> None:
-        for index in range(self._config.stream_count):
-            wire = self._dial(Purpose.STREAM)
-            with self._work:
-                if self._problem is not None:
-                    wire.close()
-                    return
-                self._streams.append(wire)
-            name = f"link {self.peer.name} stream {index}"
-            sender = threading.Thread(target=self._serve, args=(wire,), name=name, daemon=True)
-            sender.start()
-            self._senders.append(sender)
-        self._counters.path = f"tcp x{len(self._streams)}"
-        self._counters.connected = True
-        self._counters.add("links")
-
-    def _hear(self, message: ToSender) -> None:
-        if not isinstance(message, Pong):
-            self._moved = time.monotonic()
-        match message:
-            case Pong(sent):
-                self._counters.round_trip = (time.monotonic_ns() - sent) / 1e9
-            case Welcome(window):
-                with self._work:
-                    self._credit += window
-                self._open()
-            case Mapped():
-                pass
-            case Grant(count):
-                with self._work:
-                    self._credit += count
-                    self._work.notify_all()
-            case Complete(lease):
-                self._ended(lease, None)
-            case Failed(lease, reason):
-                self._ended(lease, reason)
-
-    def _ended(self, lease: int, problem: str | None) -> None:
-        with self._work:
-            transfer = self._transfers.get(lease)
-            if transfer is not None:
-                self._end(transfer, problem)
+    def _tell(self, message: Finish | Cancel) -> None:
+        assert self._control is not None, "nothing is sent before the link stands"
+        self._control.post(message)
 
     def _beat(self) -> None:
         """Each second: a heartbeat, and whether anything moves."""
         assert self._control is not None
         self._control.post(Ping(time.monotonic_ns()))
-        with self._work:
-            stalled = time.monotonic() - self._moved > self._config.stall_seconds
-            busy = self._busy()
-        if stalled and busy:
-            self._control.end(f"nothing has moved for {self._config.stall_seconds:g} s")
+        seconds = self._config.stall_seconds
+        if self._transfers.stalled(seconds):
+            self._control.end(f"nothing has moved for {seconds:g} s")
 
-    def _start_clock(self) -> None:
-        """What is asked for now has until a stall's time from now."""
-        if not self._busy():
-            self._moved = time.monotonic()
+    def _hear(self, message: ToSender) -> None:
+        assert self._control is not None
+        match message:
+            case Pong(sent):
+                self._counters.round_trip = (time.monotonic_ns() - sent) / 1e9
+                if self._round_trips and (again := self._round_trips.returned(sent)):
+                    self._control.post(again)
+            case Welcome(window):
+                self._window = window
+                self._choose()
+            case Mapped(regions, refusal):
+                self._mapped(regions, refusal)
+            case Grant(count):
+                self._granted(count)
+            case Complete(lease):
+                self._transfers.ended(lease, None)
+            case Failed(lease, reason):
+                self._transfers.ended(lease, reason)
 
-    def _busy(self) -> bool:
-        """Whether the peer owes us progress."""
-        return bool(self._cutter) or any(
-            transfer.sending or transfer.finishing for transfer in self._transfers.values()
+    def _may_share(self) -> str | None:
+        """Why pages cannot go through shared memory; None where that is to be tried."""
+        mine, theirs = host_id(), self.peer.host_id
+        if self._config.path is TransportPath.TCP:
+            return "TCP was asked for"
+        if not mine or mine != theirs:
+            return (
+                "shared memory needs one host and one namespace of processes "
+                f"(here {mine or 'unknown'}, there {theirs or 'unknown'})"
+            )
+        if not self._regions.offers():
+            return "no memory of this worker can be shared"
+        return None
+
+    def _choose(self) -> None:
+        """Which way pages will go, as far as this side knows."""
+        why_not = self._may_share()
+        if why_not is None:
+            self.offer()
+        elif self._config.path is TransportPath.SHARED_MEMORY:
+            self._break(why_not)
+        else:
+            mine, theirs = host_id(), self.peer.host_id
+            if mine != theirs and mine.partition("/")[0] == theirs.partition("/")[0] != "":
+                logger.warning(
+                    "pages to %s go over TCP though it is on this host; start the containers of "
+                    "both in one namespace of processes for shared memory",
+                    self.peer.name,
+                )
+            self._open()
+
+    def _mapped(self, regions: list[int], refusal: str) -> None:
+        """The peer has mapped what it could."""
+        self._shared = frozenset(regions)
+        if not regions and self._config.path is TransportPath.SHARED_MEMORY:
+            self._break(f"shared memory was asked for, but {refusal}")
+            return
+        if refusal:
+            logger.warning(
+                "pages to %s go over TCP though it is on this host: %s", self.peer.name, refusal
+            )
+        if not self._opened:
+            self._open()
+        else:
+            self._counters.path = self._path()
+
+    def _path(self) -> str:
+        return SHARED_MEMORY if self._shared else f"tcp x{len(self._streams)}"
+
+    def _open(self) -> None:
+        """Opens the streams, and begins the test of the link."""
+        self._opened = True
+        try:
+            for _ in range(self._config.stream_count):
+                wire = self._dial(Purpose.STREAM)
+                with self._lock:
+                    if self.broken is not None:
+                        wire.close()
+                        return
+                    self._streams.append(wire)
+        except (OSError, FourfoldError) as error:
+            self._break(f"a stream cannot be opened: {error}")
+            return
+        self._counters.path = self._path()
+        self._counters.connected = True
+        self._counters.add("links")
+        self._ping(RoundTrips(PROBE_ROUND_TRIPS, self._start_probe))
+
+    def _ping(self, series: RoundTrips) -> None:
+        assert self._control is not None
+        self._round_trips = series
+        self._control.post(series.next())
+
+    def _start_probe(self, round_trips: list[float]) -> None:
+        """The second half of the test: payloads on all streams, which then stay open."""
+        payload, extents = memoryview(bytes(self._config.slice_bytes)), []
+        if self._shared:
+            number = max(self._shared, key=lambda number: self._regions[number].size)
+            payload = self._regions[number].buffer[:_SHARED_SLICE_BYTES]
+            extents = [Extent(region=number, length=len(payload), offset=0)]
+        self._probe = Probe(
+            payload=payload,
+            extents=extents,
+            streams=len(self._streams),
+            round_trip=statistics.median(round_trips),
         )
+        for index, wire in enumerate(self._streams):
+            sender = threading.Thread(
+                target=self._serve,
+                args=(wire, self._probe),
+                name=f"link {self.peer.name} stream {index}",
+                daemon=True,
+            )
+            sender.start()
+            self._senders.append(sender)
 
-    def _serve(self, wire: Wire) -> None:
+    def _granted(self, count: int) -> None:
+        probe = self._probe
+        if probe is None:
+            self._transfers.grant(count)
+            return
+        probe.granted += count
+        if probe.granted < probe.bytes:
+            return
+        self._probe = None
+        rate = probe.bytes / (time.perf_counter() - probe.start)
+        self._counters.tested = rate
+        logger.info(
+            "pages to %s (%s:%d) go over %s: %.2f GB/s in a test, a message there and back %.0f us",
+            self.peer.name,
+            self.peer.host,
+            self.peer.port,
+            self._path(),
+            rate / 1e9,
+            1e6 * probe.round_trip,
+        )
+        slice_bytes = self._config.slice_bytes
+        self._transfers.grant(self._window)
+        self._transfers.open(max(slice_bytes, _SHARED_SLICE_BYTES) if self._shared else slice_bytes)
+
+    def _serve(self, wire: Wire, probe: Probe) -> None:
         """Sends frames on one stream until the link breaks."""
-        while (part := self._take()) is not None:
-            self._counters.begin()
-            sent = 0
-            try:
-                wire.send([memoryview(self._head(part)), *part.views])
-                sent = part.length
-            except OSError as error:
-                self._break(f"a stream broke: {error.strerror or error}")
-            finally:
-                self._counters.end(sent)
-                self._gave(part)
+        try:
+            for _ in range(probe.frames):
+                wire.send(probe.frame(self.peer.epoch))
+            while (part := self._transfers.take()) is not None:
+                self._send(wire, part)
+        except OSError as error:
+            self._break(f"a stream broke: {error.strerror or error}")
 
-    def _head(self, part: Slice) -> bytes:
-        assert part.transfer is not None
+    def _send(self, wire: Wire, part: Slice) -> None:
+        self._counters.begin()
+        sent, problem = 0, None
+        try:
+            extents = self._regions.find(part.views, self._shared) if self._shared else None
+            if extents is not None:
+                head = self._head(part, Kind.DESCRIBED, len(extents))
+                wire.send([memoryview(head + encode_extents(extents))])
+            elif self._config.path is not TransportPath.SHARED_MEMORY:
+                wire.send([memoryview(self._head(part, Kind.DATA, 0)), *part.views])
+            else:
+                problem = "shared memory was asked for, and the pages lie in none"
+            sent = part.length
+        finally:
+            self._counters.end(0 if problem else sent)
+            self._transfers.gave(part, problem)
+
+    def _head(self, part: Slice, kind: Kind, extents: int) -> bytes:
         return encode_header(
             Header(
-                kind=Kind.DATA,
+                kind=kind,
                 epoch=self.peer.epoch,
                 lease=part.transfer.lease,
                 part=part.part,
@@ -315,87 +366,10 @@ class Link:
                 first=part.first,
                 count=part.count,
                 length=part.length,
+                # Right before it is sent, so that it is read from memory once.
                 checksum=checksum(part.views),
                 offset=part.offset,
                 size=part.size,
+                extents=extents,
             )
         )
-
-    def _take(self) -> Slice | None:
-        """The next frame, when there is one and credit for it; None when the link is broken."""
-        with self._work:
-            self._work.wait_for(
-                lambda: self._problem is not None or (self._cutter and self._credit > 0)
-            )
-            if self._problem is not None:
-                return None
-            part = self._cutter.cut()
-            self._credit -= part.length
-            if part.transfer is not None:
-                part.transfer.queued -= part.length
-                part.transfer.sending += 1
-            return part
-
-    def _gave(self, part: Slice) -> None:
-        """A frame has been sent, or its stream has broken."""
-        self._moved = time.monotonic()
-        transfer = part.transfer
-        if transfer is None:
-            return
-        with self._work:
-            transfer.sending -= 1
-            transfer.frames += 1
-            if not transfer.sending:
-                self._say_sent(transfer)
-                self._settle(transfer)
-                self._work.notify_all()
-
-    def _say_sent(self, transfer: Transfer) -> None:
-        idle = not transfer.queued and not transfer.sending
-        if transfer.finishing and idle and not transfer.sent and not transfer.over:
-            if self._control is None:
-                return
-            transfer.sent = True
-            self._control.post(Finish(transfer.lease, transfer.frames))
-
-    def _break(self, reason: str) -> None:
-        with self._work:
-            if self._problem is not None:
-                return
-            self._problem = f"the link to {self.peer.name} broke: {reason}"
-            self._cutter.clear()
-            transfers = list(self._transfers.values())
-            for stream in self._streams:
-                stream.shut()
-            for transfer in transfers:
-                self._end(transfer, self._problem)
-            self._work.notify_all()
-            if self._control is not None:
-                self._control.end(reason)
-        logger.info("the link to %s ended: %s", self.peer.name, reason)
-
-    def _end(self, transfer: Transfer, problem: str | None) -> None:
-        if not transfer.over:
-            transfer.over, transfer.problem = True, problem
-            if transfer.queued:
-                self._cutter.drop(transfer)
-                transfer.queued = 0
-            if problem is not None:
-                self._counters.add("failed")
-        self._settle(transfer)
-
-    def _settle(self, transfer: Transfer) -> None:
-        """Tells how a transfer ended, when no thread of ours reads its pieces any more."""
-        if not transfer.over or transfer.sending or transfer.settled:
-            return
-        if transfer.problem is None and not transfer.finishing:
-            return
-        transfer.settled = True
-        self._transfers.pop(transfer.lease, None)
-        self._notifier.put(lambda: self._call(transfer))
-
-    def _call(self, transfer: Transfer) -> None:
-        with self._work:
-            if transfer.cancelled:
-                return
-        transfer.done(transfer.problem)

@@ -18,6 +18,7 @@ from fourfold.transport.notifier import Notifier
 from fourfold.transport.peer import Peer
 from fourfold.transport.pieces import Landing
 from fourfold.transport.session import Session
+from fourfold.transport.shared import Regions, SharedRegion
 from fourfold.transport.stats import Counters, PathStats
 from fourfold.transport.wire import Wire, answer, listen
 
@@ -49,10 +50,12 @@ class Node:
             host=config.advertise or config.host,
             port=self._listener.getsockname()[1],
             host_id=host_id(),
+            pages=identity.pages,
         )
         """How others reach this node."""
         self._notifier = Notifier(f"{identity.name} callbacks")
         self._leases = Leases(self._notifier)
+        self._regions = Regions()
         self._lock = threading.Lock()
         self._links: dict[tuple[str, int], Link] = {}
         self._sessions: dict[bytes, Session] = {}
@@ -64,6 +67,15 @@ class Node:
             target=self._accept, name=f"{identity.name} listener", daemon=True
         )
         self._acceptor.start()
+
+    def register(self, region: SharedRegion) -> None:
+        """Lets peers on this host read a region: pages that lie in it need not be sent. Keeps it
+        for as long as this node lives."""
+        self._regions.add(region)
+        with self._lock:
+            links = list(self._links.values())
+        for link in links:
+            link.offer()
 
     def expect(self, lease: int, writer_epoch: int | None, landing: Landing, done: Done) -> None:
         """Opens a lease: pages for it are taken from now on, from the incarnation `writer_epoch` of
@@ -93,6 +105,7 @@ class Node:
                     identity=self._identity,
                     config=self._config,
                     tls=None,
+                    regions=self._regions,
                     counters=self._counters_of(peer.name, sends=True),
                     notifier=self._notifier,
                 )
@@ -205,7 +218,7 @@ class Node:
             session = self._sessions[introduction.session] = Session(
                 wire,
                 introduction,
-                epoch=self._identity.epoch,
+                me=self._identity,
                 config=self._config,
                 leases=self._leases,
                 counters=self._counters_of(introduction.identity.name, sends=False),

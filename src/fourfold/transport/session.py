@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Sequence
 
-from fourfold.transport.config import MAX_STREAMS, TransportConfig
+from fourfold.transport.config import MAX_STREAMS, TransportConfig, TransportPath
 from fourfold.transport.control import (
     Cancel,
     Complete,
@@ -19,25 +19,31 @@ from fourfold.transport.control import (
     Offer,
     Ping,
     Pong,
+    Region,
     ToReceiver,
     Welcome,
 )
 from fourfold.transport.frames import (
+    EXTENT_BYTES,
     HEADER_BYTES,
     FrameError,
     Header,
     Kind,
     checksum,
+    decode_extents,
     decode_header,
 )
 from fourfold.transport.handshake import Introduction
+from fourfold.transport.identity import Identity
 from fourfold.transport.leases import Leases
-from fourfold.transport.stats import Counters
+from fourfold.transport.shared import MappingError, Mappings, copy
+from fourfold.transport.stats import SHARED_MEMORY, Counters
 from fourfold.transport.wire import Wire
 
 logger = logging.getLogger(__name__)
 
 _DROP_BYTES = 1 << 18
+_MAX_REGIONS = 64
 _REMEMBERED = 1024
 """Leases whose refusal was told, so that it is told once."""
 _GRANTS = 16
@@ -52,15 +58,14 @@ class Session:
         wire: Wire,
         introduction: Introduction,
         *,
-        epoch: int,
+        me: Identity,
         config: TransportConfig,
         leases: Leases,
         counters: Counters,
     ) -> None:
-        """`epoch` is this node's own."""
         self.peer = introduction.identity
         self.number = introduction.session
-        self._my_epoch, self._config = epoch, config
+        self._me, self._config = me, config
         self._leases, self._counters = leases, counters
         self._wire = wire
         self._lock = threading.Lock()
@@ -69,6 +74,7 @@ class Session:
         self._closed = False
         self._refused: collections.OrderedDict[int, None] = collections.OrderedDict()
         self._dealt_with = 0
+        self._mappings = Mappings()
         self._control: Control[ToReceiver] = Control(
             wire,
             ToReceiver,
@@ -100,6 +106,8 @@ class Session:
                 wire.close()
                 return
             self._streams.add(wire)
+            if self._counters.path != SHARED_MEMORY:
+                self._counters.path = f"tcp x{len(self._streams)}"
         try:
             self._receive(wire)
         except FrameError as error:
@@ -151,6 +159,7 @@ class Session:
         self._leases.lose(self, f"the link from {self.peer.name} ended: {reason}")
         with self._left:
             self._left.wait_for(lambda: not self._streams)
+        self._mappings.close()
         self._wire.close()
 
     def _hear(self, message: ToReceiver) -> None:
@@ -161,8 +170,23 @@ class Session:
                 self._leases.sent(lease, self, frames)
             case Cancel(lease):
                 self._leases.cancel(lease, self)
-            case Offer():
-                self._control.post(Mapped([], "not yet"))
+            case Offer(regions):
+                self._control.post(self._map(regions))
+
+    def _map(self, regions: Sequence[Region]) -> Mapped:
+        """Maps the peer's memory, as far as that is allowed and possible."""
+        if self._config.path is TransportPath.TCP:
+            return Mapped([], f"{self._me.name} was told to take pages over TCP")
+        mapped, refusal = [], ""
+        for region in regions[:_MAX_REGIONS]:
+            try:
+                self._mappings.add(region)
+                mapped.append(region.number)
+            except MappingError as error:
+                refusal = str(error)
+        if mapped:
+            self._counters.path = SHARED_MEMORY
+        return Mapped(mapped, refusal)
 
     def _receive(self, wire: Wire) -> None:
         """Deals with frames until the stream ends. Raises `FrameError`, `OSError`, `EOFError`."""
@@ -180,17 +204,18 @@ class Session:
 
     def _deal_with(self, wire: Wire, header: Header) -> int:
         """Receives one payload; returns how many of its bytes somebody wanted and were right."""
-        if header.kind is Kind.PROBE:
-            self._drop(wire, header.length)
+        payload = self._payload(wire, header)
+        if header.kind in (Kind.PROBE, Kind.DESCRIBED_PROBE):
+            payload.fill([memoryview(bytearray(header.length))])
             return 0
-        if header.epoch != self._my_epoch:
+        if header.epoch != self._me.epoch:
             self.count("stale")
             self.refuse(header.lease)
             claim = None
         else:
             claim = self._leases.claim(header, self)
         if claim is None:
-            self._drop(wire, header.length)
+            payload.drop()
             return 0
         problem: str | None = "the link broke amid a page"
         try:
@@ -198,13 +223,22 @@ class Session:
                 views = claim.views()
             except Exception as error:
                 problem = f"the receiver cannot place a run: {error}"
-                self._drop(wire, header.length)
+                payload.drop()
             else:
-                wire.receive(views)
+                payload.fill(views)
                 problem = self._verify(views, header)
         finally:
             wanted = self._leases.land(claim, problem)
         return header.length if wanted else 0
+
+    def _payload(self, wire: Wire, header: Header) -> _Payload:
+        """Where a payload comes from. Raises `FrameError` where it can come from nowhere."""
+        if not header.extents:
+            return _Payload(wire, header.length, [])
+        described = memoryview(bytearray(header.extents * EXTENT_BYTES))
+        wire.receive([described])
+        extents = decode_extents(described, header.length)
+        return _Payload(wire, header.length, self._mappings.sources(extents))
 
     def _verify(self, views: Sequence[memoryview], header: Header) -> str | None:
         if checksum(views) == header.checksum:
@@ -219,14 +253,6 @@ class Session:
         )
         return f"a payload of layer {header.layer} arrived altered (its checksum is wrong)"
 
-    def _drop(self, wire: Wire, length: int) -> None:
-        """Reads a payload that nobody wants."""
-        scratch = memoryview(bytearray(min(length, _DROP_BYTES)))
-        while length:
-            part = scratch[:length]
-            wire.receive([part])
-            length -= len(part)
-
     def _grant(self, count: int, *, flush: bool) -> None:
         """Gives back what was dealt with, once it is worth a message."""
         with self._lock:
@@ -235,3 +261,26 @@ class Session:
                 return
             count, self._dealt_with = self._dealt_with, 0
         self._control.post(Grant(count))
+
+
+class _Payload:
+    """The bytes that a frame is about: to come on its stream, or in the peer's shared memory."""
+
+    def __init__(self, wire: Wire, length: int, sources: list[tuple[int, int]]) -> None:
+        self._wire, self._length, self._sources = wire, length, sources
+
+    def fill(self, views: Sequence[memoryview]) -> None:
+        """Puts them into views of as many bytes."""
+        if self._sources:
+            copy(self._sources, views)
+        else:
+            self._wire.receive(views)
+
+    def drop(self) -> None:
+        """Reads them away, where they come on the stream."""
+        length = 0 if self._sources else self._length
+        scratch = memoryview(bytearray(min(length, _DROP_BYTES)))
+        while length:
+            part = scratch[:length]
+            self._wire.receive([part])
+            length -= len(part)

@@ -7,6 +7,9 @@ import time
 
 import msgspec
 
+SHARED_MEMORY = "shared memory"
+"""A path; the other is such as "tcp x2"."""
+
 
 class PathStats(msgspec.Struct, frozen=True, kw_only=True):
     """One direction between this node and one peer, since this node began."""
@@ -15,7 +18,7 @@ class PathStats(msgspec.Struct, frozen=True, kw_only=True):
     sends: bool
     """Whether this node is the one that sends."""
     path: str
-    """Such as "tcp x2" or "shared memory"; empty until a link stood."""
+    """Empty until a link stood."""
     connected: bool
     bytes: int
     """Of payloads that were sent, or that arrived and were right."""
@@ -24,6 +27,8 @@ class PathStats(msgspec.Struct, frozen=True, kw_only=True):
     frames: int
     links: int
     """That stood so far: more than one means that some broke."""
+    tested: float
+    """Bytes per second in the test of the last link, at the sender."""
     round_trip: float
     """Of the last heartbeat, in seconds; 0 where none came back yet, or at the receiver."""
     duplicate: int
@@ -37,8 +42,10 @@ class PathStats(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rate(self) -> float:
-        """Bytes per second while busy; 0 before anything came."""
-        return self.bytes / self.seconds if self.seconds else 0.0
+        """Bytes per second while busy; 0 before anything came, and at the sender for shared memory,
+        which the receiver copies."""
+        copied_there = self.sends and self.path == SHARED_MEMORY
+        return self.bytes / self.seconds if self.seconds and not copied_there else 0.0
 
 
 class Counters:
@@ -55,6 +62,7 @@ class Counters:
         self._under_way, self._since = 0, 0.0
         self.path = ""
         self.connected = False
+        self.tested = 0.0
         self.round_trip = 0.0
 
     def begin(self) -> None:
@@ -91,6 +99,7 @@ class Counters:
                 bytes=self._bytes,
                 seconds=self._seconds + running,
                 frames=self._frames,
+                tested=self.tested,
                 round_trip=self.round_trip,
                 **self._events,
             )

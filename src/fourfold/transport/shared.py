@@ -1,0 +1,216 @@
+"""Memory that processes of one host share: its owner writes, others map it to read.
+
+Where a peer's pages lie in such memory, a frame only says where, and the receiver copies them
+itself. The checksum is taken of the copy, so it also shows that the sender has not used the memory
+for something else meanwhile.
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+import fcntl
+import mmap
+import os
+import stat
+import threading
+import weakref
+from collections.abc import Container, Iterable, Sequence
+from typing import NamedTuple
+
+from fourfold.transport.control import Region
+from fourfold.transport.frames import MAX_EXTENTS, Extent, FrameError
+
+_PROT_READ, _MAP_SHARED = 1, 1
+_FAILED = ctypes.c_void_p(-1).value
+
+
+class MappingError(Exception):
+    """A peer's memory that cannot be mapped; `str(error)` says why and what would help."""
+
+
+class SharedRegion:
+    """A piece of memory, zeros at first. Where the system allows, others can map it to read."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.descriptor: int | None = None
+        """None where the system shares no memory this way: then pages go over TCP."""
+        if hasattr(os, "memfd_create"):
+            flags = os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING
+            self.descriptor = os.memfd_create("fourfold-pages", flags)
+            os.ftruncate(self.descriptor, size)
+            # Its size is fixed, so that a reader's mapping never loses its memory.
+            seals = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+            fcntl.fcntl(self.descriptor, fcntl.F_ADD_SEALS, seals)
+            weakref.finalize(self, os.close, self.descriptor)
+        self.buffer = memoryview(
+            mmap.mmap(-1 if self.descriptor is None else self.descriptor, size)
+        )
+        """Writable. The memory lives as long as any view of it, and can be mapped for as long as
+        this object lives."""
+        self.address = address_of(self.buffer)
+
+
+class Regions:
+    """The regions of one node, by number; for any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._regions: list[SharedRegion] = []
+        self._sorted: list[tuple[int, int, int]] = []
+        """Begin, end and number of each, by address."""
+
+    def add(self, region: SharedRegion) -> None:
+        with self._lock:
+            number = len(self._regions)
+            self._regions.append(region)
+            bisect.insort(self._sorted, (region.address, region.address + region.size, number))
+
+    def offers(self) -> list[Region]:
+        """What others need to map them."""
+        with self._lock:
+            return [
+                Region(
+                    number=number,
+                    process=os.getpid(),
+                    descriptor=region.descriptor,
+                    inode=os.fstat(region.descriptor).st_ino,
+                    size=region.size,
+                )
+                for number, region in enumerate(self._regions)
+                if region.descriptor is not None
+            ]
+
+    def __getitem__(self, number: int) -> SharedRegion:
+        return self._regions[number]
+
+    def find(self, views: Iterable[memoryview], known: Container[int]) -> list[Extent] | None:
+        """Where views lie, if all of them are in regions that are known to the reader."""
+        found: list[Extent] = []
+        for view in views:
+            if view.readonly:
+                return None
+            address = address_of(view)
+            place = bisect.bisect_right(self._sorted, address, key=lambda region: region[0]) - 1
+            if place < 0:
+                return None
+            begin, end, number = self._sorted[place]
+            if address + len(view) > end or number not in known:
+                return None
+            offset = address - begin
+            last = found[-1] if found else None
+            if last and last.region == number and last.offset + last.length == offset:
+                found[-1] = last._replace(length=last.length + len(view))
+            else:
+                found.append(Extent(region=number, length=len(view), offset=offset))
+        return found if len(found) <= MAX_EXTENTS else None
+
+
+class _Mapping(NamedTuple):
+    address: int
+    size: int
+
+
+class Mappings:
+    """A peer's regions in this process, read only. For one thread at a time to `add` and `close`;
+    `copy` is for any, before `close`."""
+
+    def __init__(self) -> None:
+        self._mappings: dict[int, _Mapping] = {}
+
+    def add(self, region: Region) -> None:
+        """Maps a region. Raises `MappingError`."""
+        if region.number in self._mappings:
+            return
+        descriptor = _open(region)
+        try:
+            self._mappings[region.number] = _Mapping(_map(descriptor, region.size), region.size)
+        finally:
+            os.close(descriptor)
+
+    def close(self) -> None:
+        """Gives the memory back; nothing may be copying."""
+        for mapping in self._mappings.values():
+            _libc.munmap(mapping.address, mapping.size)
+        self._mappings.clear()
+
+    def sources(self, extents: Sequence[Extent]) -> list[tuple[int, int]]:
+        """Address and length of each piece. Raises `FrameError` for one outside of the regions."""
+        found = []
+        for extent in extents:
+            mapping = self._mappings.get(extent.region)
+            if mapping is None or extent.offset + extent.length > mapping.size:
+                raise FrameError(f"its pages lie outside of the shared region {extent.region}")
+            found.append((mapping.address + extent.offset, extent.length))
+        return found
+
+
+def copy(sources: Sequence[tuple[int, int]], views: Sequence[memoryview]) -> None:
+    """Copies memory, given by address and length, to views of as many bytes in all. Other threads
+    run meanwhile."""
+    pieces = iter(sources)
+    source, left = 0, 0
+    for view in views:
+        target, room = address_of(view), len(view)
+        while room:
+            if not left:
+                source, left = next(pieces)
+            count = min(room, left)
+            ctypes.memmove(target, source, count)
+            source, target, left, room = source + count, target + count, left - count, room - count
+
+
+def address_of(view: memoryview) -> int:
+    """The address of the first byte of a writable, not empty view."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(view))
+
+
+def _open(region: Region) -> int:
+    """The descriptor of a region's memory, checked to be what its owner says."""
+    path = f"/proc/{region.process}/fd/{region.descriptor}"
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise MappingError(
+            f"process {region.process} does not let this one read its memory ({error.strerror}); "
+            "run all workers of a host as one user and in one namespace of processes"
+        ) from error
+    try:
+        status = os.fstat(descriptor)
+        seals = fcntl.fcntl(descriptor, fcntl.F_GET_SEALS)
+        right = stat.S_ISREG(status.st_mode) and seals & fcntl.F_SEAL_SHRINK
+        if not right or (status.st_size, status.st_ino) != (region.size, region.inode):
+            raise MappingError(
+                f"process {region.process} has other memory than it says; run all workers of a "
+                "host in one namespace of processes"
+            )
+    except OSError:
+        os.close(descriptor)
+        raise MappingError(f"process {region.process} shares something that is no memory") from None
+    except MappingError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _map(descriptor: int, size: int) -> int:
+    # Not Python's mmap, which tells no address of memory that is only read.
+    address = _libc.mmap(None, size, _PROT_READ, _MAP_SHARED, descriptor, 0)
+    if address in (None, _FAILED):
+        reason = os.strerror(ctypes.get_errno())
+        raise MappingError(f"{size} bytes of another process cannot be mapped: {reason}")
+    return int(address)
+
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_longlong,
+]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]

@@ -1,0 +1,237 @@
+"""The sender's transfers: what waits to be sent, what may be, and how each ends.
+
+The mirror of `leases`. A transfer ends when the receiver says so or its link breaks, but not before
+the last thread has left its pages; the one who cancels it waits for that too.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from fourfold.transport.control import Cancel, Finish
+from fourfold.transport.cutting import Cutter, Slice
+from fourfold.transport.notifier import Notifier
+from fourfold.transport.pieces import Piece
+from fourfold.transport.stats import Counters
+
+Done = Callable[[str | None], None]
+
+_LEAVE_SECONDS = 30.0
+
+
+class Transfer:
+    """Pages on their way into one lease. For one thread.
+
+    `done` is called once, from a thread of the transport, unless the transfer is cancelled first.
+    """
+
+    def __init__(self, transfers: Transfers, lease: int, done: Done) -> None:
+        self._transfers = transfers
+        self.lease, self.done = lease, done
+        # What follows changes under the lock of `Transfers` only.
+        self.queued = 0
+        """Bytes that wait to be sent."""
+        self.sending = 0
+        """Frames that are being sent now."""
+        self.frames = 0
+        self.finishing = False
+        self.told = False
+        """Whether the receiver knows that this is all."""
+        self.over = False
+        self.problem: str | None = None
+        self.settled = False
+        self.cancelled = False
+
+    def write(self, pieces: Sequence[Piece]) -> None:
+        """Queues runs, in any order; never waits for the network.
+
+        Their memory must stay as it is until the transfer is done or cancelled. Raises
+        `ValueError` for a piece that makes no sense.
+        """
+        self._transfers.write(self, pieces)
+
+    def finish(self) -> None:
+        """Says that there are no more pieces: `done(None)` follows when the receiver has verified
+        everything it expects."""
+        self._transfers.finish(self)
+
+    def cancel(self) -> None:
+        """Gives the transfer up; idempotent. When this returns, no thread of ours reads its pieces,
+        and `done` is not called any more."""
+        self._transfers.cancel(self)
+
+
+class Transfers:
+    """All transfers of one link; for any thread."""
+
+    def __init__(
+        self,
+        slice_bytes: int,
+        counters: Counters,
+        notifier: Notifier,
+        tell: Callable[[Finish | Cancel], None],
+    ) -> None:
+        """`tell` sends the receiver a message; it is called only after `open`."""
+        self._counters, self._notifier, self._tell = counters, notifier, tell
+        self._changed = threading.Condition()
+        self._cutter = Cutter(slice_bytes)
+        self._transfers: dict[int, Transfer] = {}
+        self._open = False
+        self._credit = 0
+        self._moved = time.monotonic()
+        self.problem: str | None = None
+        """Why nothing is sent any more."""
+
+    def begin(self, lease: int, done: Done) -> Transfer:
+        """See `Link.begin`."""
+        transfer = Transfer(self, lease, done)
+        with self._changed:
+            if lease in self._transfers:
+                raise ValueError(f"a transfer into lease {lease} is under way")
+            self._transfers[lease] = transfer
+            if self.problem is not None:
+                self._end(transfer, self.problem)
+        return transfer
+
+    def write(self, transfer: Transfer, pieces: Sequence[Piece]) -> None:
+        with self._changed:
+            assert not transfer.finishing, "a piece after the last"
+            if transfer.over:
+                return
+            self._start_clock()
+            transfer.queued += self._cutter.add(transfer, pieces)
+            self._changed.notify_all()
+
+    def finish(self, transfer: Transfer) -> None:
+        with self._changed:
+            self._start_clock()
+            transfer.finishing = True
+            self._say_finished(transfer)
+            self._settle(transfer)
+
+    def cancel(self, transfer: Transfer) -> None:
+        with self._changed:
+            transfer.cancelled = True
+            if not transfer.over:
+                if self._open:
+                    self._tell(Cancel(transfer.lease))
+                self._end(transfer, "it was cancelled")
+            if not self._changed.wait_for(lambda: not transfer.sending, _LEAVE_SECONDS):
+                raise RuntimeError(f"a thread still reads the pages for lease {transfer.lease}")
+
+    def open(self, slice_bytes: int) -> None:
+        """From now on frames of so many bytes are sent."""
+        with self._changed:
+            self._open = True
+            self._cutter.slice_bytes = slice_bytes
+            self._moved = time.monotonic()
+            for transfer in self._transfers.values():
+                self._say_finished(transfer)
+            self._changed.notify_all()
+
+    def grant(self, count: int) -> None:
+        """The receiver lets so many more bytes come."""
+        with self._changed:
+            self._credit += count
+            self._moved = time.monotonic()
+            self._changed.notify_all()
+
+    def take(self) -> Slice | None:
+        """The next frame, when there is one and credit for it; None when nothing is sent any
+        more. Each is followed by `gave`."""
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (
+                    self.problem is not None or (self._open and self._cutter and self._credit > 0)
+                )
+            )
+            if self.problem is not None:
+                return None
+            part = self._cutter.cut()
+            # Below zero by one frame for each stream at most.
+            self._credit -= part.length
+            part.transfer.queued -= part.length
+            part.transfer.sending += 1
+            return part
+
+    def gave(self, part: Slice, problem: str | None = None) -> None:
+        """A frame has been sent, or could not be."""
+        transfer = part.transfer
+        with self._changed:
+            self._moved = time.monotonic()
+            transfer.sending -= 1
+            transfer.frames += 1
+            if problem is not None:
+                self._end(transfer, problem)
+            if not transfer.sending:
+                self._say_finished(transfer)
+                self._settle(transfer)
+                self._changed.notify_all()
+
+    def ended(self, lease: int, problem: str | None) -> None:
+        """The receiver says how a transfer ended."""
+        with self._changed:
+            self._moved = time.monotonic()
+            transfer = self._transfers.get(lease)
+            if transfer is not None:
+                self._end(transfer, problem)
+
+    def stop(self, problem: str) -> bool:
+        """Fails everything, now and later; False where it had stopped before."""
+        with self._changed:
+            if self.problem is not None:
+                return False
+            self.problem = problem
+            for transfer in list(self._transfers.values()):
+                self._end(transfer, problem)
+            self._changed.notify_all()
+            return True
+
+    def stalled(self, seconds: float) -> bool:
+        """Whether the receiver owes progress and has made none for so long."""
+        with self._changed:
+            return self._busy() and time.monotonic() - self._moved > seconds
+
+    def _start_clock(self) -> None:
+        """What is asked for while nothing else is has all its time from now."""
+        if not self._busy():
+            self._moved = time.monotonic()
+
+    def _busy(self) -> bool:
+        return bool(self._cutter) or any(
+            transfer.sending or transfer.finishing for transfer in self._transfers.values()
+        )
+
+    def _say_finished(self, transfer: Transfer) -> None:
+        under_way = transfer.queued or transfer.sending or transfer.over
+        if self._open and transfer.finishing and not transfer.told and not under_way:
+            transfer.told = True
+            self._tell(Finish(transfer.lease, transfer.frames))
+
+    def _end(self, transfer: Transfer, problem: str | None) -> None:
+        if not transfer.over:
+            transfer.over, transfer.problem = True, problem
+            if transfer.queued:
+                self._cutter.drop(transfer)
+                transfer.queued = 0
+            if problem is not None:
+                self._counters.add("failed")
+        self._settle(transfer)
+
+    def _settle(self, transfer: Transfer) -> None:
+        """Tells how a transfer ended, when no thread reads its pieces any more."""
+        if not transfer.over or transfer.sending or transfer.settled:
+            return
+        if transfer.problem is None and not transfer.finishing:
+            return  # its owner may still call `finish`
+        transfer.settled = True
+        del self._transfers[transfer.lease]
+        self._notifier.put(lambda: self._call(transfer))
+
+    def _call(self, transfer: Transfer) -> None:
+        with self._changed:
+            if transfer.cancelled:
+                return
+        transfer.done(transfer.problem)
