@@ -5,7 +5,8 @@ never waits for the host. Nothing that a step is made of depends on the tokens o
 they stay on the device, and a stop is noticed one step late, when what was computed too much is
 thrown away.
 
-Messages come in from any thread; news goes out through one callback, a list for each step.
+Messages come in from any thread; news goes out through callbacks: tokens as a list for each step,
+what other engines must know at once.
 """
 
 from __future__ import annotations
@@ -21,19 +22,36 @@ import msgspec
 import torch
 
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.messages import Abort, EngineStats, Submit, TokenOutput
+from fourfold.engine.handover import Arrived, Delivered, Handover, page_format
+from fourfold.engine.messages import (
+    Abort,
+    Continue,
+    EngineStats,
+    Granted,
+    HandoverNews,
+    Moved,
+    Stage,
+    Submit,
+    TokenOutput,
+)
 from fourfold.engine.page_pool import PagePool
 from fourfold.engine.runner import Launched, Runner
 from fourfold.engine.scheduler import Scheduler, StepPlan
+from fourfold.engine.sequence import Sequence
 from fourfold.errors import ConfigError
+from fourfold.transport.format import PageFormat
+from fourfold.transport.node import Node
 
 logger = logging.getLogger(__name__)
 
 Emit = Callable[[list[TokenOutput]], None]
+Tell = Callable[[HandoverNews], None]
+_OfParts = Granted | Continue | Delivered | Arrived
+_Message = Submit | Abort | _OfParts
 
 
 class Engine:
-    """Computes requests with one runner. `submit` and `abort` may be called from any thread."""
+    """Computes requests with one runner. Messages may be given to it from any thread."""
 
     def __init__(self, runner: Runner, config: EngineConfig) -> None:
         self._runner = runner
@@ -53,7 +71,9 @@ class Engine:
             context,
             chunk_multiple=multiple,
         )
-        self._inbox: queue.SimpleQueue[Submit | Abort | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
+        self._handover: Handover | None = None
+        self._tell: Tell = lambda news: None
         self._thread: threading.Thread | None = None
         self._totals = EngineStats(pages_total=runner.page_count)
         self._ahead = 1 if config.overlap else 0
@@ -70,8 +90,21 @@ class Engine:
         """Counters and gauges as of the last step."""
         return self._totals
 
-    def start(self, emit: Emit) -> None:
-        """Starts the thread; `emit` is called on it with the news of each step."""
+    @property
+    def page_format(self) -> PageFormat:
+        """What its pages are to others."""
+        return page_format(self._runner.pages)
+
+    def connect(self, node: Node) -> None:
+        """Lets it share requests with others, before it is started."""
+        self._handover = Handover(node, self._runner.pages, self._inbox.put)
+        self.scheduler.before_leaving = self._handover.let_go
+        self._runner.stored = self._handover.stored
+
+    def start(self, emit: Emit, tell: Tell = lambda news: None) -> None:
+        """Starts the thread; on it `emit` is called with the tokens of each step, and `tell` with
+        what the other engine of a request must know."""
+        self._tell = tell
         self._thread = threading.Thread(target=self._run, args=(emit,), name="engine", daemon=True)
         self._thread.start()
 
@@ -80,11 +113,17 @@ class Engine:
         self._inbox.put(None)
         if self._thread is not None:
             self._thread.join()
+        if self._handover is not None:
+            self._handover.close()
 
     def submit(self, request: Submit) -> None:
         self._inbox.put(request)
 
     def abort(self, message: Abort) -> None:
+        self._inbox.put(message)
+
+    def relay(self, message: Granted | Continue) -> None:
+        """Takes in what the other engine of a request said."""
         self._inbox.put(message)
 
     @property
@@ -109,6 +148,7 @@ class Engine:
         """Schedules and enqueues the next step, if there is one."""
         started = time.perf_counter()
         plan = self.scheduler.schedule()
+        self._grant()
         if plan is None:
             return None
         scheduled = time.perf_counter()
@@ -134,6 +174,8 @@ class Engine:
             results = launched.results()
             computed = time.perf_counter()
             outputs = self.scheduler.commit(plan, results)
+            if self._handover is not None:
+                self._handover.stored(range(self.page_format.layers), plan.prefills)
         except Exception as error:  # as above
             computed = time.perf_counter()
             outputs = self._fail(plan, error)
@@ -175,10 +217,43 @@ class Engine:
             wait = False
             if message is None:
                 return None
-            if isinstance(message, Submit):
-                outputs.extend(self.scheduler.add(message))
-            else:
-                outputs.extend(self.scheduler.abort(message))
+            outputs.extend(self._hear(message))
+
+    def _hear(self, message: _Message) -> list[TokenOutput]:
+        if isinstance(message, Submit):
+            assert message.stage is Stage.WHOLE or self._handover is not None
+            return self.scheduler.add(message)
+        if isinstance(message, Abort):
+            return self.scheduler.abort(message)
+        part = self.scheduler.part(message.request_id)
+        if part is not None:
+            self._hear_of(part, message)
+        return []
+
+    def _hear_of(self, part: Sequence, message: _OfParts) -> None:
+        """What concerns a part of a request that is still under way here."""
+        assert self._handover is not None
+        match message:
+            case Granted():
+                self._handover.grant(message, part)
+                return
+            case Continue():
+                self.scheduler.proceed(part, message)
+                return
+            case Arrived(error=None):
+                with self._runner.on_stream():
+                    self._handover.land(message.request_id)
+                self.scheduler.arrive(part)
+            case Delivered():
+                self.scheduler.drop(part)
+        self._tell(Moved(request_id=message.request_id, error=message.error))
+
+    def _grant(self) -> None:
+        """Makes pages ready for the prompts that were granted them, and says so."""
+        granted, self.scheduler.granted = self.scheduler.granted, []
+        for part in granted:
+            assert self._handover is not None
+            self._tell(self._handover.expect(part))
 
     def _run(self, emit: Emit) -> None:
         worked = True

@@ -53,7 +53,7 @@ class Runner:
         else:
             torch.cuda.synchronize(self.device)
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        with self._on_stream():
+        with self.on_stream():
             self.pages, self.page_count = allocate_pages(model, config, shape)
             self._samples = Samples(config.running, model.config.vocabulary, self.device)
         self._cores = torch.get_num_threads()
@@ -91,7 +91,7 @@ class Runner:
         pages hold is overwritten."""
         if self._graphs is None:
             return
-        with self._on_stream():
+        with self.on_stream():
             running = self._samples.padding
             for work in usual_decodes(running, self.page_count, self._planner):
                 room = round_room(work, self._max_pages)
@@ -107,7 +107,7 @@ class Runner:
         """Enqueues one step."""
         if self.device.type == "cpu":
             torch.set_num_threads(self._cores if plan.prefills else self._decode_threads)
-        with self._on_stream():
+        with self.on_stream():
             sampling = [work for work in plan.work if work.samples]
             wanted = [work.sequence.request.sampling.logprobs for work in sampling]
             outputs, first_prefill_row = self._enqueue(plan, sampling)
@@ -195,7 +195,7 @@ class Runner:
                 )
         return answers
 
-    def _on_stream(self) -> contextlib.AbstractContextManager[object]:
+    def on_stream(self) -> contextlib.AbstractContextManager[object]:
         """All is enqueued on one stream of its own, since the default one records nothing."""
         return torch.cuda.stream(self._stream) if self._stream else contextlib.nullcontext()
 

@@ -1,0 +1,109 @@
+"""Pages in the memory of a GPU: copies on their way, in pinned memory of the host.
+
+What is read must be complete; what has landed is enqueued on the current stream.
+
+Shapes: L layers, P pages, W words of a record, R rows, G KV heads, C head width.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from fourfold.engine.handover.landing import PromptLanding
+from fourfold.engine.handover.pages import Prompt, page_format, rows_of, view
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, KVPages
+
+_LANDING_BYTES = 64 << 20
+"""On the device beside the pages at most, while a prompt lands."""
+
+
+class DevicePages:
+    """An engine's pages on a device, as they are; an `Outlet` for receivers of the same format."""
+
+    def __init__(self, pages: KVPages) -> None:
+        self.format = page_format(pages)
+        memory = pages.records if isinstance(pages, CodedPages) else pages.data
+        self.records_LPW = memory.flatten(2).view(torch.int64)
+        self.open_L2RGC = pages.open if isinstance(pages, CodedPages) else None
+        self._stream: torch.cuda.Stream | None = None
+        if pages.device.type == "cuda":
+            self._stream = torch.cuda.Stream(pages.device)  # type: ignore[no-untyped-call]
+
+    def records(
+        self, layers: Sequence[int], prompt: Prompt, first: int, count: int
+    ) -> list[list[memoryview]]:
+        ids = prompt.pages[first : first + count]
+        with torch.cuda.stream(self._stream):
+            found = [self.records_LPW[layer, ids] for layer in layers]
+            return [[view(copy_PW)] for copy_PW in self._fetch(torch.stack(found))]
+
+    def rows(self, layers: Sequence[int], prompt: Prompt) -> list[list[memoryview]]:
+        assert self.open_L2RGC is not None
+        first = prompt.slot * PAGE_TOKENS
+        end = first + rows_of(self.format, prompt.tokens)
+        with torch.cuda.stream(self._stream):
+            found = [self.open_L2RGC[layer, :, first:end] for layer in layers]
+            return [[view(rows) for rows in copy_2] for copy_2 in self._fetch(torch.stack(found))]
+
+    def _fetch(self, found: Tensor) -> Tensor:
+        """A copy on the host, which is waited for."""
+        if self._stream is None:
+            return found
+        copy = torch.empty_like(found, device="cpu", pin_memory=True)
+        copy.copy_(found, non_blocking=True)
+        self._stream.synchronize()
+        return copy
+
+
+class DeviceLanding(PromptLanding):
+    """A prompt lands on the host and is moved to the device as a whole."""
+
+    def __init__(self, memory: DevicePages, prompt: Prompt, found: int) -> None:
+        super().__init__(memory.format, prompt, found)
+        self._memory = memory
+        self._ids = prompt.pages[found : found + self.pages]
+        self._row = prompt.slot * PAGE_TOKENS
+        self._row_count = rows_of(memory.format, prompt.tokens)
+        self._lock = threading.Lock()
+
+    def land(self) -> None:
+        records_LPW = self._memory.records_LPW
+        device = records_LPW.device
+        ids = torch.tensor(self._ids, device=device)
+        size = max(1, self.pages) * records_LPW[0, 0].nbytes
+        step = max(1, _LANDING_BYTES // size)
+        for first in range(0, self.layers if self.pages else 0, step):
+            landed = self._landed[0][first : first + step].to(device, non_blocking=True)
+            records_LPW[first : first + step].index_copy_(1, ids, landed)
+        open_L2RGC = self._memory.open_L2RGC
+        if self.open and open_L2RGC is not None:
+            rows = open_L2RGC[:, :, self._row : self._row + self._row_count]
+            rows.copy_(self._landed[1], non_blocking=True)
+
+    def _records(self, layer: int, first: int, count: int) -> list[memoryview]:
+        with self._lock:
+            return [view(self._landed[0][layer, first : first + count])]
+
+    def _rows(self, layer: int) -> list[memoryview]:
+        with self._lock:
+            return [view(rows) for rows in self._landed[1][layer]]
+
+    @functools.cached_property
+    def _landed(self) -> tuple[Tensor, Tensor]:
+        """Memory of the host, taken when the first bytes come: records [L, P, W], rows
+        [L, 2, R, G, C]."""
+        records_LPW = self._memory.records_LPW
+        pinned = records_LPW.is_cuda
+        records = torch.empty(
+            (self.layers, self.pages, records_LPW.shape[2]), dtype=torch.int64, pin_memory=pinned
+        )
+        open_L2RGC = self._memory.open_L2RGC
+        if open_L2RGC is None:
+            return records, torch.empty(0)
+        shape = (self.layers, 2, self._row_count, *open_L2RGC.shape[3:])
+        return records, torch.empty(shape, dtype=open_L2RGC.dtype, pin_memory=pinned)

@@ -1,0 +1,141 @@
+"""One engine computes prompts, another answers; the answers are those of one engine alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from random import Random
+
+import msgspec
+import pytest
+import torch
+
+from fourfold.engine.engine import Engine
+from fourfold.engine.messages import FinishReason, Granted, SamplingParams, Stage, Submit
+from fourfold.models.decoder import Decoder
+from fourfold.models.precision import PageFormat
+from tests.cpu.driving import GREEDY, load_tiny, make_engine, run, submit, tokens
+from tests.cpu.engine.couple import couple
+
+LENGTHS = (1, 2, 63, 64, 65, 128, 130, 300)
+DRAWN = SamplingParams(max_tokens=30, temperature=1.0, seed=5, presence_penalty=0.5)
+
+
+@pytest.fixture
+def model(checkpoint: Callable[[str], Path]) -> Decoder:
+    return load_tiny(checkpoint("qwen3-moe-wide"))
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 320, (length,), generator=generator).tolist()
+
+
+def alone(engine: Engine, *requests: Submit) -> list[list[list[int]]]:
+    news = run(engine, requests)
+    return [
+        [tokens(news[request.request_id, index]) for index in range(request.n)]
+        for request in requests
+    ]
+
+
+@pytest.mark.parametrize("kv_pages", [PageFormat.FLOAT, PageFormat.INT8])
+@pytest.mark.parametrize("step_tokens", [70, 400])
+def test_answers_are_those_of_one_engine(
+    model: Decoder, kv_pages: PageFormat, step_tokens: int
+) -> None:
+    options = {"max_running": 6, "step_tokens": step_tokens + 64, "kv_pages": kv_pages}
+    requests = [
+        submit(number, prompt_of(length, length), DRAWN if number % 2 else GREEDY)
+        for number, length in enumerate(LENGTHS)
+    ]
+    wanted = alone(make_engine(model, **options), *requests)
+    with couple(make_engine(model, **options), make_engine(model, **options)) as pair:
+        assert pair.answers(*requests) == wanted
+        pair.wait_until_free()
+        assert all(news == [None, None] for news in pair.moved.values())
+        assert not any(pair.granted.values())
+        again = [msgspec.structs.replace(r, request_id=100 + r.request_id) for r in requests]
+        assert pair.answers(*again) == wanted
+        found = [pair.granted[request.request_id] for request in again]
+        assert found == [(length - 1) // 64 for length in LENGTHS]
+        pair.wait_until_free()
+
+
+@pytest.mark.parametrize("kv_pages", [PageFormat.FLOAT, PageFormat.INT8])
+def test_samples_of_a_prompt_share_what_was_sent_once(model: Decoder, kv_pages: PageFormat) -> None:
+    request = submit(1, prompt_of(200), DRAWN, n=4)
+    wanted = alone(make_engine(model, kv_pages=kv_pages, max_running=8), request)
+    first, second = (make_engine(model, kv_pages=kv_pages, max_running=8) for _ in range(2))
+    with couple(first, second) as pair:
+        assert pair.answers(request) == wanted
+        pair.wait_until_free()
+        sent = sum(path.bytes for path in pair.first_node.stats())
+        whole = first.page_format.record_bytes * first.page_format.layers
+        assert sent < 5 * whole
+        assert second.stats.prompt_tokens < 200
+
+
+@pytest.mark.parametrize("n", [1, 3])
+def test_a_sample_that_ends_with_its_first_token(model: Decoder, n: int) -> None:
+    request = submit(1, prompt_of(70), msgspec.structs.replace(GREEDY, max_tokens=1), n=n)
+    wanted = alone(make_engine(model), request)
+    with couple(make_engine(model), make_engine(model)) as pair:
+        assert pair.answers(request) == wanted
+        ends = [[o.finish for o in pair.outputs[1, index]] for index in range(n)]
+        assert ends == [[FinishReason.LENGTH]] * n
+        pair.wait_until_free()
+
+
+def test_pages_are_converted_for_a_receiver_that_keeps_others(model: Decoder) -> None:
+    requests = [submit(number, prompt_of(length), GREEDY) for number, length in enumerate(LENGTHS)]
+    for first, second in ((PageFormat.FLOAT, PageFormat.INT8), (PageFormat.INT8, PageFormat.FLOAT)):
+        engines = (make_engine(model, kv_pages=pages, max_running=8) for pages in (first, second))
+        with couple(*engines) as pair:
+            pair.answers(*requests)
+            pair.wait_until_free()
+            assert all(news == [None, None] for news in pair.moved.values())
+
+
+def test_a_tiny_receiver_grants_pages_one_after_the_other(model: Decoder) -> None:
+    requests = [submit(number, prompt_of(150, number), GREEDY) for number in range(8)]
+    wanted = alone(make_engine(model), *requests)
+    with couple(make_engine(model), make_engine(model, pages=9)) as pair:
+        assert pair.answers(*requests) == wanted
+        pair.wait_until_free()
+
+
+def test_aborts_at_any_moment_leave_nothing(model: Decoder) -> None:
+    random = Random(1)
+    requests = [submit(number, prompt_of(150, number), GREEDY) for number in range(30)]
+    wanted = alone(make_engine(model), *requests)
+    with couple(make_engine(model, pages=30), make_engine(model, pages=20)) as pair:
+        aborted = set()
+        for number, request in enumerate(requests):
+            pair.submit(request)
+            if random.random() < 0.5:
+                gone = random.randrange(max(0, number - 3), number + 1)
+                aborted.add(gone)
+                pair.abort(gone)
+        kept = [request for request in requests if request.request_id not in aborted]
+        with pair.changed:
+            assert pair.changed.wait_for(lambda: all(map(pair.finished, kept)), 60)
+        pair.wait_until_free()
+        for request, answer in zip(requests, wanted, strict=True):
+            got = pair.tokens(request.request_id, 0)
+            assert got == answer[0][: len(got)]
+            assert request.request_id in aborted or got == answer[0]
+
+
+def test_a_receiver_that_has_gone_frees_the_sender(model: Decoder) -> None:
+    with couple(make_engine(model), make_engine(model)) as pair:
+        pair.second_node.close()
+        request = submit(1, prompt_of(100), GREEDY)
+        pair.requests[1] = request
+        part = msgspec.structs.replace(request, stage=Stage.PREFILL, peer=pair.second_node.peer)
+        pair.first.submit(part)
+        pair.first.relay(Granted(request_id=1))
+        with pair.changed:
+            assert pair.changed.wait_for(lambda: bool(pair.moved[1]), 60)
+        assert pair.moved[1][0] is not None
+        pair.wait_until_free()
