@@ -137,8 +137,7 @@ class Control(Generic[Incoming]):
 
     def post(self, message: ToReceiver | ToSender) -> None:
         """Sends a message soon; for any thread, never waits."""
-        body = _encoder.encode(message)
-        data = len(body).to_bytes(_LENGTH_BYTES, "little") + body
+        data = encode(message)
         with self._lock:
             self._posted.append(data)
         self._wake()
@@ -245,6 +244,12 @@ class Control(Generic[Incoming]):
         # sent next.
         with self._lock:
             self._woken = False
+
+
+def encode(message: ToReceiver | ToSender) -> bytes:
+    """A message as it goes over the wire."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(_LENGTH_BYTES, "little") + body
 
 
 class _LengthError(ValueError):

@@ -292,8 +292,7 @@ class Leases:
         if lease.frames == lease.sent_frames and not lease.writing and not lease.over:
             self._end(
                 lease,
-                f"the sender wrote all it had and {lease.missing} runs of {lease.describe()} are "
-                "missing",
+                f"the sender wrote all it had; missing runs: {lease.missing} of {lease.describe()}",
             )
 
     def cancel(self, number: int, writer: Writer) -> None:

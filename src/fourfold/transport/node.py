@@ -20,6 +20,7 @@ from fourfold.transport.pieces import Landing
 from fourfold.transport.session import Session
 from fourfold.transport.shared import Regions, SharedRegion
 from fourfold.transport.stats import Counters, PathStats
+from fourfold.transport.tls import load_tls
 from fourfold.transport.wire import Wire, answer, listen
 
 logger = logging.getLogger(__name__)
@@ -40,8 +41,9 @@ class Node:
     """
 
     def __init__(self, identity: Identity, config: TransportConfig) -> None:
-        """Listens at once. Raises `ConfigError` where it cannot."""
+        """Listens at once. Raises `ConfigError` where it cannot, or where TLS cannot be used."""
         self._identity, self._config = identity, config
+        self._tls = None if config.tls is None else load_tls(config.tls)
         self._listener = listen(config.host, config.port)
         self._listener.settimeout(_LOOK_SECONDS)
         self.peer = Peer(
@@ -104,7 +106,7 @@ class Node:
                     peer,
                     identity=self._identity,
                     config=self._config,
-                    tls=None,
+                    tls=None if self._tls is None else self._tls.client,
                     regions=self._regions,
                     counters=self._counters_of(peer.name, sends=True),
                     notifier=self._notifier,
@@ -180,7 +182,8 @@ class Node:
             address = f"{host}:{port}"
         handshake = Handshake(Role.LISTENER, self._identity, self._config.key)
         try:
-            return answer(connection, handshake, self._config.connect_seconds, None)
+            tls = None if self._tls is None else self._tls.server
+            return answer(connection, handshake, self._config.connect_seconds, tls)
         except (FourfoldError, OSError) as error:
             logger.warning("closed the connection from %s: %s", address, error)
             return None

@@ -10,7 +10,7 @@ from fourfold.transport.control import Ping
 from fourfold.transport.frames import Extent, Header, Kind, checksum, encode_extents, encode_header
 from fourfold.transport.pieces import Part
 
-PROBE_BYTES = 16 << 20
+PROBE_FRAMES = 32
 PROBE_ROUND_TRIPS = 16
 
 
@@ -57,7 +57,7 @@ class Probe:
     @property
     def frames(self) -> int:
         """On each stream."""
-        return max(1, PROBE_BYTES // (len(self.payload) * self.streams))
+        return max(1, PROBE_FRAMES // self.streams)
 
     @property
     def bytes(self) -> int:

@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 
-from fourfold.transport.config import TransportConfig
-from fourfold.transport.format import PageFormat
-from fourfold.transport.identity import Identity
-from fourfold.transport.link import Transfer
-from fourfold.transport.node import Node
-from fourfold.transport.pieces import Part, Piece
+from fourfold.transport import (
+    Identity,
+    Node,
+    PageFormat,
+    Part,
+    Piece,
+    SharedRegion,
+    Transfer,
+    TransportConfig,
+    TransportPath,
+)
 
 WAIT_SECONDS = 30.0
+ARENA_BYTES = 48 << 20
 PAGES = PageFormat(
     layers=4,
     kv_heads=2,
@@ -26,8 +33,9 @@ PAGES = PageFormat(
 
 
 def make_node(name: str, epoch: int = 1, **options: object) -> Node:
-    """A node on the loopback, with `TransportConfig(**options)`."""
+    """A node on the loopback, with `TransportConfig(**options)`; patient, for tests share cores."""
     identity = Identity(name=name, epoch=epoch, model="m", pages=PAGES)
+    options = {"stall_seconds": 20.0, **options}
     return Node(identity, TransportConfig(**options))  # type: ignore[arg-type]
 
 
@@ -47,6 +55,12 @@ class Outcome:
         assert self._called.wait(WAIT_SECONDS), "done was not called"
         return self.calls[0]
 
+    def failure(self) -> str:
+        """Why it failed."""
+        reason = self.wait()
+        assert reason is not None, "it did not fail"
+        return reason
+
 
 class Memory:
     """Pages of one transfer in some memory: at a sender, or a landing at a receiver."""
@@ -56,20 +70,15 @@ class Memory:
         layers: int,
         pages: int,
         page_bytes: int,
-        open_bytes: int,
+        open_bytes: int = 0,
         buffer: memoryview | None = None,
     ) -> None:
-        self.layers, self.pages, self.page_bytes, self.open_bytes = (
-            layers,
-            pages,
-            page_bytes,
-            open_bytes,
-        )
+        self.layers, self.pages = layers, pages
+        self.page_bytes, self.open_bytes = page_bytes, open_bytes
         size = self.size(layers, pages, page_bytes, open_bytes)
         self.buffer = memoryview(bytearray(size)) if buffer is None else buffer[:size]
         self.order = list(range(pages))
         """Where each page lies in its layer."""
-        self.asked = 0
 
     @staticmethod
     def size(layers: int, pages: int, page_bytes: int, open_bytes: int) -> int:
@@ -90,9 +99,6 @@ class Memory:
         return self.buffer[start : start + self.open_bytes]
 
     def views(self, part: Part, layer: int, first: int, count: int) -> Sequence[memoryview]:
-        self.asked += 1
-        if layer >= self.layers:
-            raise LookupError("no such layer")
         if part is Part.OPEN:
             return [self.rows(layer)]
         return [self.page(layer, page) for page in range(first, first + count)]
@@ -117,12 +123,49 @@ class Memory:
         for layer in range(self.layers):
             for first in range(0, self.pages, run):
                 count = min(run, self.pages - first)
-                yield Piece(
-                    Part.PAGES, layer, first, count, self.views(Part.PAGES, layer, first, count)
-                )
+                data = self.views(Part.PAGES, layer, first, count)
+                yield Piece(Part.PAGES, layer, first, count, data)
         if self.open:
             for layer in range(self.layers):
                 yield Piece(Part.OPEN, layer, 0, 1, [self.rows(layer)])
+
+
+class Pair:
+    """A sender and a receiver, whose pages go by a certain path."""
+
+    def __init__(self, path: TransportPath, **options: object) -> None:
+        self.path = path
+        self.sender = make_node("prefill", 1, path=path, **options)
+        self.receiver = make_node("decode", 2, path=path, **options)
+        self._arena: SharedRegion | None = None
+        self._used = 0
+        if path is TransportPath.SHARED_MEMORY:
+            self._arena = SharedRegion(ARENA_BYTES)
+            self.sender.register(self._arena)
+
+    def memory(self, layers: int, pages: int, page_bytes: int, open_bytes: int = 0) -> Memory:
+        """Memory at the sender, whose pages can go by the path."""
+        if self._arena is None:
+            return Memory(layers, pages, page_bytes, open_bytes)
+        buffer = self._arena.buffer[self._used :]
+        self._used += Memory.size(layers, pages, page_bytes, open_bytes)
+        return Memory(layers, pages, page_bytes, open_bytes, buffer)
+
+    def reuse(self) -> None:
+        """What memory was made of may be taken again."""
+        self._used = 0
+
+    def close(self) -> None:
+        self.sender.close()
+        self.receiver.close()
+
+
+def until(condition: Callable[[], object]) -> None:
+    """Waits for something that other threads do."""
+    end = time.monotonic() + WAIT_SECONDS
+    while not condition():
+        assert time.monotonic() < end, "it did not come true"
+        time.sleep(0.002)
 
 
 def send(sender: Node, receiver: Node, lease: int, source: Memory) -> tuple[Transfer, Outcome]:
