@@ -97,6 +97,8 @@ class Engine:
 
     def connect(self, node: Node) -> None:
         """Lets it share requests with others, before it is started."""
+        for region in self._runner.pages.shared:
+            node.register(region)
         self._handover = Handover(node, self._runner.pages, self._inbox.put)
         self.scheduler.before_leaving = self._handover.let_go
         self._runner.stored = self._handover.stored

@@ -42,7 +42,7 @@ def allocate_pages(model: Decoder, config: EngineConfig, shape: PageShape) -> tu
         )
     try:
         pages = make_pages(shape, count, config.running, device)
-    except (MemoryError, OverflowError, ValueError, RuntimeError) as error:
+    except (MemoryError, OverflowError, ValueError, RuntimeError, OSError) as error:
         raise ConfigError(
             f"{size / 2**30:g} GiB of KV pages cannot be allocated on {device}; "
             "lower --kv-memory-gib"

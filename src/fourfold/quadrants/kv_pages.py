@@ -23,6 +23,7 @@ from fourfold.kernels.pages import SealJobs, seal_pages
 from fourfold.kernels.pages.layout import PAGE_TOKENS, PageCodes, PageLayout
 from fourfold.kernels.rope import OpenRows
 from fourfold.kernels.staging import Ints, Staging
+from fourfold.transport.shared import SharedRegion
 
 __all__ = [
     "PAGE_TOKENS",
@@ -96,7 +97,8 @@ class FloatPages:
         self.shape = shape
         # Zeros, not garbage: masked positions of a fresh page are multiplied by zero, and a NaN
         # would survive that.
-        self.data = _zeros(pages * shape.page_bytes, device).view(shape.dtype).view(size)
+        data, self.shared = _zeros(pages * shape.page_bytes, device)
+        self.data = data.view(shape.dtype).view(size)
 
     @property
     def device(self) -> torch.device:
@@ -154,9 +156,12 @@ class CodedPages:
         self.shape = shape
         self.layout = shape.layout
         size = (shape.layers, pages, self.layout.record_bytes)
-        self.records = _zeros(pages * shape.page_bytes, device).view(size)
+        records, of_records = _zeros(pages * shape.page_bytes, device)
+        self.records = records.view(size)
         rows = (shape.layers, 2, slots * PAGE_TOKENS, shape.kv_heads, shape.head_width)
-        self.open = _zeros(slots * shape.slot_bytes, device).view(shape.dtype).view(rows)
+        opened, of_open = _zeros(slots * shape.slot_bytes, device)
+        self.open = opened.view(shape.dtype).view(rows)
+        self.shared = of_records + of_open
 
     @property
     def device(self) -> torch.device:
@@ -253,8 +258,10 @@ def make_pages(shape: PageShape, pages: int, slots: int, device: torch.device) -
     return CodedPages(shape, pages, slots, device)
 
 
-def _zeros(size: int, device: torch.device) -> Tensor:
-    """So many bytes. On a CPU numpy's take no time and no memory until they are written."""
+def _zeros(size: int, device: torch.device) -> tuple[Tensor, tuple[SharedRegion, ...]]:
+    """So many bytes, and what is shared of them: a CPU's, which other processes of the machine may
+    then read. Those take no time and no memory until they are written."""
     if device.type == "cpu":
-        return torch.from_numpy(np.zeros(size, dtype=np.uint8))
-    return torch.zeros(size, dtype=torch.uint8, device=device)
+        region = SharedRegion(size)
+        return torch.frombuffer(region.buffer, dtype=torch.uint8), (region,)
+    return torch.zeros(size, dtype=torch.uint8, device=device), ()
