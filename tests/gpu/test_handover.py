@@ -1,0 +1,82 @@
+"""Prompts computed on a GPU and answered elsewhere, and the other way round."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from fourfold.engine.config import EngineConfig
+from fourfold.engine.engine import Engine
+from fourfold.engine.messages import SamplingParams, TokenOutput
+from fourfold.engine.runner import Runner
+from fourfold.models.checkpoint.source import find_source
+from fourfold.models.loading import LoadOptions, load_model, pages_of
+from fourfold.models.precision import PageFormat, Precision
+from tests.cpu import tiny
+from tests.cpu.driving import run, submit
+from tests.cpu.engine.couple import couple
+from tests.cpu.engine.test_handover import prompt_of
+
+GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
+LENGTHS = (1, 63, 64, 65, 130, 300)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=40, logprobs=0)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.save_checkpoint("qwen3-moe-wide", tmp_path_factory.mktemp("handover"))
+
+
+def make_engine(
+    path: Path, device: torch.device, precision: Precision, kv_pages: PageFormat
+) -> Engine:
+    model = load_model(find_source(str(path)), LoadOptions(device=device, precision=precision))
+    config = EngineConfig(kv_memory_gib=0.1, max_running=8, step_tokens=400, kv_pages=kv_pages)
+    return Engine(Runner(model, config, pages_of(model, kv_pages)), config)
+
+
+def chosen(outputs: list[TokenOutput]) -> list[tuple[int, float]]:
+    return [(o.logprob.token, o.logprob.logprob) for o in outputs if o.logprob is not None]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "precision", "kv_pages"),
+    [
+        (GPU, GPU, Precision.W4A8, PageFormat.INT8),
+        (GPU, GPU, Precision.BFLOAT16, PageFormat.FLOAT),
+        (GPU, CPU, Precision.W4A8, PageFormat.INT8),
+        (CPU, GPU, Precision.W4A8, PageFormat.INT8),
+    ],
+)
+def test_answers_are_those_of_one_engine(
+    checkpoint: Path,
+    first: torch.device,
+    second: torch.device,
+    precision: Precision,
+    kv_pages: PageFormat,
+) -> None:
+    """Requests come one by one, so that steps are those of one engine: on one device the answers
+    are the same; on two the log-probabilities are, nearly, as far as the tokens are."""
+    engines = [make_engine(checkpoint, device, precision, kv_pages) for device in (first, second)]
+    alone = make_engine(checkpoint, second, precision, kv_pages)
+    requests = [submit(n, prompt_of(length, length), GREEDY) for n, length in enumerate(LENGTHS)]
+    with couple(*engines) as pair:
+        for request in requests:
+            wanted = chosen(run(alone, [request])[request.request_id, 0])
+            pair.answers(request)
+            got = chosen(pair.outputs[request.request_id, 0])
+            assert len(got) == len(wanted)
+            if first == second:
+                assert [token for token, _ in got] == [token for token, _ in wanted]
+                continue
+            compared = 0
+            for (token, logprob), (other, expected) in zip(got, wanted, strict=True):
+                if token != other:
+                    break
+                assert logprob == pytest.approx(expected, abs=0.25)
+                compared += 1
+            assert compared > 0
+        pair.wait_until_free()
+        assert all(news == [None, None] for news in pair.moved.values())
