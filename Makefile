@@ -10,14 +10,14 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 serve: $(VENV)/.installed
 	$(BIN)/fourfold serve $(ARGS)
 
-# Lint, types, contracts and the CPU tests.
+# Lint, types, contracts and the CPU tests, whole files side by side: fixtures are made once a file.
 test: $(VENV)/.tested-with
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m fourfold.bench.tables README.md --check
-	$(BIN)/python -m pytest tests/cpu $(ARGS)
+	$(BIN)/python -m pytest tests/cpu -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # The tests that need a GPU; on a machine without one they say so and pass nothing.
 check-gpu: $(VENV)/.tested-with

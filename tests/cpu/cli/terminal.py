@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import select
@@ -54,6 +55,19 @@ class Terminal:
         while self._read():
             pass
         return self.process.wait(PATIENCE)
+
+    def leave_by(self, key: bytes) -> int:
+        """Types `key` at a prompt, again where nothing happens; returns the exit code.
+
+        An interrupt between a prompt's last byte and the read after it is noted by Python but not
+        acted on before the next one.
+        """
+        for _ in range(30):
+            self.type(key)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(PATIENCE / 30)
+                return self.exit_code()
+        raise AssertionError(f"the program goes on; it showed {self.shown[-400:]!r}")
 
     def _read(self) -> bool:
         ready, _, _ = select.select([self._master], [], [], PATIENCE)
