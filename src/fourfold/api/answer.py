@@ -43,6 +43,7 @@ class Answer(Response):
         reply: Callable[[Sequence[Generation]], Reply],
         stream: bool,
         include_usage: bool,
+        continuous_usage: bool,
     ) -> None:
         media_type = "text/event-stream" if stream else "application/json"
         super().__init__(media_type=media_type, headers=_STREAM_HEADERS if stream else None)
@@ -52,6 +53,7 @@ class Answer(Response):
         self._reply = reply
         self._stream = stream
         self._include_usage = include_usage
+        self._continuous_usage = continuous_usage
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers; when the client goes away at any stage, the generations are cancelled."""
@@ -98,7 +100,8 @@ class Answer(Response):
                     if not started:
                         started = True
                         await self._start(send)
-                    if events := b"".join(map(reply.events, batch)):
+                    counts = following.usage if self._continuous_usage else None
+                    if events := b"".join(reply.events(delta, counts) for delta in batch):
                         await _send_body(send, events, more=True)
         except Exception as error:
             if not started or isinstance(error, ClientGoneError):

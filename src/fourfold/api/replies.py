@@ -153,8 +153,9 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 class Reply(Protocol):
     """One request's answer in the making."""
 
-    def events(self, delta: Delta) -> bytes:
-        """The server-sent events that tell `delta`; empty when it holds no news."""
+    def events(self, delta: Delta, counts: Counts | None) -> bytes:
+        """The server-sent events that tell `delta`, each with the request's token counts so far
+        where they are given; empty when it holds no news."""
 
     def usage_event(self, counts: Counts) -> bytes:
         """The event that ends a stream with its token counts."""
@@ -174,20 +175,21 @@ class ChatReply:
         self._created = int(time.time())
         self._begun: set[int] = set()
 
-    def events(self, delta: Delta) -> bytes:
+    def events(self, delta: Delta, counts: Counts | None) -> bytes:
         """See `Reply`. A choice's first event names its role, its last has the finish reason."""
+        usage = self._usage if counts is None else _usage(counts)
         news = b""
         if delta.index not in self._begun:
             self._begun.add(delta.index)
             role = ChatDelta(role="assistant", content="")
-            news = self._event(ChatChunkChoice(delta.index, role))
+            news = self._event(ChatChunkChoice(delta.index, role), usage)
         if delta.text or (self._logprobs and delta.tokens):
             logprobs = self._token_logprobs(delta)
             content = ChatDelta(content=delta.text)
-            news += self._event(ChatChunkChoice(delta.index, content, logprobs))
+            news += self._event(ChatChunkChoice(delta.index, content, logprobs), usage)
         if delta.finish is not None:
             last = ChatChunkChoice(delta.index, ChatDelta(), finish_reason=_reason(delta))
-            news += self._event(last)
+            news += self._event(last, usage)
         return news
 
     def usage_event(self, counts: Counts) -> bytes:
@@ -212,8 +214,8 @@ class ChatReply:
             )
         )
 
-    def _event(self, choice: ChatChunkChoice) -> bytes:
-        return _event(self._chunk([choice], self._usage))
+    def _event(self, choice: ChatChunkChoice, usage: Usage | UnsetType | None) -> bytes:
+        return _event(self._chunk([choice], usage))
 
     def _chunk(self, choices: list[ChatChunkChoice], usage: Usage | UnsetType | None) -> ChatChunk:
         return ChatChunk(
@@ -248,11 +250,12 @@ class CompletionReply:
         self._n = n
         self._offsets: dict[int, _Offsets] = {}
 
-    def events(self, delta: Delta) -> bytes:
+    def events(self, delta: Delta, counts: Counts | None) -> bytes:
         """See `Reply`. An echoed prompt comes with its choice's first event."""
         choice = self._choice(delta)
         news = choice.text or choice.finish_reason or (choice.logprobs and choice.logprobs.tokens)
-        return _event(self._completion([choice], self._usage)) if news else b""
+        usage = self._usage if counts is None else _usage(counts)
+        return _event(self._completion([choice], usage)) if news else b""
 
     def usage_event(self, counts: Counts) -> bytes:
         """See `Reply`."""

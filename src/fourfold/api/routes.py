@@ -50,6 +50,7 @@ def generation_routes(gateway: Gateway, config: ApiConfig) -> APIRouter:
             reply=reply,
             stream=bool(body.stream),
             include_usage=body.include_usage,
+            continuous_usage=body.continuous_usage,
         )
 
     @router.post("/v1/completions", response_model=None)
@@ -78,6 +79,7 @@ def generation_routes(gateway: Gateway, config: ApiConfig) -> APIRouter:
             reply=reply,
             stream=bool(body.stream),
             include_usage=body.include_usage,
+            continuous_usage=body.continuous_usage,
         )
 
     return router

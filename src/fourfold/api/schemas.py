@@ -181,9 +181,11 @@ class Message(_Strict):
 
 
 class StreamOptions(_Strict):
-    """How a stream ends."""
+    """What a stream tells beside the answer."""
 
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """An extension of vLLM's: where usage is included, every chunk tells it so far."""
     include_obfuscation: Unsupported = None
 
 
@@ -236,6 +238,15 @@ class _SamplingRequest(_Strict):
     def include_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def continuous_usage(self) -> bool:
+        """Whether every chunk of a stream has the token counts so far."""
+        return (
+            self.include_usage
+            and self.stream_options is not None
+            and bool(self.stream_options.continuous_usage_stats)
+        )
 
     def _options(
         self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: bool = False

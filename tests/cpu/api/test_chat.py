@@ -71,6 +71,23 @@ def test_a_stream_has_no_usage_unless_asked(http: httpx.Client) -> None:
     assert all("usage" not in event for event in events(ask(http, stream=True)))
 
 
+def test_every_chunk_may_tell_the_usage_so_far(http: httpx.Client, gateway: FakeGateway) -> None:
+    gateway.say(*"abcdefgh", delay=0.05)
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    for path, prompt in (CHAT, {"messages": HI}), ("/v1/completions", {"prompt": "Hi you"}):
+        body = {"model": "default", "stream": True, "stream_options": options, **prompt}
+        usages = [event["usage"] for event in events(http.post(path, json=body))]
+        counts = [usage["completion_tokens"] for usage in usages]
+        assert counts == sorted(counts)
+        assert 1 <= counts[0] < counts[-1] == 8, "one after the other"
+        assert {usage["total_tokens"] - usage["completion_tokens"] for usage in usages} == {2}
+
+
+def test_usage_so_far_is_part_of_usage(http: httpx.Client) -> None:
+    answer = ask(http, stream=True, stream_options={"continuous_usage_stats": True})
+    assert all("usage" not in event for event in events(answer))
+
+
 def test_all_that_waits_is_one_chunk_and_what_comes_later_another(
     http: httpx.Client, gateway: FakeGateway
 ) -> None:
