@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
+import xxhash
 from torch import Tensor, nn
 
 from fourfold.models.checkpoint.streaming import StreamingReader
@@ -99,13 +100,15 @@ class CheckpointFiller(Filler):
 
 
 class RandomFiller(Filler):
-    """Normal weights, norms of one, in floating point; the same on every start."""
+    """Normal weights, norms of one, in floating point; the same on every start, and no two tensors
+    alike."""
 
     def _tensors(self, placements: Placements) -> Iterator[tuple[str, Tensor]]:
-        for number, (name, place) in enumerate(placements.items()):
+        for name, place in placements.items():
             tensor = torch.empty(place.shape, dtype=self._dtype, device=self._device)
             if place.parameter.endswith("norm.weight"):
                 yield name, tensor.fill_(1.0)
             else:
-                generator = torch.Generator(self._device).manual_seed(number)
+                seed = xxhash.xxh3_64_intdigest(name.encode())
+                generator = torch.Generator(self._device).manual_seed(seed)
                 yield name, tensor.normal_(0.0, DEVIATION, generator=generator)

@@ -51,6 +51,9 @@ def test_only_the_configuration_is_read_and_the_weights_repeat(
         assert not one.is_meta
     deviation = first.layers[0].attention.qkv.weight.weight.std().item()
     assert deviation == pytest.approx(0.02, rel=0.1)
+    stored = {x.data_ptr(): x.flatten() for x in first.parameters()}
+    drawn = [x for x in stored.values() if (x != x[0]).any()]
+    assert len({tuple(x[:8].tolist()) for x in drawn}) == len(drawn) > 2, "no two are alike"
     with pytest.raises(CheckpointError):
         load_model(find_source(str(path)), LoadOptions(precision=Precision.FLOAT32))
 
