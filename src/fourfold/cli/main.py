@@ -21,14 +21,19 @@ from fourfold.errors import ConfigError, FourfoldError
 
 COMMANDS = {
     "serve": "answer OpenAI clients over HTTP",
+    "worker": "compute for a gateway elsewhere",
+    "cluster list": "show a server's workers",
+    "cluster role": "give a worker another role while it serves",
     "chat": "talk to a model in the terminal",
     "generate": "answer a JSONL file of prompts, in order and resumable",
     "quantize": "write a model with 4-bit weights, calibrated on a text",
     "inspect": "show what a checkpoint holds, needs, and whether it would be served",
     "calibrate": "time the kernels on this GPU, for plans and schedules that suit it",
     "bench serve": "load an OpenAI-compatible server and measure it",
+    "bench roles": "measure prompts and answers computed apart, beside together",
     "bench offline": "measure the engine alone, beside other engines",
     "bench kernels": "every kernel's speed beside this GPU's limits, and its error",
+    "bench transport": "pages between processes, beside plain copies of as many bytes",
     "bench quality": "what a precision costs in perplexity and agreement on a text",
     "bench layers": "what each layer of a quantised model is off by",
 }

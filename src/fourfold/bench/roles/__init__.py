@@ -1,0 +1,1 @@
+"""What computing prompts and answers apart costs and gains, beside workers that do both."""

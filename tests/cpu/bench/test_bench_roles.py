@@ -1,0 +1,106 @@
+"""`fourfold bench roles`: what is asked of which servers, and the figures made of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from fourfold.bench.record import load
+from fourfold.bench.roles import main as roles
+from fourfold.bench.roles import serving
+from fourfold.bench.roles.config import RolesBenchConfig
+from fourfold.bench.serve.answer import Failure
+from fourfold.bench.serve.config import ServeBenchConfig
+from fourfold.bench.serve.measure import Outcome
+from fourfold.errors import ConfigError, FourfoldError
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"layouts": ("0",)}, "--layouts 0"),
+        ({"layouts": ("1:0",)}, "--layouts 1:0"),
+        ({"layouts": ("1", "1")}, "--layouts"),
+        ({"layouts": ()}, "--layouts"),
+        ({"streams": 0}, "--streams"),
+        ({"stream_tokens": 1}, "--stream-tokens"),
+        ({"arriving_rate": 0.0}, "--arriving-rate"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, object], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        RolesBenchConfig(**options)  # type: ignore[arg-type]
+
+
+def test_layouts_are_served_with_the_options_given() -> None:
+    config = RolesBenchConfig(model="m", server="--precision w4a8 --device 'cuda:0'")
+    tail = ["--precision", "w4a8", "--device", "cuda:0", "--port", "0"]
+    assert config.serve("2") == ["serve", "m", "--workers", "2", *tail]
+    assert config.serve("1:3") == ["serve", "m", "--prefill", "1", "--decode", "3", *tail]
+    assert config.command().startswith("fourfold bench roles m --server")
+
+
+@contextmanager
+def pretended(arguments: list[str]) -> Iterator[str]:
+    """An address that tells which layout is asked."""
+    yield "http://127.0.0.1:" + ("2" if "--prefill" in arguments else "1")
+
+
+class Report(msgspec.Struct):
+    outcomes: list[Outcome]
+    failed: bool = False
+
+
+async def answered(config: ServeBenchConfig, **_: object) -> Report:
+    """Layouts of two workers are twice as slow to begin, and steady."""
+    apart = config.base_url.endswith("2")
+    ttft, gap = (0.2, 0.01) if apart else (0.1, 0.03)
+    outcome = Outcome(due=0.0, sent=0.0, ended=1.0, first=ttft, last=1.0, gaps=(gap, gap))
+    return Report([outcome] * config.num_requests)
+
+
+def test_figures_stand_beside_those_of_the_first_layout(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(roles, "serving", pretended)
+    monkeypatch.setattr(roles, "run", answered)
+    out = tmp_path / "roles.json"
+    assert roles.main(RolesBenchConfig(out=out, turns=2)) == 0
+    results = {(r.case, r.metric): r for r in load(out).results}
+    lone = results["1:1: prompts of 4096, one by one", "ttft_p50"]
+    assert (lone.value, lone.peer, lone.peer_value) == (0.2, "1", 0.1)
+    beside = results["1:1: 8 streams beside prompts of 1024 at 2/s", "itl_p99"]
+    assert (beside.value, beside.peer_value) == (0.01, 0.03)
+    assert results["1: 8 streams alone", "itl_p50"].peer is msgspec.UNSET
+    assert "turn 2 of 2: 1:1" in capsys.readouterr().err
+
+
+def test_a_request_that_fails_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def failing(config: ServeBenchConfig, **_: object) -> object:
+        outcome = Outcome(due=0, sent=0, ended=1, failure=Failure("http 500", "broken"))
+
+        class Failed:
+            failed = True
+            outcomes = (outcome,)
+
+            class summary:  # noqa: N801
+                failures = {"http 500": 1}
+
+        return Failed
+
+    monkeypatch.setattr(roles, "serving", pretended)
+    monkeypatch.setattr(roles, "run", failing)
+    with pytest.raises(FourfoldError, match="http 500"):
+        roles.main(RolesBenchConfig())
+
+
+def test_a_server_that_does_not_come_up_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = (sys.executable, "-c", "import sys; sys.exit('no such model')")
+    monkeypatch.setattr(serving, "_PROGRAM", broken)
+    with pytest.raises(FourfoldError, match="no such model"), serving.serving([]):
+        pass
