@@ -10,6 +10,8 @@ from starlette.exceptions import HTTPException
 
 from fourfold import __version__
 from fourfold.api.auth import RequireKey
+from fourfold.api.cluster import cluster_routes
+from fourfold.api.cluster_metrics import FleetCollector
 from fourfold.api.config import ApiConfig
 from fourfold.api.errors import answer_error, answer_routing_error
 from fourfold.api.limits import LimitBody
@@ -19,11 +21,13 @@ from fourfold.api.status import status_routes
 from fourfold.errors import FourfoldError
 
 if TYPE_CHECKING:
+    from fourfold.gateway.fleet.fleet import Fleet
     from fourfold.gateway.gateway import Gateway
 
 
-def create_app(gateway: Gateway, config: ApiConfig) -> FastAPI:
-    """The ASGI app that serves `gateway`; it starts nothing and owns nothing that must be closed.
+def create_app(gateway: Gateway, config: ApiConfig, fleet: Fleet | None = None) -> FastAPI:
+    """The ASGI app that serves `gateway`, and shows its `fleet` of workers; it starts
+    nothing and owns nothing that must be closed.
 
     There are no generated docs pages: the API is OpenAI's.
     """
@@ -38,6 +42,9 @@ def create_app(gateway: Gateway, config: ApiConfig) -> FastAPI:
     metrics = RequestMetrics(gateway)
     app.include_router(generation_routes(gateway, config))
     app.include_router(status_routes(gateway, metrics.registry))
+    if fleet is not None:
+        metrics.registry.register(FleetCollector(fleet))
+        app.include_router(cluster_routes(fleet))
     app.add_exception_handler(HTTPException, answer_routing_error)
     app.add_exception_handler(FourfoldError, answer_error)
     app.add_exception_handler(Exception, answer_error)

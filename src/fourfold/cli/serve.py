@@ -71,7 +71,7 @@ def run(options: Options) -> int:
         stop = asyncio.Event()
         cluster.start(on_failure=stop.set)
         try:
-            app = create_app(gateway, options.api)
+            app = create_app(gateway, options.api, cluster.fleet)
             await server.serve(
                 app, gateway, options.api, listener=listener, on_ready=announce, stop=stop
             )

@@ -52,10 +52,11 @@ def make_cluster(
     A worker that leaves has `drain_timeout` seconds to finish. Raises `ConfigError`,
     `CheckpointError` and what else loading raises there.
     """
-    fleet = Fleet(setup.engine, config.fleet, drain_timeout)
+    key = read_key(config.key_file)
+    fleet = Fleet(setup.engine, config.fleet, config.transport_of(key), drain_timeout)
     listener = None
     if config.cluster_port is not None:
-        listener = ClusterListener(fleet, config, read_key(config.key_file))
+        listener = ClusterListener(fleet, config, key)
     local = LocalWorkers(fleet, config.roles)
     try:
         local.start()

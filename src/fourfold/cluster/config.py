@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Annotated
+
+import tyro
 
 from fourfold.engine.messages import Role
 from fourfold.errors import ConfigError
 from fourfold.gateway.fleet.config import FleetConfig
-from fourfold.transport.config import is_loopback
+from fourfold.transport.config import TransportConfig, TransportPath, is_loopback
 
 _MIN_KEY_BYTES = 16
 
@@ -31,6 +34,9 @@ class ClusterConfig:
     key_file: Path | None = None
     """File with the key that all workers and gateways of a service share, 16 bytes or more."""
 
+    transport: Annotated[TransportPath, tyro.conf.EnumChoicesFromValues] = TransportPath.AUTO
+    """How pages go between workers. auto: over shared memory where they share a machine, else TCP.
+    """
     fleet: FleetConfig = FleetConfig()
 
     def __post_init__(self) -> None:
@@ -48,6 +54,11 @@ class ClusterConfig:
             raise ConfigError(
                 f"--cluster-host {self.cluster_host} lets anybody join; give a --key-file"
             )
+
+    def transport_of(self, key: bytes | None) -> TransportConfig:
+        """That of local workers, which others reach at `cluster_host` if they may join."""
+        host = "127.0.0.1" if self.cluster_port is None else self.cluster_host
+        return TransportConfig(host=host, key=key, path=self.transport)
 
     @property
     def roles(self) -> tuple[Role, ...]:

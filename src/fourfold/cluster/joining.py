@@ -64,6 +64,10 @@ class Joining:
             self._leaving.wait(min(_LONGEST_PAUSE, 0.25 * 2**failures))
             failures = min(failures + 1, 10)
 
+    @property
+    def leaving(self) -> bool:
+        return self._leaving.is_set()
+
     def leave(self) -> None:
         """Ends `run`, once the gateway has taken back what is here."""
         self._leaving.set()

@@ -25,8 +25,10 @@ from fourfold.engine.messages import (
     Submit,
     TokenOutput,
 )
+from fourfold.transport.config import TransportConfig
 from fourfold.transport.format import PageFormat
 from fourfold.transport.peer import Peer
+from fourfold.transport.stats import PathStats
 
 ALIVE_SECONDS = 0.5
 
@@ -53,6 +55,8 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     ordinal: int = 0
     """Of this worker among the `workers` that the gateway started on its machine."""
     workers: int = 1
+    transport: TransportConfig | None = None
+    """For its node, if the gateway started it; one that joined has its own."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
@@ -112,6 +116,8 @@ class News(msgspec.Struct, frozen=True, tag=True):
     """When the engine had the first of it: `time.perf_counter()`, the same clock for both sides if
     they share a machine."""
     handover: list[HandoverNews] = []
+    paths: list[PathStats] | None = None
+    """What came of its links to other workers; now and then."""
 
 
 ToEngine = Load | Refused | Stop | Alive | Submit | Abort | Granted | Continue

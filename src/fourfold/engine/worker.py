@@ -103,7 +103,7 @@ def main() -> None:
         signal.signal(number, signal.SIG_IGN)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     descriptor, name, role = sys.argv[1:]
-    worker = Worker(Hello(name, Role(role), os.getpid()), TransportConfig())
+    worker = Worker(Hello(name, Role(role), os.getpid()))
 
     def leave_at_once(end: End) -> None:
         if end is End.LOST or not worker.ready:
@@ -122,10 +122,11 @@ class Worker:
     def __init__(
         self,
         hello: Hello,
-        transport: TransportConfig,
+        transport: TransportConfig | None = None,
         choose: Callable[[EngineSetup], EngineSetup] = lambda setup: setup,
     ) -> None:
-        """`choose` makes the setup that is built here of the one that the gateway sends."""
+        """`transport` is the gateway's to say if it is None, and `choose` makes the setup that is
+        built here of the gateway's."""
         threading.excepthook = _end_with_thread
         self.refusal: Refused | LoadFailed | None = None
         """Why the last gateway did not take it, or what could not be built."""
@@ -137,6 +138,7 @@ class Worker:
         self._node: Node | None = None
         self._ready: Ready | None = None
         self._held = _Held()
+        self._link: _Link | None = None
 
     @property
     def ready(self) -> bool:
@@ -148,7 +150,7 @@ class Worker:
     ) -> End:
         """Serves the gateway at the other end until one of both ends it, then closes the socket
         and drops what is left. `on_end` is called at once, by another thread."""
-        link = _Link(connection, self._news.put, on_end)
+        link = self._link = _Link(connection, self._news.put, on_end)
         with connection:
             link.send(self._hello)
             threading.Thread(target=link.listen, args=(self._hear,), daemon=True).start()
@@ -162,8 +164,10 @@ class Worker:
         return end
 
     def leave(self) -> None:
-        """Asks the gateway to take back what is here."""
+        """Asks the gateway to take back what is here, if anything can be."""
         self._news.put(_Leave.LEAVE)
+        if not self.ready and self._link is not None:
+            self._link.close()
 
     def close(self) -> None:
         """Ends the engine, after the step that runs."""
@@ -201,7 +205,7 @@ class Worker:
             model=facts.fingerprint,
             pages=pages,
         )
-        self._node = Node(identity, self._transport)
+        self._node = Node(identity, self._transport or load.transport or TransportConfig())
         engine.connect(self._node)
         # The model lives as long as the process; to look through it for garbage takes longer than
         # many a step.
@@ -251,10 +255,12 @@ class Worker:
                         handover.append(said)
             self._held.note(outputs, handover)
             stats, now = engine.stats, time.monotonic()
-            if outputs or handover or stats != told or now - told_at >= ALIVE_SECONDS:
+            due = now - told_at >= ALIVE_SECONDS
+            if outputs or handover or stats != told or due:
                 since = min(since, time.perf_counter())
-                link.send(News(outputs, stats, since, handover))
-                told, told_at = stats, now
+                paths = self._node.stats() if due and self._node is not None else None
+                link.send(News(outputs, stats, since, handover, paths))
+                told, told_at = stats, now if due else told_at
             if end is not None:
                 return end
 

@@ -39,7 +39,9 @@ from fourfold.gateway.fleet.config import FleetConfig
 from fourfold.gateway.fleet.dispatcher import Counts, Dispatcher
 from fourfold.gateway.fleet.flight import Flight
 from fourfold.gateway.fleet.members import Member, State
+from fourfold.gateway.fleet.status import WorkerStatus, describe
 from fourfold.gateway.gateway import Emit
+from fourfold.transport.config import TransportConfig
 from fourfold.transport.format import check_agreement
 
 logger = logging.getLogger(__name__)
@@ -55,8 +57,14 @@ class Fleet:
     """Implements `EngineClient`; once started, to be used on the loop it was started on."""
 
     def __init__(
-        self, setup: EngineSetup, config: FleetConfig, drain_timeout: float = 30.0
+        self,
+        setup: EngineSetup,
+        config: FleetConfig,
+        transport: TransportConfig,
+        drain_timeout: float,
     ) -> None:
+        """`transport` is for workers that are started here; one that leaves has `drain_timeout`
+        seconds to finish."""
         self.config = config
         self.max_context = 0
         """Of the worker that holds the longest text; the last known where there is none."""
@@ -70,6 +78,7 @@ class Fleet:
         self.on_stop: Callable[[], None] = lambda: None
         """Called by `stop` in its thread, once every worker has been told."""
         self._setup = setup
+        self._transport = transport
         self._drain_timeout = drain_timeout
         self._members: dict[int, Member] = {}
         self._numbers = itertools.count(1)
@@ -78,6 +87,8 @@ class Fleet:
         self._dispatcher = Dispatcher(
             self._members, self._outputs.append, prefix_cache=setup.config.prefix_cache
         )
+        self._roles: dict[str, Role] = {}
+        """What workers were told by name, which holds for those that come after them too."""
         self._first: Ready | None = None
         self._past = EngineStats()
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -99,6 +110,17 @@ class Fleet:
         return self._dispatcher.counts
 
     @property
+    def parked(self) -> int:
+        """Requests of which something waits for a worker."""
+        return sum(flight.parked for flight in self._flights.values())
+
+    @property
+    def workers(self) -> list[WorkerStatus]:
+        """All workers that said who they are, by name."""
+        known = [member for member in self._members.values() if member.name]
+        return [describe(member) for member in sorted(known, key=lambda member: member.name)]
+
+    @property
     def members(self) -> list[Member]:
         """All workers whose connection is open, oldest first."""
         return list(self._members.values())
@@ -109,7 +131,13 @@ class Fleet:
         """Takes a worker in, which will say `Hello` and be told to load the model; `ordinal` and
         `workers` as in `Load`."""
         member = Member(next(self._numbers), connection, self, local=local)
-        member.load = Load(self._setup, self.config.worker_timeout, ordinal, workers)
+        member.load = Load(
+            self._setup,
+            self.config.worker_timeout,
+            ordinal,
+            workers,
+            self._transport if local else None,
+        )
         self._members[member.number] = member
         if self._loop is not None:
             member.attach(self._loop)
@@ -149,16 +177,17 @@ class Fleet:
         while self.model is None:
             await asyncio.sleep(ALIVE_SECONDS)
 
-    def set_role(self, name: str, role: Role) -> Member:
+    def set_role(self, name: str, role: Role) -> WorkerStatus:
         """Gives a worker new work by another role from now on. Raises `RequestError` if there is
         none of that name."""
         for member in self._members.values():
             if member.name == name:
                 logger.info("worker %s takes %s from now on, not %s", name, role, member.role)
-                member.role = role
+                member.role = self._roles[name] = role
                 self._unpark()
-                return member
-        raise RequestError(f"there is no worker {name!r}", param="name", code="worker_not_found")
+                return describe(member)
+        known = ", ".join(worker.name for worker in self.workers)
+        raise RequestError(f"there is no worker {name!r}; the workers are {known}", param="name")
 
     def stop(self) -> None:
         """Ends all workers that were started here once their running steps are done, and lets the
@@ -258,7 +287,8 @@ class Fleet:
             member.send(Refused(f"{why}; give this one another --name", again=True))
             member.end(why)
             return
-        member.hello, member.role, member.state = hello, hello.role, State.LOADING
+        member.hello, member.state = hello, State.LOADING
+        member.role = self._roles.get(hello.name, hello.role)
         assert member.load is not None
         member.send(member.load)
 

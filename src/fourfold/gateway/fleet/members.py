@@ -23,6 +23,7 @@ from fourfold.engine.channel import (
     encode,
 )
 from fourfold.engine.messages import EngineStats, Role
+from fourfold.transport.stats import PathStats
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +86,7 @@ class Member:
         self.local = local
         self.load: Load | None = None
         """What it is told to build, once it has said who it is."""
+        self.paths: list[PathStats] = []
         self.last_heard = time.monotonic()
         self.leaves_at = float("inf")
         """When it is given up if it still holds anything then, by `time.monotonic`."""
@@ -212,6 +214,7 @@ class Member:
         for message in messages:
             if isinstance(message, News):
                 self.note(message.stats)
+                self.paths = self.paths if message.paths is None else message.paths
             self._listener.heard(self, message)
             if self.state is State.GONE:
                 return

@@ -1,0 +1,120 @@
+"""`fourfold worker`: compute for a gateway elsewhere."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import signal
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from fourfold.cluster.config import read_key
+from fourfold.engine.config import EngineConfig
+from fourfold.engine.messages import Role
+from fourfold.errors import ConfigError
+from fourfold.models.checkpoint.source import Source, SourceKind, find_source
+from fourfold.models.precision import Precision
+from fourfold.transport.config import TransportConfig, TransportPath
+
+if TYPE_CHECKING:
+    from fourfold.engine.building import EngineSetup
+
+_AT_ONCE = 130
+"""Exit code after a second signal."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Joins a gateway that was started with --cluster-port, and computes for it until SIGTERM or
+    Ctrl-C. When the gateway is away, it waits for it."""
+
+    model: Annotated[str | None, tyro.conf.Positional] = None
+    """A Hugging Face directory, a .gguf file or a hub id: a copy of what the gateway serves.
+    Without it, that itself, where this machine has it."""
+    join: str
+    """HOST:PORT of the gateway."""
+    role: Annotated[Role, tyro.conf.EnumChoicesFromValues] = Role.BOTH
+    """What it is given to compute; every worker can compute everything."""
+    name: str | None = None
+    """What it is called. Default: this machine's name and the process's number."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1, ...; auto takes the first GPU there is."""
+    precision: Annotated[Precision | None, tyro.conf.EnumChoicesFromValues] = None
+    """As for `fourfold serve`. Default: what the gateway was started with."""
+    engine: EngineConfig = EngineConfig()
+    host: str = "127.0.0.1"
+    """Address at which other workers send pages; beyond loopback only with --key-file."""
+    port: int = 0
+    """TCP port for the same; 0 takes any free one."""
+    advertise: str | None = None
+    """Address by which others reach this one, where it is not --host."""
+    key_file: Path | None = None
+    """File with the key that all workers and gateways of a service share, 16 bytes or more."""
+    transport: Annotated[TransportPath, tyro.conf.EnumChoicesFromValues] = TransportPath.AUTO
+    """How pages go to other workers. auto: over shared memory where they share a machine, else TCP.
+    """
+
+
+def run(options: Options) -> int:
+    from fourfold.cluster.joining import Joining
+    from fourfold.engine.channel import Hello
+    from fourfold.engine.worker import Worker
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    key = read_key(options.key_file)
+    transport = TransportConfig(
+        host=options.host,
+        port=options.port,
+        advertise=options.advertise,
+        key=key,
+        path=options.transport,
+    )
+    source = None
+    if options.model is not None:
+        source = find_source(options.model, revision=options.revision)
+    name = options.name or f"{socket.gethostname()}-{os.getpid()}"
+    hello = Hello(name, options.role, os.getpid())
+    worker = Worker(hello, transport, lambda setup: _own(setup, options, source))
+    joining = Joining(worker, name, options.join, key)
+
+    def on_signal(number: int, frame: object) -> None:
+        if joining.leaving:
+            os._exit(_AT_ONCE)
+        joining.leave()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    try:
+        joining.run()
+    finally:
+        worker.close()
+    return 0
+
+
+def _own(setup: EngineSetup, options: Options, source: Source | None) -> EngineSetup:
+    """What is built here, of what the gateway serves."""
+    return dataclasses.replace(
+        setup,
+        source=source or _find_here(setup.source),
+        device=options.device,
+        precision=options.precision or setup.precision,
+        config=options.engine,
+    )
+
+
+def _find_here(source: Source) -> Source:
+    """The gateway's model on this machine. Raises `ConfigError` where it is not."""
+    if source.kind is SourceKind.EMBEDDED:
+        return find_source(None)
+    if not source.path.exists():
+        raise ConfigError(
+            f"the gateway's model {source.path} is not on this machine; say where it is, or give a "
+            "hub id: fourfold worker MODEL"
+        )
+    return source
