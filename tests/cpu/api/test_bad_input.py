@@ -6,6 +6,7 @@ vocabulary and the context of a real one; they are skipped unless `server.gatewa
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -350,18 +351,21 @@ def head(length: int, path: str = CHAT) -> bytes:
     return "\r\n".join((*lines, f"Content-Length: {length}", "", "")).encode()
 
 
+def dribble(connection: socket.socket, piece: bytes, pause: float) -> bytes:
+    """Sends a piece again and again, until an answer comes or ten seconds have passed."""
+    deadline = time.monotonic() + 10
+    connection.settimeout(pause)
+    while time.monotonic() < deadline:
+        connection.sendall(piece)
+        with contextlib.suppress(TimeoutError):
+            return connection.recv(65_536)
+    return b""
+
+
 def test_a_body_that_dribbles_in_gets_408(server: Any) -> None:
     with connected(server) as connection:
-        began = time.monotonic()
         connection.sendall(head(1000))
-        connection.settimeout(server.config.body_timeout / 10)
-        answer = b""
-        while not answer and time.monotonic() - began < 10:
-            connection.sendall(b" ")
-            try:
-                answer = connection.recv(65_536)
-            except TimeoutError:
-                continue
+        answer = dribble(connection, b" ", server.config.body_timeout / 10)
         connection.settimeout(10)
         answer += read_to_end(connection)
     assert answer.startswith(b"HTTP/1.1 408 ")
@@ -372,16 +376,8 @@ def test_a_body_that_dribbles_in_gets_408(server: Any) -> None:
 
 def test_headers_that_dribble_in_get_408(server: Any) -> None:
     with connected(server) as connection:
-        began = time.monotonic()
         connection.sendall(b"POST / HTTP/1.1\r\n")
-        connection.settimeout(server.config.header_timeout / 10)
-        answer = b""
-        while not answer and time.monotonic() - began < 10:
-            connection.sendall(b"A: b\r\n")
-            try:
-                answer = connection.recv(65_536)
-            except TimeoutError:
-                continue
+        answer = dribble(connection, b"A: b\r\n", server.config.header_timeout / 10)
     assert answer.startswith(b"HTTP/1.1 408 ")
     assert b'"code":"request_timeout"' in answer
     assert_serving(server)
