@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Callable
 
 from fourfold.cluster.config import ClusterConfig, read_key
@@ -14,6 +15,8 @@ from fourfold.gateway.fleet.fleet import Fleet
 from fourfold.gateway.gateway import Gateway
 from fourfold.gateway.local import GatewaySetup, assemble
 from fourfold.gateway.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 _ONE_WORKER = ClusterConfig()
 
@@ -81,6 +84,7 @@ async def _load(
         await local.load(progress)
         if fleet.model is None and listener is not None:
             listener.start()
+            logger.info("waiting for a worker: fourfold worker --join %s", listener.address)
             await fleet.one_ready()
     finally:
         if listener is not None:

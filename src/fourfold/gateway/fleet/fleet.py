@@ -46,8 +46,6 @@ from fourfold.transport.format import check_agreement
 
 logger = logging.getLogger(__name__)
 
-_SLEPT = 1.0
-"""Seconds by which a turn of the watch may be late before it is we who were not listening."""
 _CLOSING = 5.0
 """Seconds for the loop to close what is left at the end."""
 _GAUGES = ("running", "waiting", "pages_total", "pages_in_use", "pages_cached", "graphs")
@@ -157,7 +155,7 @@ class Fleet:
     def start(self, emit: Emit) -> None:
         self._emit = emit
         self.attach()
-        self._watched = time.monotonic()
+        self._watched = time.monotonic() - ALIVE_SECONDS
         self._watch_over()
 
     def submit(self, request: Submit) -> None:
@@ -226,6 +224,8 @@ class Fleet:
                 self._welcome(member, message)
             case Leaving():
                 self._see_off(member)
+            case LoadFailed():
+                logger.warning("worker %s could not load: %s", member.name, message.message)
         if isinstance(message, Progress | Ready | LoadFailed):
             self.on_event(member, message, "")
 
@@ -306,6 +306,8 @@ class Fleet:
             member.end(str(error))
             return
         member.ready, member.stats = ready, ready.stats
+        # It may have computed for an earlier connection: that is counted already, or is not ours.
+        self._past = _sum(self._past, _counters(ready.stats), -1)
         if member.state is State.LOADING:  # else it leaves already
             member.state = State.READY
         self._measure_context()
@@ -333,11 +335,11 @@ class Fleet:
         """Says that we are there, and looks who else is; again and again."""
         assert self._loop is not None
         now = time.monotonic()
-        late = now - self._watched - ALIVE_SECONDS > _SLEPT
+        # For so long we may not have listened: what they said meanwhile may be unread.
+        late = max(0.0, now - self._watched - ALIVE_SECONDS)
         self._watched = now
         for member in self.members:
-            if late:  # what they said meanwhile may still be unread
-                member.last_heard = now
+            member.last_heard = min(now, member.last_heard + late)
             member.send(Alive())
             silent = now - member.last_heard
             if member.must_speak and silent > self.config.worker_timeout:
@@ -360,10 +362,9 @@ class Fleet:
         closed.set()
 
 
-def _sum(one: EngineStats, other: EngineStats) -> EngineStats:
-    return EngineStats(
-        **{name: getattr(one, name) + getattr(other, name) for name in one.__struct_fields__}
-    )
+def _sum(one: EngineStats, other: EngineStats, times: int = 1) -> EngineStats:
+    fields = one.__struct_fields__
+    return EngineStats(**{f: getattr(one, f) + times * getattr(other, f) for f in fields})
 
 
 def _counters(stats: EngineStats) -> EngineStats:
