@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ def test_answers_are_those_of_one_engine(
     engines = [make_engine(checkpoint, device, precision, kv_pages) for device in (first, second)]
     alone = make_engine(checkpoint, second, precision, kv_pages)
     requests = [submit(n, prompt_of(length, length), GREEDY) for n, length in enumerate(LENGTHS)]
+    differences = []
     with couple(*engines) as pair:
         for request in requests:
             wanted = chosen(run(alone, [request])[request.request_id, 0])
@@ -70,13 +72,13 @@ def test_answers_are_those_of_one_engine(
             assert len(got) == len(wanted)
             if first == second:
                 assert [token for token, _ in got] == [token for token, _ in wanted]
-                continue
-            compared = 0
             for (token, logprob), (other, expected) in zip(got, wanted, strict=True):
                 if token != other:
                     break
-                assert logprob == pytest.approx(expected, abs=0.25)
-                compared += 1
-            assert compared > 0
+                differences.append(abs(logprob - expected))
         pair.wait_until_free()
         assert all(news == [None, None] for news in pair.moved.values())
+    assert len(differences) >= len(LENGTHS)
+    # Quantising costs about 0.14 (test_quantised_engine); pages gone wrong cost several.
+    assert statistics.median(differences) < 0.14
+    assert max(differences) < 1.5

@@ -44,7 +44,7 @@ class Routes:
     def follow(self, own: Routing) -> Routing:
         """The recorded choice for `rows`, whatever the own one is."""
         gates_NMK, experts_NMK = (torch.cat(part, dim=1) for part in zip(*self._parts, strict=True))
-        gates_TK = gates_NMK[:, self.rows].flatten(0, 1)
+        gates_TK = gates_NMK[:, self.rows].flatten(0, 1).contiguous()
         experts_TK = experts_NMK[:, self.rows].flatten(0, 1).contiguous()
         same = (own.experts_TK[:, :, None] == experts_TK[:, None, :]).any(-1)
         self.agreement.append(float(same.float().mean()))
