@@ -49,8 +49,9 @@ class TransportConfig:
     """auto: shared memory with peers that can map it, else TCP."""
     streams: int | None = None
     """TCP connections for pages to each peer. Default: 2 on up to 4 cores, else 4."""
-    slice_bytes: int = 256 << 10
-    """Pages that are sent as one frame at most; a page is never split below 1 MiB."""
+    slice_bytes: int = 1 << 20
+    """Of whole pages that are sent as one frame; a page of up to 1 MiB is never split. Smaller ones
+    cost more of the CPU."""
     max_payload: int = 8 << 20
     """A frame that claims more closes its connection."""
     window_bytes: int = 64 << 20

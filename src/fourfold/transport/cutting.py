@@ -71,7 +71,7 @@ class Cutter:
     """Runs that wait, in order, and the frames they are cut into. For one thread at a time."""
 
     def __init__(self, slice_bytes: int) -> None:
-        self.slice_bytes = slice_bytes
+        self._slice_bytes = slice_bytes
         self._runs: collections.deque[_Run] = collections.deque()
 
     def __bool__(self) -> bool:
@@ -93,7 +93,7 @@ class Cutter:
         if run.page_bytes > SPLIT_BYTES:
             return self._cut_page(run)
         piece = run.piece
-        fit = max(1, self.slice_bytes // run.page_bytes)
+        fit = max(1, self._slice_bytes // run.page_bytes)
         count = min(fit, piece.count - run.pages)
         views = run.take(count * run.page_bytes)
         first, layers = piece.first + run.pages, 1
@@ -124,7 +124,7 @@ class Cutter:
                 or (more.part, more.first, more.count) != (piece.part, piece.first, piece.count)
                 or more.layer != piece.layer + joined + 1
                 or other.bytes != run.bytes
-                or (joined + 2) * run.bytes > self.slice_bytes
+                or (joined + 2) * run.bytes > self._slice_bytes
             ):
                 break
             views += other.take(other.bytes)
@@ -135,7 +135,7 @@ class Cutter:
     def _cut_page(self, run: _Run) -> Slice:
         """A part of a page that is too large for one frame."""
         piece, offset = run.piece, run.offset
-        length = min(self.slice_bytes, run.page_bytes - offset)
+        length = min(self._slice_bytes, run.page_bytes - offset)
         views = run.take(length)
         page = piece.first + run.pages
         run.offset += length

@@ -42,9 +42,6 @@ __all__ = ["Link", "Transfer"]
 
 logger = logging.getLogger(__name__)
 
-_SHARED_SLICE_BYTES = 1 << 20
-"""Copying is faster in larger pieces than a socket takes well."""
-
 
 class Link:
     """A way to one incarnation of a peer. It connects by itself, and once broken stays broken.
@@ -285,7 +282,7 @@ class Link:
         payload, extents = memoryview(bytes(self._config.slice_bytes)), []
         if self._shared:
             number = max(self._shared, key=lambda number: self._regions[number].size)
-            payload = self._regions[number].buffer[:_SHARED_SLICE_BYTES]
+            payload = self._regions[number].buffer[: self._config.slice_bytes]
             extents = [Extent(region=number, length=len(payload), offset=0)]
         self._probe = Probe(
             payload=payload,
@@ -323,9 +320,7 @@ class Link:
             rate / 1e9,
             1e6 * probe.round_trip,
         )
-        slice_bytes = self._config.slice_bytes
-        self._transfers.grant(self._window)
-        self._transfers.open(max(slice_bytes, _SHARED_SLICE_BYTES) if self._shared else slice_bytes)
+        self._transfers.open(self._window)
 
     def _serve(self, wire: Wire, probe: Probe) -> None:
         """Sends frames on one stream until the link breaks."""

@@ -21,6 +21,10 @@ from typing import NamedTuple
 from fourfold.transport.control import Region
 from fourfold.transport.frames import MAX_EXTENTS, Extent, FrameError
 
+_LARGE_BYTES = 256 << 10
+"""From here on other threads may run during a copy."""
+_NO_END = 1 << 64
+"""Above all addresses."""
 _PROT_READ, _MAP_SHARED = 1, 1
 _FAILED = ctypes.c_void_p(-1).value
 
@@ -88,22 +92,25 @@ class Regions:
     def find(self, views: Iterable[memoryview], known: Container[int]) -> list[Extent] | None:
         """Where views lie, if all of them are in regions that are known to the reader."""
         found: list[Extent] = []
+        begin = end = number = 0
         for view in views:
             if view.readonly:
                 return None
             address = address_of(view)
-            place = bisect.bisect_right(self._sorted, address, key=lambda region: region[0]) - 1
-            if place < 0:
+            if not begin <= address < end:
+                place = bisect.bisect_right(self._sorted, (address, _NO_END, 0)) - 1
+                if place < 0:
+                    return None
+                begin, end, number = self._sorted[place]
+                if number not in known:
+                    return None
+            if address + len(view) > end:
                 return None
-            begin, end, number = self._sorted[place]
-            if address + len(view) > end or number not in known:
-                return None
-            offset = address - begin
             last = found[-1] if found else None
-            if last and last.region == number and last.offset + last.length == offset:
+            if last and last.region == number and last.offset + last.length == address - begin:
                 found[-1] = last._replace(length=last.length + len(view))
             else:
-                found.append(Extent(region=number, length=len(view), offset=offset))
+                found.append(Extent(region=number, length=len(view), offset=address - begin))
         return found if len(found) <= MAX_EXTENTS else None
 
 
@@ -147,8 +154,7 @@ class Mappings:
 
 
 def copy(sources: Sequence[tuple[int, int]], views: Sequence[memoryview]) -> None:
-    """Copies memory, given by address and length, to views of as many bytes in all. Other threads
-    run meanwhile."""
+    """Copies memory, given by address and length, to views of as many bytes in all."""
     pieces = iter(sources)
     source, left = 0, 0
     for view in views:
@@ -157,7 +163,8 @@ def copy(sources: Sequence[tuple[int, int]], views: Sequence[memoryview]) -> Non
             if not left:
                 source, left = next(pieces)
             count = min(room, left)
-            ctypes.memmove(target, source, count)
+            move = ctypes.memmove if count >= _LARGE_BYTES else _move_small
+            move(target, source, count)
             source, target, left, room = source + count, target + count, left - count, room - count
 
 
@@ -202,6 +209,11 @@ def _map(descriptor: int, size: int) -> int:
         raise MappingError(f"{size} bytes of another process cannot be mapped: {reason}")
     return int(address)
 
+
+# Python's lock is kept: for some microseconds of copying, to get it back costs more.
+_move_small = ctypes.PyDLL(None).memmove
+_move_small.restype = None
+_move_small.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p

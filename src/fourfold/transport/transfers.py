@@ -121,11 +121,11 @@ class Transfers:
             if not self._changed.wait_for(lambda: not transfer.sending, _LEAVE_SECONDS):
                 raise RuntimeError(f"a thread still reads the pages for lease {transfer.lease}")
 
-    def open(self, slice_bytes: int) -> None:
-        """From now on frames of so many bytes are sent."""
+    def open(self, window: int) -> None:
+        """Frames may be sent from now on, with so many bytes under way."""
         with self._changed:
             self._open = True
-            self._cutter.slice_bytes = slice_bytes
+            self._credit += window
             self._moved = time.monotonic()
             for transfer in self._transfers.values():
                 self._say_finished(transfer)

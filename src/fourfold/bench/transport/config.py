@@ -1,0 +1,59 @@
+"""The options of `fourfold bench transport`. Imports nothing heavy: the CLI is built from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Literal
+
+from fourfold.errors import ConfigError
+from fourfold.transport.config import MAX_STREAMS
+
+PathName = Literal["tcp", "shared-memory"]
+LAYERS = 32
+"""Over which the pages are spread."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransportBenchConfig:
+    """Measures pages between two processes of this machine, in turns with plain copies of as many
+    bytes: over TCP sockets without checksums, and in memory.
+
+    Pages lie in random order on both sides. Every figure is the median over the rounds.
+    """
+
+    size: int = 512
+    """MiB in one transfer."""
+    page_bytes: int = 64 << 10
+    """Of one page in one layer."""
+    streams: int | None = None
+    """TCP connections for pages. Default: as when serving."""
+    paths: tuple[PathName, ...] = ("tcp", "shared-memory")
+    """Which ways to measure."""
+    rounds: int = 7
+    """Turns."""
+    name: str = "transport"
+    """The record's name."""
+    out: Path | None = None
+    """Where the JSON record goes."""
+
+    def __post_init__(self) -> None:
+        if self.page_bytes < 1 or self.rounds < 1 or not self.paths:
+            raise ConfigError("--page-bytes, --rounds and --paths must not be zero or empty")
+        if self.pages < 1:
+            raise ConfigError(
+                f"--size {self.size} MiB is not one page of {self.page_bytes} bytes in each of "
+                f"{LAYERS} layers"
+            )
+        if self.streams is not None and not 1 <= self.streams <= MAX_STREAMS:
+            raise ConfigError(f"--streams {self.streams} is not within 1 to {MAX_STREAMS}")
+
+    @property
+    def pages(self) -> int:
+        """Of each layer."""
+        return (self.size << 20) // (LAYERS * self.page_bytes)
+
+    @property
+    def bytes(self) -> int:
+        """In one transfer."""
+        return LAYERS * self.pages * self.page_bytes

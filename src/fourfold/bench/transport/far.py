@@ -1,0 +1,208 @@
+"""The receiving process: `python -m fourfold.bench.transport.far`, which does what it reads.
+
+Commands come as lines of JSON on the standard input; answers go to the standard output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import queue
+import random
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from unittest import mock
+
+import msgspec
+
+from fourfold.bench.transport.config import LAYERS
+from fourfold.transport import (
+    Identity,
+    Node,
+    PageFormat,
+    Part,
+    TransportConfig,
+    TransportPath,
+)
+from fourfold.transport.frames import checksum
+
+WAIT_SECONDS = 60.0
+
+
+class Copy(msgspec.Struct, frozen=True, tag=True):
+    """Receive `length` bytes over so many plain sockets, `chunk` at a time."""
+
+    streams: int
+    chunk: int
+    length: int
+
+
+class Open(msgspec.Struct, frozen=True, tag=True):
+    """Make memory and a node that takes pages by a path."""
+
+    path: TransportPath
+    streams: int | None
+    pages: int
+    page_bytes: int
+
+
+class Receive(msgspec.Struct, frozen=True, tag=True):
+    """Expect pages for a lease, with or without looking at their checksums."""
+
+    lease: int
+    verify: bool
+
+
+class Answer(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of a command, as far as it has a field here."""
+
+    port: int = 0
+    node: bytes = b""
+    """The node's `Peer`, as JSON."""
+    cpu: float = 0.0
+    """Seconds of this process."""
+    error: str | None = None
+    digest: int = 0
+    """Checksum of all pages in their order."""
+
+
+Command = Copy | Open | Receive
+
+
+class Pages:
+    """Pages of all layers in random order: what is sent, and where it lands."""
+
+    layers = LAYERS
+    open = False
+
+    def __init__(self, pages: int, page_bytes: int, buffer: memoryview, seed: int) -> None:
+        self.pages = pages
+        self._views = [buffer[at : at + page_bytes] for at in range(0, len(buffer), page_bytes)]
+        random.Random(seed).shuffle(self._views)
+
+    def views(self, part: Part, layer: int, first: int, count: int) -> Sequence[memoryview]:
+        """See `Landing`."""
+        start = layer * self.pages + first
+        return self._views[start : start + count]
+
+    def digest(self) -> int:
+        """Checksum of all pages in their order."""
+        return checksum(self._views)
+
+
+def identity(name: str, epoch: int, page_bytes: int) -> Identity:
+    """Who a side of the benchmark says it is."""
+    pages = PageFormat(
+        layers=LAYERS,
+        kv_heads=1,
+        head_width=1,
+        page_tokens=64,
+        code="int8",
+        open_code="bfloat16",
+        record_bytes=page_bytes,
+    )
+    return Identity(name=name, epoch=epoch, model="benchmark", pages=pages)
+
+
+def private_memory(size: int) -> memoryview:
+    """Memory of this process that has been touched."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    for at in range(0, size, mmap.PAGESIZE):
+        memory[at] = 1
+    return memoryview(memory)
+
+
+@contextlib.contextmanager
+def without_checksums(module: str) -> Iterator[None]:
+    """A module of the transport takes every checksum for 0: only to see what they cost."""
+    with mock.patch(f"{module}.checksum", return_value=0):
+        yield
+
+
+class Far:
+    """Does the commands."""
+
+    def __init__(self) -> None:
+        self._memory: memoryview | None = None
+        self._landing: Pages | None = None
+        self._node: Node | None = None
+
+    def run(self) -> None:
+        """Until the standard input ends."""
+        decoder = msgspec.json.Decoder(Command)
+        for line in sys.stdin.buffer:
+            command = decoder.decode(line)
+            match command:
+                case Copy():
+                    self._copy(command)
+                case Open():
+                    self._open(command)
+                case Receive():
+                    self._receive(command)
+
+    def _say(self, answer: Answer) -> None:
+        sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
+        sys.stdout.buffer.flush()
+
+    def _copy(self, command: Copy) -> None:
+        if self._memory is None or len(self._memory) != command.length:
+            self._memory = private_memory(command.length)
+        share = command.length // command.streams
+        with socket.create_server(("127.0.0.1", 0), backlog=command.streams) as listener:
+            listener.settimeout(WAIT_SECONDS)
+            self._say(Answer(port=listener.getsockname()[1]))
+            sockets = [listener.accept()[0] for _ in range(command.streams)]
+        views = [self._memory[n * share : (n + 1) * share] for n in range(command.streams)]
+        start = time.process_time()
+        threads = [
+            threading.Thread(target=_take_all, args=(each, view, command.chunk))
+            for each, view in zip(sockets, views, strict=True)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        self._say(Answer(cpu=time.process_time() - start))
+
+    def _open(self, command: Open) -> None:
+        if self._node is not None:
+            self._node.close()
+        memory = private_memory(LAYERS * command.pages * command.page_bytes)
+        self._landing = Pages(command.pages, command.page_bytes, memory, seed=2)
+        self._node = Node(
+            identity("far", 2, command.page_bytes),
+            TransportConfig(path=command.path, streams=command.streams),
+        )
+        self._say(Answer(node=msgspec.json.encode(self._node.peer)))
+
+    def _receive(self, command: Receive) -> None:
+        assert self._node is not None
+        assert self._landing is not None
+        done: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        with contextlib.ExitStack() as stack:
+            if not command.verify:
+                stack.enter_context(without_checksums("fourfold.transport.session"))
+            self._node.expect(command.lease, 1, self._landing, done.put)
+            self._say(Answer())
+            start = time.process_time()
+            error = done.get(timeout=WAIT_SECONDS)
+            cpu = time.process_time() - start
+        self._node.forget(command.lease)
+        self._say(Answer(cpu=cpu, error=error, digest=self._landing.digest()))
+
+
+def _take_all(connection: socket.socket, view: memoryview, chunk: int) -> None:
+    with connection:
+        while view:
+            count = connection.recv_into(view[:chunk])
+            if not count:
+                raise EOFError
+            view = view[count:]
+        connection.sendall(b"k")
+
+
+if __name__ == "__main__":
+    Far().run()

@@ -1,0 +1,139 @@
+"""Times every path in turns with plain copies of as many bytes, and writes the record."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import os
+import statistics
+from collections.abc import Callable, Sequence
+
+from fourfold.bench.command_line import command_line
+from fourfold.bench.figures import format_figure
+from fourfold.bench.record import Result, new_record, write
+from fourfold.bench.transport.config import TransportBenchConfig
+from fourfold.bench.transport.near import FarProcess, Near, OurLink, Sample
+from fourfold.transport import TransportPath
+
+_PACKAGES = ("fourfold", "xxhash")
+_STREAMS = (1, 2, 4, 8)
+_CHUNKS = (256 << 10, 1 << 20, 4 << 20)
+_MARKS = {TransportPath.TCP: 0.85, TransportPath.SHARED_MEMORY: 0.8}
+"""Of the plain copy's rate."""
+_ROUND_TRIPS = 5000
+_ROUND_TRIP_MARK = 100.0
+"""Microseconds."""
+
+Baseline = tuple[str, Callable[[], Sample]]
+
+
+def main(config: TransportBenchConfig) -> int:
+    """Runs the benchmark, prints its figures and writes its record."""
+    far = FarProcess()
+    try:
+        near = Near(config, far)
+        results = []
+        for name in config.paths:
+            path = TransportPath(name)
+            with near.link(path) as link:
+                found = _measure(config, path, link, _baseline(near, path))
+            for result in found:
+                print(_line(result), flush=True)
+            results += found
+    finally:
+        far.close()
+    if config.out is not None:
+        command = command_line("fourfold bench transport", config)
+        write(new_record(config.name, command, results, packages=_PACKAGES), config.out)
+    return 0
+
+
+def _baseline(near: Near, path: TransportPath) -> Baseline:
+    """The fastest plain copy, as one try of each shows."""
+    candidates: list[Baseline]
+    if path is TransportPath.TCP:
+        candidates = [
+            (
+                f"plain sockets, {streams} streams by {chunk >> 10} KiB",
+                functools.partial(near.sockets, streams, chunk),
+            )
+            for streams, chunk in itertools.product(_STREAMS, _CHUNKS)
+        ]
+    else:
+        cores = os.cpu_count() or 1
+        candidates = [
+            (f"memcpy, {threads} threads", functools.partial(near.memory, threads))
+            for threads in (1, 2, 4)
+            if threads <= cores
+        ]
+    candidates[0][1]()  # touches the memory
+    return min(candidates, key=lambda candidate: min(candidate[1]().seconds for _ in range(2)))
+
+
+def _measure(
+    config: TransportBenchConfig, path: TransportPath, link: OurLink, baseline: Baseline
+) -> list[Result]:
+    name, copy = baseline
+    plain, ours, trusting = [], [], []
+    for _ in range(config.rounds):
+        plain.append(copy())
+        ours.append(link.transfer(verify=True))
+        trusting.append(link.transfer(verify=False))
+    case = f"{link.path}, {config.bytes >> 20} MiB in pages of {config.page_bytes >> 10} KiB"
+    gigabytes = config.bytes / 1e9
+    best = gigabytes / _median(plain, "seconds")
+
+    def figure(metric: str, value: float, unit: str, peer: float | None = None) -> Result:
+        if peer is None:
+            return Result(case=case, metric=metric, value=value, unit=unit)
+        return Result(case=case, metric=metric, value=value, unit=unit, peer=name, peer_value=peer)
+
+    rate = Result(
+        case=case,
+        metric="rate",
+        value=gigabytes / _median(ours, "seconds"),
+        unit="GB/s",
+        mark=_MARKS[path] * best,
+        peer=name,
+        peer_value=best,
+    )
+    results = [
+        rate,
+        figure("rate_without_checksums", gigabytes / _median(trusting, "seconds"), "GB/s", best),
+    ]
+    for side in ("near_cpu", "far_cpu"):
+        metric = "cpu_sender" if side == "near_cpu" else "cpu_receiver"
+        theirs = _median(plain, side) / gigabytes
+        results += [
+            figure(metric, _median(ours, side) / gigabytes, "s/GB", theirs or None),
+            figure(f"{metric}_without_checksums", _median(trusting, side) / gigabytes, "s/GB"),
+        ]
+    return results + _round_trips(case, link)
+
+
+def _round_trips(case: str, link: OurLink) -> list[Result]:
+    times = sorted(1e6 * seconds for seconds in link.round_trips(_ROUND_TRIPS))
+    return [
+        Result(
+            case=case,
+            metric="round_trip_p50",
+            value=statistics.median(times),
+            unit="us",
+            mark=_ROUND_TRIP_MARK,
+        ),
+        Result(case=case, metric="round_trip_p99", value=times[int(0.99 * len(times))], unit="us"),
+    ]
+
+
+def _median(samples: Sequence[Sample], field: str) -> float:
+    values: list[float] = [getattr(sample, field) for sample in samples]
+    return statistics.median(values)
+
+
+def _line(result: Result) -> str:
+    peer = ""
+    if isinstance(result.peer_value, float):
+        share = result.value / result.peer_value
+        peer = f"  {share:.2f} of {format_figure(result.peer_value, result.unit)} ({result.peer})"
+    value = format_figure(result.value, result.unit)
+    return f"{result.case}  {result.metric:<34}{value:>12}{peer}"
