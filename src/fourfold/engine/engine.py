@@ -11,6 +11,7 @@ what other engines must know at once.
 
 from __future__ import annotations
 
+import enum
 import logging
 import queue
 import threading
@@ -47,7 +48,15 @@ logger = logging.getLogger(__name__)
 Emit = Callable[[list[TokenOutput]], None]
 Tell = Callable[[HandoverNews], None]
 _OfParts = Granted | Continue | Delivered | Arrived
-_Message = Submit | Abort | _OfParts
+
+
+class _Order(enum.Enum):
+    """What concerns everything at once."""
+
+    ABORT_ALL = 0
+
+
+_Message = Submit | Abort | _Order | _OfParts
 
 
 class Engine:
@@ -123,6 +132,10 @@ class Engine:
 
     def abort(self, message: Abort) -> None:
         self._inbox.put(message)
+
+    def abort_all(self) -> None:
+        """Ends all that was submitted so far."""
+        self._inbox.put(_Order.ABORT_ALL)
 
     def relay(self, message: Granted | Continue) -> None:
         """Takes in what the other engine of a request said."""
@@ -227,6 +240,8 @@ class Engine:
             return self.scheduler.add(message)
         if isinstance(message, Abort):
             return self.scheduler.abort(message)
+        if isinstance(message, _Order):
+            return self.scheduler.abort_all()
         part = self.scheduler.part(message.request_id)
         if part is not None:
             self._hear_of(part, message)

@@ -226,6 +226,12 @@ class Scheduler:
             self._end(sequence, message.reason, None) for sequence in named if sequence not in over
         ]
 
+    def abort_all(self) -> list[TokenOutput]:
+        """Ends everything that is here."""
+        sequences = [*self.waiting, *self.running, *self.moving.values()]
+        requests = dict.fromkeys(sequence.request.request_id for sequence in sequences)
+        return [end for request in requests for end in self.abort(Abort(request_id=request))]
+
     def fail(self, sequences: Iterable[Sequence], error: str) -> list[TokenOutput]:
         """Ends samples that cannot be computed, with the reason."""
         return [

@@ -49,9 +49,7 @@ from fourfold.engine.messages import (
     Continue,
     Granted,
     HandoverNews,
-    Moved,
     Role,
-    Stage,
     Submit,
     TokenOutput,
 )
@@ -137,7 +135,6 @@ class Worker:
         self._engine: Engine | None = None
         self._node: Node | None = None
         self._ready: Ready | None = None
-        self._held = _Held()
         self._link: _Link | None = None
 
     @property
@@ -159,8 +156,7 @@ class Worker:
                 self.refusal = link.refusal
             link.close()
         if self._engine is not None:
-            for part in self._held.all():
-                self._engine.abort(Abort(request_id=part))
+            self._engine.abort_all()
         return end
 
     def leave(self) -> None:
@@ -225,7 +221,6 @@ class Worker:
         assert engine is not None, "requests come after Ready"
         match message:
             case Submit():
-                self._held.add(message)
                 engine.submit(message)
             case Abort():
                 engine.abort(message)
@@ -253,7 +248,6 @@ class Worker:
                     case (float() as time_had, said):
                         since = min(since, time_had)
                         handover.append(said)
-            self._held.note(outputs, handover)
             stats, now = engine.stats, time.monotonic()
             due = now - told_at >= ALIVE_SECONDS
             if outputs or handover or stats != told or due:
@@ -336,47 +330,6 @@ class _Link:
         except (ValueError, msgspec.MsgspecError) as error:
             logger.error("the gateway sent what is no message (%s)", error)
             return End.LOST
-
-
-class _Held:
-    """The parts of requests that are here, so that they can be dropped with their gateway."""
-
-    def __init__(self) -> None:
-        self._samples: dict[int, int] = {}
-        self._sending: set[int] = set()
-        self._lock = threading.Lock()
-
-    def add(self, part: Submit) -> None:
-        with self._lock:
-            self._samples[part.request_id] = part.n
-            if part.stage is Stage.PREFILL:
-                self._samples[part.request_id] = 1
-                self._sending.add(part.request_id)
-
-    def note(self, outputs: list[TokenOutput], handover: list[HandoverNews]) -> None:
-        """Forgets what has ended."""
-        with self._lock:
-            for output in outputs:
-                left = self._samples.get(output.request_id, 0) - (output.finish is not None)
-                if left > 0:
-                    self._samples[output.request_id] = left
-                else:
-                    self._forget(output.request_id)
-            for said in handover:
-                if isinstance(said, Moved) and said.request_id in self._sending:
-                    self._forget(said.request_id)
-
-    def all(self) -> list[int]:
-        """Takes them all out."""
-        with self._lock:
-            parts = list(self._samples)
-            self._samples.clear()
-            self._sending.clear()
-            return parts
-
-    def _forget(self, part: int) -> None:
-        self._samples.pop(part, None)
-        self._sending.discard(part)
 
 
 def _progress(link: _Link) -> Callable[[int, int], None]:

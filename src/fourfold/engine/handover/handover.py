@@ -73,8 +73,9 @@ class Handover:
         return Granted(request_id=request.request_id, found=found)
 
     def land(self, request_id: int) -> None:
-        """Enqueues what is left to do with pages that have come."""
+        """Enqueues what is left to do with pages that have come, which nobody writes any more."""
         self._landings.pop(request_id).land()
+        self._node.forget(request_id)
 
     def grant(self, message: Granted, sequence: Sequence) -> None:
         """The receiver of a prompt holds pages for it."""
