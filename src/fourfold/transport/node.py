@@ -130,6 +130,8 @@ class Node:
         for session in sessions:
             session.close(reason)
         deadline = time.monotonic() + _CLOSE_SECONDS
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)  # which wakes its thread, on Linux
         self._acceptor.join(_CLOSE_SECONDS)
         self._listener.close()
         for link in links:
@@ -148,6 +150,8 @@ class Node:
             except TimeoutError:
                 continue
             except OSError as error:
+                if self._closed:
+                    return
                 # For instance no more descriptors; those at work go on and may free some.
                 logger.warning("cannot accept a connection: %s", error)
                 time.sleep(_LOOK_SECONDS)

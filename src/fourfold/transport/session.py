@@ -217,7 +217,7 @@ class Session:
         if claim is None:
             payload.drop()
             return 0
-        problem: str | None = "the link broke amid a page"
+        problem: str | None = f"the link from {self.peer.name} ended amid a page"
         try:
             try:
                 views = claim.views()

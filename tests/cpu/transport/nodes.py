@@ -175,3 +175,15 @@ def send(sender: Node, receiver: Node, lease: int, source: Memory) -> tuple[Tran
     transfer.write(list(source.pieces()))
     transfer.finish()
     return transfer, outcome
+
+
+def works(receiver: Node) -> None:
+    """A good peer is still served."""
+    sender = make_node("good", 77)
+    source, target, arrived = Memory(2, 5, 1000).fill(9), Memory(2, 5, 1000), Outcome()
+    receiver.expect(2**40, 77, target, arrived)
+    assert send(sender, receiver, 2**40, source)[1].wait() is None
+    assert arrived.wait() is None
+    assert target.content() == source.content()
+    receiver.forget(2**40)
+    sender.close()

@@ -71,6 +71,7 @@ class Proxy:
             while data := source.recv(_CHUNK):
                 self._forwards.wait()
                 target.sendall(self.alter(data) if alters else data)
+        self._forwards.wait()
         for each in (source, target):
             with contextlib.suppress(OSError):
                 each.shutdown(socket.SHUT_RDWR)

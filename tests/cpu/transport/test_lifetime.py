@@ -1,0 +1,173 @@
+"""What a node leaves behind, and links under TLS."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from fourfold.errors import ConfigError
+from fourfold.transport import SharedRegion, TlsFiles, TransportPath
+from tests.cpu.transport.nodes import Memory, Outcome, Pair, make_node, send, until, works
+from tests.cpu.transport.proxy import Proxy
+
+FILES = Path(__file__).parent / "certificates"
+TLS = TlsFiles(
+    certificate=FILES / "worker.pem",
+    key=FILES / "worker-key.pem",
+    authority=FILES / "authority.pem",
+)
+STRANGER = TlsFiles(
+    certificate=FILES / "stranger.pem",
+    key=FILES / "stranger-key.pem",
+    authority=FILES / "other-authority.pem",
+)
+
+
+def our_threads() -> set[threading.Thread]:
+    return {
+        each for each in threading.enumerate() if each.name.startswith(("prefill", "decode"))
+    } | {each for each in threading.enumerate() if each.name.startswith("link ")}
+
+
+def descriptors() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("fourfold-pages")
+
+
+@pytest.mark.parametrize("path", [TransportPath.TCP, TransportPath.SHARED_MEMORY])
+def test_nothing_is_left_after_close(path: TransportPath) -> None:
+    threads, before, mapped = our_threads(), descriptors(), mappings()
+    pair = Pair(path)
+    source, target, arrived = pair.memory(2, 10, 5000).fill(1), Memory(2, 10, 5000), Outcome()
+    unfinished, waiting = Outcome(), Outcome()
+    pair.receiver.expect(1, None, target, arrived)
+    pair.receiver.expect(2, None, Memory(1, 1, 1), waiting)
+    assert send(pair.sender, pair.receiver, 1, source)[1].wait() is None
+    assert arrived.wait() is None
+    pair.sender.link(pair.receiver.peer).begin(3, unfinished)
+    assert our_threads() > threads
+    pair.close()
+    assert "closing" in unfinished.failure()
+    assert "closing" in waiting.failure()
+    assert our_threads() == threads
+    del pair, source
+    gc.collect()
+    assert descriptors() == before
+    assert mappings() == mapped
+    assert [len(each.calls) for each in (arrived, unfinished, waiting)] == [1, 1, 1]
+
+
+def test_a_closed_node_can_be_closed_again_and_links_no_more() -> None:
+    sender, receiver = make_node("prefill", 1), make_node("decode", 2)
+    sender.close()
+    sender.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        sender.link(receiver.peer)
+    receiver.close()
+
+
+def test_the_port_of_a_closed_node_can_be_taken() -> None:
+    first = make_node("decode", 2)
+    first.close()
+    second = make_node("decode", 3, port=first.peer.port)
+    works(second)
+    with pytest.raises(ConfigError, match="cannot listen"):
+        make_node("another", 4, port=first.peer.port)
+    second.close()
+
+
+def test_the_memory_of_a_region_outlives_it() -> None:
+    region = SharedRegion(10_000)
+    view = region.buffer[100:200]
+    view[:] = b"x" * 100
+    del region
+    assert bytes(view) == b"x" * 100
+
+
+def test_a_link_says_what_it_found(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        pair = Pair(TransportPath.TCP)
+        pair.sender.link(pair.receiver.peer)
+        until(lambda: "go over" in caplog.text)
+        pair.close()
+    (line,) = [line for line in caplog.messages if "go over" in line]
+    assert "pages to decode (127.0.0.1:" in line
+    assert "tcp x2" in line
+    assert "GB/s" in line
+
+
+# TLS
+
+
+@pytest.mark.parametrize("path", [TransportPath.TCP, TransportPath.SHARED_MEMORY])
+def test_pages_arrive_under_tls(path: TransportPath) -> None:
+    pair = Pair(path, tls=TLS, key=b"0123456789abcdef", slice_bytes=50_000)
+    for lease in range(3):
+        source, target, arrived = (
+            pair.memory(4, 30, 16_400, 3000),
+            Memory(4, 30, 16_400, 3000),
+            Outcome(),
+        )
+        source.fill(lease).shuffle(lease)
+        pair.receiver.expect(lease, None, target, arrived)
+        assert send(pair.sender, pair.receiver, lease, source)[1].wait() is None
+        assert arrived.wait() is None
+        assert target.content() == source.content()
+    pair.close()
+
+
+@pytest.mark.parametrize(("mine", "theirs"), [(TLS, STRANGER), (TLS, None), (None, TLS)])
+def test_without_the_same_tls_there_is_no_link(
+    mine: TlsFiles | None, theirs: TlsFiles | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    sender, receiver = make_node("prefill", 1, tls=theirs), make_node("decode", 2, tls=mine)
+    sent = Outcome()
+    sender.link(receiver.peer).begin(1, sent)
+    assert "link to decode broke" in sent.failure()
+    until(lambda: "closed the connection from" in caplog.text)
+    sender.close()
+    receiver.close()
+
+
+@pytest.mark.parametrize("tls", [TLS, None])
+def test_pages_are_not_seen_on_the_way_under_tls(tls: TlsFiles | None) -> None:
+    sender, receiver = make_node("prefill", 1, tls=tls), make_node("decode", 2, tls=tls)
+    proxy, heard = Proxy(receiver.peer), bytearray()
+
+    def listen(data: bytes) -> bytes:
+        heard.extend(data)
+        return data
+
+    proxy.alter = listen
+    source, target = Memory(1, 2, 500).fill(1), Memory(1, 2, 500)
+    arrived, sent = Outcome(), Outcome()
+    receiver.expect(1, None, target, arrived)
+    transfer = sender.link(proxy.peer).begin(1, sent)
+    transfer.write(list(source.pieces()))
+    transfer.finish()
+    assert sent.wait() is arrived.wait() is None
+    assert (bytes(source.page(0, 0)) in heard) == (tls is None)
+    for each in (sender, receiver, proxy):
+        each.close()
+
+
+@pytest.mark.parametrize(
+    ("change", "option"),
+    [
+        ({"certificate": FILES / "none.pem"}, "--tls-cert"),
+        ({"key": FILES / "stranger-key.pem"}, "--tls-key"),
+        ({"authority": FILES / "worker-key.pem"}, "--tls-ca"),
+    ],
+)
+def test_files_that_cannot_be_used_are_named(change: dict[str, Path], option: str) -> None:
+    with pytest.raises(ConfigError, match=option):
+        make_node("prefill", 1, tls=dataclasses.replace(TLS, **change))

@@ -1,0 +1,127 @@
+"""Connections that break, fall silent, change bytes or are not there: each side learns it soon,
+and service goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import msgspec
+import pytest
+
+from fourfold.transport import Node, Part
+from tests.cpu.transport.nodes import Memory, Outcome, make_node, send, until
+from tests.cpu.transport.proxy import Proxy
+
+QUICK = {"stall_seconds": 1.0}
+
+
+@pytest.fixture
+def quick_pair() -> Iterator[tuple[Node, Node, Proxy]]:
+    """A sender and a receiver that give up soon, and the network between them."""
+    sender, receiver = make_node("prefill", 1, **QUICK), make_node("decode", 2, **QUICK)
+    proxy = Proxy(receiver.peer)
+    yield sender, receiver, proxy
+    proxy.close()
+    sender.close()
+    receiver.close()
+
+
+def start(
+    sender: Node, receiver: Node, proxy: Proxy, source: Memory
+) -> tuple[Memory, Outcome, Outcome]:
+    """Begins to send all but the last page through a proxy."""
+    target, arrived, sent = Memory(2, 20, 5000), Outcome(), Outcome()
+    receiver.expect(1, None, target, arrived)
+    transfer = sender.link(proxy.peer).begin(1, sent)
+    pieces = list(source.pieces(5))
+    transfer.write(pieces[:-1])
+    until(lambda: any(target.buffer))
+    return target, arrived, sent
+
+
+def test_a_connection_that_is_cut(quick_pair: tuple[Node, Node, Proxy]) -> None:
+    sender, receiver, proxy = quick_pair
+    _, arrived, sent = start(sender, receiver, proxy, Memory(2, 20, 5000).fill(1))
+    proxy.cut()
+    assert "link to decode broke" in sent.failure()
+    assert "link from prefill ended" in arrived.failure()
+    receiver.forget(1)
+    again, target, source = Outcome(), Memory(2, 20, 5000), Memory(2, 20, 5000).fill(3)
+    receiver.expect(1, None, target, again)
+    outcome = Outcome()
+    transfer = sender.link(proxy.peer).begin(1, outcome)  # a new link
+    transfer.write(list(source.pieces()))
+    transfer.finish()
+    assert outcome.wait() is again.wait() is None
+    assert target.content() == source.content()
+    (stats,) = sender.stats()
+    assert stats.links == 2
+    assert stats.failed == 1
+    assert [len(each.calls) for each in (arrived, sent, again, outcome)] == [1, 1, 1, 1]
+
+
+def test_a_peer_that_falls_silent(quick_pair: tuple[Node, Node, Proxy]) -> None:
+    """Connections stay open and nothing comes: both sides find out without sending anything."""
+    sender, receiver, proxy = quick_pair
+    _, arrived, sent = start(sender, receiver, proxy, Memory(2, 20, 5000).fill(1))
+    proxy.freeze()
+    assert "silent for 1 s" in sent.failure()
+    assert "silent for 1 s" in arrived.failure()
+
+
+def test_bytes_that_change_on_their_way(quick_pair: tuple[Node, Node, Proxy]) -> None:
+    sender, receiver, proxy = quick_pair
+    marker = b"this is what the first page holds"
+    source = Memory(2, 20, 5000).fill(1)
+    source.page(0, 3)[: len(marker)] = marker
+    proxy.alter = lambda data: data.replace(marker[:16], marker[:15] + b"X")
+    target, arrived, sent = Memory(2, 20, 5000), Outcome(), Outcome()
+    receiver.expect(1, None, target, arrived)
+    transfer = sender.link(proxy.peer).begin(1, sent)
+    transfer.write(list(source.pieces()))
+    transfer.finish()
+    for outcome in (sent, arrived):
+        assert "checksum" in outcome.failure()
+    (stats,) = receiver.stats()
+    assert stats.corrupt == 1
+
+
+def test_a_receiver_that_takes_nothing_bounds_what_is_sent() -> None:
+    """The landing blocks: no more than the window leaves the sender, whose transfer then fails."""
+    sender = make_node("prefill", 1, window_bytes=4 << 20, max_payload=1 << 20, **QUICK)
+    receiver = make_node("decode", 2, window_bytes=4 << 20, max_payload=1 << 20, **QUICK)
+    gone = Outcome()
+
+    class Slow(Memory):
+        def views(self, part: Part, layer: int, first: int, count: int) -> list[memoryview]:
+            gone.wait()
+            return list(super().views(part, layer, first, count))
+
+    source, target, arrived = Memory(1, 512, 1 << 16), Slow(1, 512, 1 << 16), Outcome()
+    receiver.expect(1, None, target, arrived)
+    _, sent = send(sender, receiver, 1, source)
+    assert "nothing has moved" in sent.failure()
+    (stats,) = sender.stats()
+    assert stats.bytes <= (4 << 20) + 2 * (1 << 20)
+    gone(None)
+    arrived.failure()
+    sender.close()
+    receiver.close()
+
+
+def test_nobody_listens() -> None:
+    sender, receiver = make_node("prefill", 1), make_node("decode", 2)
+    receiver.close()
+    _, sent = send(sender, receiver, 1, Memory(1, 1, 10))
+    assert "cannot be reached at 127.0.0.1" in sent.failure()
+    sender.close()
+
+
+def test_another_incarnation_answers() -> None:
+    sender, receiver = make_node("prefill", 1), make_node("decode", 2)
+    before = msgspec.structs.replace(receiver.peer, epoch=99)
+    sent = Outcome()
+    sender.link(before).begin(1, sent)
+    assert "epoch 2 answers instead of epoch 99" in sent.failure()
+    sender.close()
+    receiver.close()

@@ -1,0 +1,137 @@
+"""Memory that peers share: what may be mapped, what is read from it, and what else is used."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+import pytest
+
+from fourfold.transport import Node, SharedRegion, TransportPath
+from fourfold.transport.control import Mapped, Offer, Region
+from fourfold.transport.frames import Extent, Kind, encode_extents
+from tests.cpu.transport.forger import Forger
+from tests.cpu.transport.nodes import Memory, Outcome, make_node, send
+
+
+def test_shared_memory_that_is_not_there_closes_the_link(receiver: Node, forger: Forger) -> None:
+    extents = encode_extents([Extent(region=0, length=100, offset=0)])
+    receiver.expect(1, None, Memory(1, 1, 100), Outcome())
+    frame = forger.frame(1, 0, 0, bytes(100), kind=Kind.DESCRIBED, extents=1)
+    forger.send(0, frame[:64] + extents)
+    forger.wait_until_closed()
+    receiver.forget(1)
+
+
+def test_what_is_no_shared_memory_is_not_mapped(receiver: Node, forger: Forger) -> None:
+    """Another process, a pipe, a file that can shrink, and memory of another size."""
+    region = SharedRegion(1 << 16)
+    assert region.descriptor is not None
+    right = Region(
+        number=0,
+        process=os.getpid(),
+        descriptor=region.descriptor,
+        inode=os.fstat(region.descriptor).st_ino,
+        size=1 << 16,
+    )
+    reader, writer = os.pipe()
+    unsealed = os.memfd_create("unsealed")
+    os.ftruncate(unsealed, 1 << 16)
+    for change in (
+        {"process": 2**22 + 1},
+        {"descriptor": reader},
+        {"descriptor": unsealed, "inode": os.fstat(unsealed).st_ino},
+        {"size": 1 << 17},
+        {"inode": 1},
+    ):
+        forger.say(Offer([msgspec.structs.replace(right, **change)]))
+        message = forger.hear()
+        assert isinstance(message, Mapped)
+        assert message.regions == []
+        assert "namespace of processes" in message.refusal or "no memory" in message.refusal
+    forger.say(Offer([right]))
+    assert forger.hear() == Mapped([0], "")
+    region.buffer[:100] = b"z" * 100
+    target, arrived = Memory(1, 1, 100), Outcome()
+    receiver.expect(1, None, target, arrived)
+    frame = forger.frame(1, 0, 0, b"z" * 100, kind=Kind.DESCRIBED, extents=1)[:64]
+    forger.send(0, frame + encode_extents([Extent(region=0, length=100, offset=0)]))
+    assert arrived.wait() is None
+    assert bytes(target.buffer) == b"z" * 100
+    receiver.forget(1)
+    # Beyond its end there is nothing to read.
+    forger.send(0, frame + encode_extents([Extent(region=0, length=100, offset=(1 << 16) - 99)]))
+    forger.wait_until_closed()
+    for descriptor in (reader, writer, unsealed):
+        os.close(descriptor)
+
+
+def test_memory_used_again_before_it_was_read_is_noticed(receiver: Node, forger: Forger) -> None:
+    region = SharedRegion(1 << 16)
+    assert region.descriptor is not None
+    inode = os.fstat(region.descriptor).st_ino
+    forger.say(
+        Offer(
+            [
+                Region(
+                    number=3,
+                    process=os.getpid(),
+                    descriptor=region.descriptor,
+                    inode=inode,
+                    size=1 << 16,
+                )
+            ]
+        )
+    )
+    assert forger.hear() == Mapped([3], "")
+    arrived = Outcome()
+    receiver.expect(1, None, Memory(1, 1, 100), arrived)
+    frame = forger.frame(1, 0, 0, b"z" * 100, kind=Kind.DESCRIBED, extents=1)[:64]
+    forger.send(0, frame + encode_extents([Extent(region=3, length=100, offset=0)]))
+    assert "checksum" in arrived.failure()
+    receiver.forget(1)
+
+
+def test_a_path_that_is_not_there_is_refused_or_warned_of(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """The receiver was told to use TCP; the sender would share its memory."""
+    receiver = make_node("decode", 2, path=TransportPath.TCP)
+    for path, path_name in ((TransportPath.SHARED_MEMORY, ""), (TransportPath.AUTO, "tcp x2")):
+        sender = make_node("prefill", 1, path=path)
+        region = SharedRegion(1000)
+        sender.register(region)
+        target, arrived = Memory(1, 1, 1000), Outcome()
+        receiver.expect(1, None, target, arrived)
+        caplog.clear()
+        source = Memory(1, 1, 1000, 0, region.buffer).fill(1)
+        _, sent = send(sender, receiver, 1, source)
+        if path is TransportPath.AUTO:
+            assert sent.wait() is None
+            assert target.content() == source.content()
+            assert "though it is on this host" in caplog.text
+        else:
+            assert "shared memory was asked for" in sent.failure()
+        assert sender.stats()[0].path == path_name
+        receiver.forget(1)
+        sender.close()
+    receiver.close()
+
+
+def test_pages_outside_of_shared_memory_go_by_tcp_unless_that_is_forbidden() -> None:
+    receiver = make_node("decode", 2)
+    for path in (TransportPath.AUTO, TransportPath.SHARED_MEMORY):
+        sender = make_node("prefill", 1, path=path)
+        sender.register(SharedRegion(1000))
+        target, arrived = Memory(1, 1, 1000), Outcome()
+        receiver.expect(1, None, target, arrived)
+        source = Memory(1, 1, 1000).fill(1)
+        _, sent = send(sender, receiver, 1, source)
+        if path is TransportPath.AUTO:
+            assert sent.wait() is None
+            assert target.content() == source.content()
+        else:
+            assert "the pages lie in none" in sent.failure()
+        receiver.forget(1)
+        sender.close()
+    receiver.close()
