@@ -23,6 +23,7 @@ from fourfold.transport.config import TransportConfig, TransportPath
 if TYPE_CHECKING:
     from fourfold.engine.building import EngineSetup
 
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AT_ONCE = 130
 """Exit code after a second signal."""
 
@@ -88,12 +89,13 @@ def run(options: Options) -> int:
             os._exit(_AT_ONCE)
         joining.leave()
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, on_signal)
+    before = {number: signal.signal(number, on_signal) for number in _SIGNALS}
     try:
         joining.run()
     finally:
         worker.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
     return 0
 
 

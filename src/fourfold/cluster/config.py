@@ -47,9 +47,7 @@ class ClusterConfig:
         if self.cluster_port is not None and not 0 <= self.cluster_port <= 65_535:
             raise ConfigError(f"--cluster-port {self.cluster_port} must be between 0 and 65535")
         if not self.roles and self.cluster_port is None:
-            raise ConfigError(
-                "without any worker, and no --cluster-port to join at, nothing serves"
-            )
+            raise ConfigError("without workers nothing is served; give a --cluster-port to join at")
         if self.key_file is None and not is_loopback(self.cluster_host):
             raise ConfigError(
                 f"--cluster-host {self.cluster_host} lets anybody join; give a --key-file"

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from fourfold.cluster.cluster import Cluster, make_cluster
+from fourfold.cluster.config import ClusterConfig
 from fourfold.cluster.local import LocalWorkers
 from fourfold.engine.building import EngineSetup
 from fourfold.engine.config import EngineConfig
@@ -23,6 +24,8 @@ from fourfold.errors import (
     DrainingError,
     FourfoldError,
 )
+from fourfold.gateway.fleet.config import FleetConfig
+from fourfold.gateway.fleet.members import State
 from fourfold.gateway.gateway import Gateway
 from fourfold.gateway.generation import GenerationOptions
 from fourfold.gateway.local import GatewaySetup, make_gateway
@@ -82,33 +85,45 @@ async def ask(gateway: Gateway) -> list[str]:
 
 
 def test_answers_are_those_of_an_engine_in_this_process(setup: Setup) -> None:
-    async def main(gateway: Gateway) -> list[str]:
-        gateway.start()
-        try:
-            answers = await ask(gateway)
-            # The last numbers come without any other news.
-            await eventually(lambda: gateway.snapshot().engine.pages_in_use == 0)
-            seen = gateway.snapshot()
-            assert seen.engine.generated_tokens == 40 * 2 * 12
-            assert seen.engine.steps > 0
-            assert seen.engine.pages_total > 0
-            assert seen.gateway.news > 0
-            assert seen.gateway.news_delay_seconds > 0
-            return answers
-        finally:
-            await gateway.stop()
+    async def main(start: Callable[[], None], gateway: Gateway) -> list[str]:
+        start()
+        answers = await ask(gateway)
+        # The last numbers come without any other news.
+        await eventually(lambda: gateway.snapshot().engine.pages_in_use == 0)
+        seen = gateway.snapshot()
+        assert seen.engine.generated_tokens == 40 * 2 * 12
+        assert seen.engine.steps > 0
+        assert seen.engine.pages_total > 0
+        assert seen.gateway.news > 0
+        assert seen.gateway.news_delay_seconds > 0
+        await ask_more_than_a_socket_holds(gateway)
+        running = [await gateway.complete("the rain", ENDLESS) for _ in range(3)]
+        await anext(aiter(running[0]))
+        await gateway.stop()
+        for generation in running:
+            with pytest.raises(DrainingError):
+                await hear(generation)
+        return answers
 
     told: list[tuple[int, int]] = []
     cluster = make_cluster(setup(), progress=lambda done, total: told.append((done, total)))
-    remote = cluster.gateway
     pid = process_of(cluster)
     local = make_gateway(setup())
-    assert remote.context_length == local.context_length
-    assert asyncio.run(main(remote)) == asyncio.run(main(local))
+    assert cluster.gateway.context_length == local.context_length
+    there = asyncio.run(main(cluster.start, cluster.gateway))
+    assert there == asyncio.run(main(local.start, local))
     assert told[-1][0] == told[-1][1] > 0, "progress was told to the end"
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    assert remote.failure is None
+    assert cluster.gateway.failure is None
+
+
+async def ask_more_than_a_socket_holds(gateway: Gateway) -> None:
+    prompt = [5, 6, 7, 300] * 200
+    options = GenerationOptions(sampling=GREEDY, max_tokens=1, ignore_eos=True)
+    generations = [await gateway.complete(prompt, options) for _ in range(250)]
+    for generation in generations:
+        assert finishes(await hear(generation)) == [FinishReason.LENGTH]
 
 
 def test_what_cannot_be_loaded_is_said_as_here(setup: Setup, tmp_path: Path) -> None:
@@ -126,63 +141,50 @@ def test_what_cannot_be_loaded_is_said_as_here(setup: Setup, tmp_path: Path) -> 
     assert str(tmp_path) in str(checkpoint_error.value)
 
 
-def test_a_worker_that_dies_is_started_again_and_no_token_is_lost(setup: Setup) -> None:
-    """Running and waiting requests go on after the tokens that were delivered."""
-    options = GenerationOptions(sampling=GREEDY, max_tokens=200, ignore_eos=True)
-    prompts = [f"the rain in spain {number}" for number in range(12)]
+def test_no_token_is_lost_or_repeated_whichever_worker_dies(setup: Setup) -> None:
+    """Killed or paused, with prompts or answers: all goes on after what was delivered."""
+    options = GenerationOptions(sampling=GREEDY, max_tokens=100, n=2, ignore_eos=True)
 
-    async def answers(gateway: Gateway, kill: Callable[[], None]) -> list[tuple[int, ...]]:
+    async def answers(gateway: Gateway, fault: Callable[[], None]) -> list[tuple[int, ...]]:
+        prompts = ["the rain in spain " * (1 + number) for number in range(12)]
         generations = [await gateway.complete(prompt, options) for prompt in prompts]
         heard = [asyncio.create_task(hear(generation)) for generation in generations]
-        await eventually(lambda: sum(len(g.token_ids(0)) > 5 for g in generations) >= 2)
-        kill()
+        await eventually(lambda: sum(len(g.token_ids(1)) > 5 for g in generations) >= 2)
+        fault()
         for task in heard:
-            assert finishes(await asyncio.wait_for(task, 60)) == [FinishReason.LENGTH]
-        return [generation.token_ids(0) for generation in generations]
+            deltas = await asyncio.wait_for(task, 60)
+            assert [finishes(deltas, index) for index in (0, 1)] == [[FinishReason.LENGTH]] * 2
+        return [generation.token_ids(index) for generation in generations for index in (0, 1)]
 
     async def main(cluster: Cluster) -> None:
-        cluster.start(on_failure=lambda: pytest.fail("it is to be started again"))
-        pid = process_of(cluster)
-        expected = await answers(cluster.gateway, lambda: None)
-        assert await answers(cluster.gateway, lambda: os.kill(pid, signal.SIGKILL)) == expected
-        assert process_of(cluster) != pid
-        assert cluster.fleet.counts.lost > 1
+        cluster.start(on_failure=lambda: pytest.fail("they are to be started again"))
+        fleet, gateway = cluster.fleet, cluster.gateway
+
+        def alive(name: str) -> list[int]:
+            return [w.pid for w in fleet.workers if (w.name, w.state) == (name, State.READY)]
+
+        expected = await answers(gateway, lambda: None)
+        assert fleet.counts.cut > 0
+        for name, number in [("prefill-0", signal.SIGKILL), ("decode-0", signal.SIGSTOP)]:
+            await eventually(lambda name=name: alive(name))  # type: ignore[misc]
+            [pid], lost = alive(name), fleet.counts.lost
+            assert await answers(gateway, lambda: os.kill(pid, number)) == expected  # noqa: B023
+            assert fleet.counts.lost > lost or name == "prefill-0"
+            await eventually(lambda: running_nowhere(pid))  # noqa: B023
+        await eventually(lambda: gateway.snapshot().engine.pages_in_use == 0)
+        assert all(member.idle for member in fleet.members)
         await cluster.stop()
 
-    asyncio.run(main(make_cluster(setup())))
+    roles = ClusterConfig(prefill=1, decode=1, fleet=FleetConfig(worker_timeout=2.0))
+    asyncio.run(main(make_cluster(setup(), roles)))
 
 
-def test_stopping_ends_what_runs_and_the_process(setup: Setup) -> None:
-    async def main(cluster: Cluster) -> None:
-        gateway = cluster.gateway
-        cluster.start(on_failure=lambda: pytest.fail("it was stopped"))
-        running = [await gateway.complete("the rain", ENDLESS) for _ in range(3)]
-        await anext(aiter(running[0]))
-        await cluster.stop()
-        for generation in running:
-            with pytest.raises(DrainingError):
-                await hear(generation)
-
-    cluster = make_cluster(setup())
-    pid = process_of(cluster)
-    asyncio.run(main(cluster))
-    with pytest.raises(ProcessLookupError):
+def running_nowhere(pid: int) -> bool:
+    try:
         os.kill(pid, 0)
-    assert cluster.gateway.failure is None
-
-
-def test_more_prompts_at_once_than_the_socket_holds(setup: Setup) -> None:
-    async def main(cluster: Cluster) -> None:
-        gateway = cluster.gateway
-        cluster.start()
-        prompt = [5, 6, 7, 300] * 200
-        options = GenerationOptions(sampling=GREEDY, max_tokens=1, ignore_eos=True)
-        generations = [await gateway.complete(prompt, options) for _ in range(250)]
-        for generation in generations:
-            assert finishes(await hear(generation)) == [FinishReason.LENGTH]
-        await cluster.stop()
-
-    asyncio.run(main(make_cluster(setup())))
+    except ProcessLookupError:
+        return True
+    return False
 
 
 def test_a_process_that_dies_while_loading_is_said_so(

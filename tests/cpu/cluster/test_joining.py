@@ -1,0 +1,164 @@
+"""Workers that join over the network, as programs: they come, outlive their gateway, and leave."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from fourfold.cli.main import run
+from tests.cpu.cli.conftest import served
+from tests.cpu.cli.test_serve import MAIN
+
+__all__ = ["served"]
+PATIENCE = 60.0
+
+
+class Program:
+    """A running `fourfold`, and what it has said."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self.log = log
+        with log.open("ab") as output:
+            self.process = subprocess.Popen([*MAIN, *arguments], stderr=output, stdout=output)
+
+    @property
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait_for(self, pattern: str, times: int = 1) -> str:
+        """The text of the last of `times` matches, once there are as many."""
+        deadline = time.monotonic() + PATIENCE
+        while len(found := re.findall(pattern, self.said)) < times:
+            assert time.monotonic() < deadline, self.said
+            assert self.process.poll() is None, self.said
+            time.sleep(0.05)
+        return str(found[-1])
+
+
+Start = Callable[..., Program]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Start]:
+    programs: list[Program] = []
+
+    def go(name: str, *arguments: str) -> Program:
+        programs.append(Program(tmp_path / f"{name}.log", *arguments))
+        return programs[-1]
+
+    yield go
+    for program in programs:
+        program.process.kill()
+        program.process.wait()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def ask(url: str, text: str) -> Any:
+    body = {"model": "tiny-mixtral", "prompt": text, "max_tokens": 20, "temperature": 0}
+    answer = httpx.post(f"{url}/v1/completions", json=body, timeout=PATIENCE)
+    assert answer.status_code == 200, answer.text
+    return answer.json()["choices"][0]["text"]
+
+
+def eventually(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_worker_outlives_its_gateway_and_leaves_in_good_order(
+    start: Start,
+    served: Path,
+    checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("a secret of the whole service\n")
+    join = f"127.0.0.1:{free_port()}"
+    little: Sequence[str] = ("--precision", "float32", "--device", "cpu", "--kv-memory-gib", "0.02")
+    serve = (
+        *("serve", str(served), *little, "--port", "0", "--workers", "0"),
+        *("--cluster-port", join.rpartition(":")[2], "--key-file", str(key)),
+    )
+    gateway = start("gateway", *serve)
+    gateway.wait_for(f"waiting for a worker: fourfold worker --join {join}")
+    worker = start(
+        "worker",
+        *("worker", "--join", join, "--name", "far", "--key-file", str(key), *little[2:]),
+    )
+    url = gateway.wait_for(r"at (http://\S+)/v1")
+    answer = ask(url, "the rain in spain")
+
+    # Whoever has another model, or another key, is told so and let go.
+    strange = (str(checkpoint("llama")), *little[2:], "--key-file", str(key))
+    stranger = start("stranger", "worker", *strange, "--join", join)
+    assert stranger.process.wait(PATIENCE) == 2
+    assert "fourfold: this worker serves the model" in stranger.said
+    assert "start both with the same checkpoint and precision" in stranger.said
+    gateway.wait_for("is refused: this worker serves the model")
+    assert run(["worker", "--join", join]) == 2
+    assert "key differs from ours" in capsys.readouterr().err
+    assert run(["cluster", "list", "--url", url]) == 0
+    assert re.search(r"far +both +ready +cpu", capsys.readouterr().out)
+    assert run(["cluster", "role", "far", "decode", "--url", url]) == 0
+    assert run(["cluster", "role", "near", "decode", "--url", url]) == 2
+    assert "no worker 'near'; the workers are far" in capsys.readouterr().err
+    metrics = httpx.get(f"{url}/metrics").text
+    assert 'fourfold_worker_state{role="decode",state="ready",worker="far"} 1.0' in metrics
+    assert 'fourfold_fleet_parts_total{cut="whole"} 1.0' in metrics
+
+    # The gateway dies. The worker keeps its engine for the next one.
+    gateway.process.kill()
+    worker.wait_for("the gateway is lost; joining again")
+    gateway = start("second", *serve)
+    url = gateway.wait_for(r"at (http://\S+)/v1")
+    assert ask(url, "the rain in spain") == answer
+    assert len(re.findall("engine ready after", worker.said)) == 1
+
+    # It finishes what it has when it is told to end.
+    body = {"model": "tiny-mixtral", "prompt": "a", "max_tokens": 300, "stream": True}
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as stream:
+        lines = stream.iter_lines()
+        next(lines)
+        worker.process.send_signal(signal.SIGTERM)
+        gateway.wait_for("worker far leaves")
+        assert '"finish_reason":"length"' in "".join(lines)
+    assert worker.process.wait(PATIENCE) == 0, worker.said
+    workers = f"{url}/cluster/workers"
+    eventually(lambda: httpx.get(workers).json()["data"] == [])
+    assert "Traceback" not in worker.said + gateway.said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (("worker", "--join", "nowhere"), "--join nowhere is no HOST:PORT"),
+        (("worker", "--join", "a:1", "--host", "0.0.0.0"), "needs a shared key"),
+        (("worker", "--join", "a:1", "--key-file", "/nowhere"), "cannot be read"),
+        (("serve", "--workers", "0"), "give a --cluster-port"),
+        (("serve", "--prefill", "-1"), "--prefill -1 must be 0 or more"),
+        (("serve", "--cluster-port", "0", "--cluster-host", "0.0.0.0"), "give a --key-file"),
+        (("serve", "--worker-timeout", "0.1"), "at least 1"),
+        (("cluster", "list", "--url", "http://127.0.0.1:9"), "no Fourfold server answers"),
+    ],
+)
+def test_mistakes_are_said_at_once(
+    arguments: Sequence[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    assert complaint in capsys.readouterr().err
