@@ -11,9 +11,12 @@ from fourfold.kernels.pages import (
     PageCodes,
     PageLayout,
     append_rows,
+    hash_pages,
+    move_pages,
     reference,
     seal_pages,
 )
+from fourfold.kernels.pages.move import reference_hash
 
 
 def keys_and_values(rows: int, layout: PageLayout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -97,3 +100,18 @@ def test_a_list_of_jobs_can_be_replayed() -> None:
     graph.replay()
     reference.seal_pages(theirs, layout, k_SGC, v_SGC, first_row_J, page_J)
     assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("size", [128, 640, 65536 + 128])
+def test_pages_move_with_the_references_hash(size: int) -> None:
+    layers, jobs = 5, 37
+    shape = (layers, 64, size)
+    source = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+    target = torch.randint(0, 256, shape, dtype=torch.uint8, device="cuda")
+    from_J, to_J = (torch.randperm(64, device="cuda")[:jobs] for _ in range(2))
+    wanted = target.clone()
+    wanted[:, to_J] = source[:, from_J]
+    hashes = move_pages(target, to_J, source, from_J)
+    assert torch.equal(target, wanted)
+    assert torch.equal(hashes.cpu(), reference_hash(source.cpu(), from_J.cpu()))
+    assert torch.equal(hash_pages(source, from_J), hashes)

@@ -22,6 +22,7 @@ TOLERANCES = {
     "norm_rope_append": {"": 0.01},
     "seal_pages": {"int8": 0.05, "fp8": 0.05},
     "append_rows": {"": 0.0},
+    "move_pages": {"": 0.0},
     "route": {"": 0.01},
     "group_rows": {"": 0.0},
 }

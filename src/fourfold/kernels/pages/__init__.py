@@ -2,6 +2,7 @@
 
 from fourfold.kernels.pages.fill import SealJobs, append_rows, seal_pages
 from fourfold.kernels.pages.layout import PAGE_TOKENS, VALUE_ORDER, PageCodes, PageLayout, PageViews
+from fourfold.kernels.pages.move import hash_pages, move_pages
 
 __all__ = [
     "PAGE_TOKENS",
@@ -11,5 +12,7 @@ __all__ = [
     "PageViews",
     "SealJobs",
     "append_rows",
+    "hash_pages",
+    "move_pages",
     "seal_pages",
 ]

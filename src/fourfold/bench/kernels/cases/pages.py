@@ -1,4 +1,4 @@
-"""Filling pages, in the shape of Qwen3-30B-A3B.
+"""Filling and moving pages, in the shape of Qwen3-30B-A3B.
 
 Shapes: J jobs, S rows, T tokens, G KV heads, N = 64 tokens per page, C head width, A channels of
 queries, keys and values.
@@ -19,17 +19,19 @@ from fourfold.kernels.pages import (
     PageCodes,
     PageLayout,
     append_rows,
+    move_pages,
     seal_pages,
 )
 from fourfold.kernels.rope import OpenRows, norm_rope_append
 from fourfold.kernels.rope import reference as rope_reference
 
 _HEADS, _KV_HEADS, _HEAD_WIDTH = 32, 4, 128
+_LAYERS = 48
 _EPS = 1e-6
 
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """A long prefill, one chunk of 16k tokens, and what a decode step adds."""
+    """A long prefill, one chunk of 16k tokens; what a decode step adds; prompts that move."""
     for codes in PageCodes:
         yield _seal(2048, codes, device)
     for pages in (256, 4):
@@ -38,6 +40,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield _append(rows, device)
     for rows in (256, 1):
         yield _norm_rope_append(rows, device)
+    for tokens in (4096, 512):
+        yield _move(tokens, device)
 
 
 def _keys_and_values(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -105,6 +109,35 @@ def _append(rows: int, device: torch.device) -> Case:
         unit="B",
         ceiling="copy bandwidth",
         error=error,
+    )
+
+
+def _move(tokens: int, device: torch.device) -> Case:
+    """A prompt of so many tokens from one memory to another."""
+    pages = tokens // PAGE_TOKENS
+    layout = PageLayout(kv_heads=_KV_HEADS, head_width=_HEAD_WIDTH)
+    shape = (_LAYERS, 2 * pages, layout.record_bytes)
+    source = torch.randint(0, 256, shape, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    from_J, to_J = (torch.randperm(2 * pages, device=device)[:pages] for _ in range(2))
+    run = partial(move_pages, target, to_J, source, from_J)
+
+    def error() -> float:
+        target.zero_()
+        run()
+        return float((target[:, to_J] != source[:, from_J]).float().mean())
+
+    return Case(
+        kernel="move_pages",
+        case=f"{tokens} tokens, {_LAYERS} layers, int8",
+        run=run,
+        work=2.0 * _LAYERS * pages * layout.record_bytes,
+        unit="B",
+        ceiling="copy bandwidth",
+        error=error,
+        baseline=lambda: target.index_copy_(1, to_J, source.index_select(1, from_J)),
+        baseline_name="torch index_select, index_copy_",
+        baseline_work=2.0 * _LAYERS * pages * layout.record_bytes,
     )
 
 

@@ -1,0 +1,77 @@
+"""`move_pages` and `hash_pages` in Triton: a program for each page of each layer.
+
+Shapes: L layers, P and Q pages of either memory, R bytes of a record, J pages that move.
+"""
+
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_BLOCK = 4096  # words: 16 KiB under way in each program
+
+
+@triton.jit
+def _move_kernel(
+    target_ptr,
+    to_ptr,
+    source_ptr,
+    from_ptr,
+    hash_ptr,
+    words,
+    jobs,
+    target_layer,
+    source_layer,
+    MOVE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sizes and strides are in words."""
+    job, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    source = source_ptr + layer * source_layer + tl.load(from_ptr + job) * words
+    if MOVE:
+        target = target_ptr + layer * target_layer + tl.load(to_ptr + job) * words
+    plain = tl.zeros((BLOCK,), tl.int32)
+    weighed = tl.zeros((BLOCK,), tl.int32)
+    for first in range(0, words, BLOCK):
+        place = first + tl.arange(0, BLOCK)
+        within = place < words
+        word = tl.load(source + place, mask=within, other=0)
+        if MOVE:
+            tl.store(target + place, word, mask=within)
+        plain += word
+        weighed += word * (2 * place + 1)
+    out = hash_ptr + (layer * jobs + job) * 2
+    # In 64 bits, for the interpreter's sums do not wrap.
+    tl.store(out, tl.sum(plain.to(tl.int64)).to(tl.int32))
+    tl.store(out + 1, tl.sum(weighed.to(tl.int64)).to(tl.int32))
+
+
+def launch_move(
+    target_LPR: Tensor | None, to_J: Tensor | None, source_LQR: Tensor, from_J: Tensor
+) -> Tensor:
+    """`move_pages` on checked arguments; without a target, `hash_pages`."""
+    layers, jobs = source_LQR.shape[0], from_J.numel()
+    source = source_LQR.view(torch.int32)
+    moves = target_LPR is not None
+    target = target_LPR.view(torch.int32) if moves else source
+    hashes_LJ2 = torch.empty((layers, jobs, 2), dtype=torch.int32, device=target.device)
+    if jobs:
+        _move_kernel[(jobs, layers)](
+            target,
+            to_J if moves else from_J,
+            source,
+            from_J,
+            hashes_LJ2,
+            source.shape[2],
+            jobs,
+            target.stride(0),
+            source.stride(0),
+            MOVE=moves,
+            BLOCK=min(_BLOCK, triton.next_power_of_2(source.shape[2])),
+            num_warps=8,
+        )
+    return hashes_LJ2
