@@ -98,6 +98,9 @@ class Memory:
         start = layer * stride + self.pages * self.page_bytes
         return self.buffer[start : start + self.open_bytes]
 
+    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
+        """Nothing more is to be done with a run."""
+
     def views(self, part: Part, layer: int, first: int, count: int) -> Sequence[memoryview]:
         if part is Part.OPEN:
             return [self.rows(layer)]

@@ -94,7 +94,7 @@ def test_several_leases_at_once_are_exact(
     targets = [Memory(*lease).shuffle(seed + 1) for lease in leases]
     outcomes, transfers, queued = [], [], []
     numbers = [next(LEASES) for _ in leases]
-    for number, target in zip(numbers, targets, strict=True):
+    for number, source, target in zip(numbers, sources, targets, strict=True):
         outcomes += [Outcome(), Outcome()]
         pair.receiver.expect(number, None, target, outcomes[-1])
         transfer = pair.sender.link(pair.receiver.peer).begin(number, outcomes[-2])
