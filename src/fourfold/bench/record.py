@@ -25,6 +25,7 @@ import msgspec
 from msgspec import UNSET, UnsetType
 
 from fourfold.errors import ConfigError
+from fourfold.files import write_atomically
 
 DEFAULT_PACKAGES = ("fourfold", "torch", "triton", "transformers")
 
@@ -120,17 +121,6 @@ def write(record: Record, path: str | Path) -> None:
     data = msgspec.json.encode(record)
     msgspec.json.decode(data, type=Record)  # structs do not check types when built in Python
     write_atomically(Path(path), msgspec.json.format(data, indent=2) + b"\n")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes a file of which a reader finds the old content or the new, never a part of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> Record:

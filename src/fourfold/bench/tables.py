@@ -29,8 +29,9 @@ import tyro
 from msgspec import UNSET
 
 from fourfold.bench.figures import format_figure, ratio, significant
-from fourfold.bench.record import Record, Result, load, write_atomically
+from fourfold.bench.record import Record, Result, load
 from fourfold.errors import ConfigError
+from fourfold.files import write_atomically
 
 _TABLE = re.compile(
     r"(?P<opening><!-- table:(?P<name>[\w.-]+)(?: (?P<form>only|across): (?P<metrics>[^>]+?))? -->)"

@@ -16,8 +16,9 @@ from fourfold.bench.calibrate.points import POINTS, RECIPE, Point, decode_attent
 from fourfold.bench.figures import format_figure
 from fourfold.bench.kernels.ceilings import ceilings
 from fourfold.bench.kernels.timing import CudaTimer, Timer
-from fourfold.bench.record import software_versions, write_atomically
+from fourfold.bench.record import software_versions
 from fourfold.errors import ConfigError
+from fourfold.files import write_atomically
 from fourfold.kernels.decode_attention import DecodeCost
 from fourfold.kernels.decode_attention.cost import Measurement, fit
 from fourfold.quadrants.costs import (

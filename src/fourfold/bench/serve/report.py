@@ -14,10 +14,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fourfold.bench.figures import significant
-from fourfold.bench.record import Record, Result, new_record, with_peer, write_atomically
+from fourfold.bench.record import Record, Result, new_record, with_peer
 from fourfold.bench.serve.config import ServeBenchConfig
 from fourfold.bench.serve.endpoint import Server
 from fourfold.bench.serve.measure import PERCENTILES, Outcome, Summary, summarize
+from fourfold.files import write_atomically
 
 BUSY_LIMIT = 0.7
 """Share of one core from which on the generator may have delayed what it measured."""
