@@ -27,6 +27,7 @@ COMMANDS = {
     "chat": "talk to a model in the terminal",
     "generate": "answer a JSONL file of prompts, in order and resumable",
     "quantize": "write a model with 4-bit weights, calibrated on a text",
+    "tokenize": "write texts as shards of token ids, to train on",
     "inspect": "show what a checkpoint holds, needs, and whether it would be served",
     "calibrate": "time the kernels on this GPU, for plans and schedules that suit it",
     "bench serve": "load an OpenAI-compatible server and measure it",

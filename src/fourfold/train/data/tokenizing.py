@@ -1,0 +1,259 @@
+"""Texts to shards of token ids: streaming, in one order, and continued where it was killed.
+
+The state of all that was written is kept in `progress.json`; what lies in the shards beyond it is
+cut off when a run continues. A document's split follows from a hash of its text, so that copies of
+a text are never on both sides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+import xxhash
+from tokenizers import Tokenizer
+
+from fourfold.errors import ConfigError
+from fourfold.files import write_atomically
+from fourfold.train.data.bpe import END_OF_TEXT, fingerprint, save_tokenizer, train_bpe
+from fourfold.train.data.config import TokenizeConfig
+from fourfold.train.data.documents import find_inputs, read_documents
+from fourfold.train.data.shards import (
+    META,
+    IdType,
+    ShardsMeta,
+    ShardWriter,
+    SplitState,
+    Vocabulary,
+)
+
+TRAIN, HELD_OUT, TOKENIZER = "train", "held-out", "tokenizer"
+_PROGRESS = "progress.json"
+_DOCUMENTS_AT_ONCE = 128
+_CHARACTERS_AT_ONCE = 1 << 22
+_LONGEST_PIECE = 1 << 20
+"""Characters that are encoded together; a longer document is cut, if possible at a line's end."""
+_SAVED_EVERY = 1 << 25
+"""Bytes of text between two states."""
+
+Progress = Callable[[int, int], None]
+"""Called with files read and files in all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder:
+    """A tokenizer and the mark that it has for the end of a text."""
+
+    name: str
+    backend: Tokenizer
+    end_of_text: str | None
+
+    def vocabulary(self) -> Vocabulary:
+        end = None if self.end_of_text is None else self.backend.token_to_id(self.end_of_text)
+        return Vocabulary(
+            name=self.name,
+            tokens=self.backend.get_vocab_size(),
+            sha256=fingerprint(self.backend),
+            end_of_text=end,
+        )
+
+
+class _State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far tokenising came. `document` of `file` is the next to be read."""
+
+    work: str
+    """A hash of what is tokenised and how."""
+    file: int = 0
+    document: int = 0
+    splits: dict[str, SplitState] = {}
+    done: bool = False
+
+
+def tokenize(
+    config: TokenizeConfig, encoder: Encoder | None, progress: Progress = lambda done, total: None
+) -> dict[str, ShardsMeta]:
+    """Writes the shards of both splits; returns what they hold.
+
+    Without `encoder`, a tokenizer is trained, as `config.train_bpe` says. ConfigError where a text
+    cannot be read, or the folder holds other work.
+    """
+    files = find_inputs(config.inputs)
+    work = _work(config, files)
+    state = _read_state(config.out, work)
+    if encoder is None:
+        encoder = _trained(config, files)
+    vocabulary = encoder.vocabulary()
+    dtype = IdType.for_vocabulary(vocabulary.tokens)
+    if state.done:
+        return {split: _read_meta(config.out / split) for split in (TRAIN, HELD_OUT)}
+    if state.file == state.document == 0:
+        save_tokenizer(encoder.backend, encoder.end_of_text, config.out / TOKENIZER)
+    elif fingerprint(_saved(config.out)) != vocabulary.sha256:
+        raise ConfigError(
+            f"{config.out} was begun with another tokenizer; continue with the same one or name "
+            "another --out"
+        )
+    writers = {
+        split: ShardWriter(
+            config.out / split, dtype, config.shard_tokens, state.splits.get(split, SplitState())
+        )
+        for split in (TRAIN, HELD_OUT)
+    }
+    _write_documents(config, files, encoder, state, writers, progress)
+    metas = {}
+    for split, writer in writers.items():
+        last = writer.state()
+        metas[split] = ShardsMeta(
+            split=split,
+            vocabulary=vocabulary,
+            dtype=dtype,
+            text_bytes=last.text_bytes,
+            shards=last.shards,
+        )
+        _write_json(config.out / split / META, metas[split])
+    _write_json(config.out / _PROGRESS, _State(work=work, done=True))
+    return metas
+
+
+def _write_documents(
+    config: TokenizeConfig,
+    files: Sequence[Path],
+    encoder: Encoder,
+    state: _State,
+    writers: dict[str, ShardWriter],
+    progress: Progress,
+) -> None:
+    end = encoder.vocabulary().end_of_text
+    mark = [] if end is None else [end]
+    unsaved = 0
+    for place, texts in _chunks(files, config.field, state.file, state.document):
+        for text, ids in zip(texts, _encode(encoder.backend, texts), strict=True):
+            raw = text.encode()
+            split = HELD_OUT if is_held_out(raw, config.held_out) else TRAIN
+            writers[split].add([*ids, *mark], len(raw))
+            unsaved += len(raw)
+        if unsaved >= _SAVED_EVERY:
+            splits = {split: writer.state() for split, writer in writers.items()}
+            now = _State(work=state.work, file=place[0], document=place[1], splits=splits)
+            _write_json(config.out / _PROGRESS, now)
+            unsaved = 0
+        progress(place[0], len(files))
+
+
+def is_held_out(text: bytes, share: float) -> bool:
+    """Whether a text is among the share that is kept from training."""
+    return xxhash.xxh64_intdigest(text) < share * 2.0**64
+
+
+def _chunks(
+    files: Sequence[Path], field: str, file: int, document: int
+) -> Iterator[tuple[tuple[int, int], list[str]]]:
+    """Documents from a place on, some at a time, each time with the place behind them: the number
+    of a file and of a document in it."""
+    for number in range(file, len(files)):
+        texts: list[str] = []
+        characters = 0
+        skipped = document if number == file else 0
+        documents = itertools.islice(read_documents(files[number], field), skipped, None)
+        for place, text in enumerate(documents, skipped + 1):
+            texts.append(text)
+            characters += len(text)
+            if len(texts) == _DOCUMENTS_AT_ONCE or characters >= _CHARACTERS_AT_ONCE:
+                yield (number, place), texts
+                texts, characters = [], 0
+        yield (number + 1, 0), texts
+
+
+def _encode(backend: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
+    """Ids of each text."""
+    pieces = [list(_pieces(text)) for text in texts]
+    encodings = iter(
+        backend.encode_batch_fast(list(itertools.chain(*pieces)), add_special_tokens=False)
+    )
+    for own in pieces:
+        encoded = itertools.islice(encodings, len(own))
+        yield list(itertools.chain.from_iterable(encoding.ids for encoding in encoded))
+
+
+def _pieces(text: str) -> Iterator[str]:
+    begin = 0
+    while len(text) - begin > _LONGEST_PIECE:
+        line_end = text.rfind("\n", begin, begin + _LONGEST_PIECE) + 1
+        end = line_end if line_end > begin else begin + _LONGEST_PIECE
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _trained(config: TokenizeConfig, files: Sequence[Path]) -> Encoder:
+    """The tokenizer that this folder's texts gave before, or give now."""
+    assert config.train_bpe is not None
+    if (config.out / _PROGRESS).is_file():
+        backend = _saved(config.out)
+    else:
+        texts = _evenly(files, config.field, config.bpe_megabytes << 20)
+        backend = train_bpe(texts, config.train_bpe)
+    return Encoder(f"bpe-{config.train_bpe}", backend, END_OF_TEXT)
+
+
+def _evenly(files: Sequence[Path], field: str, limit: int) -> Iterable[str]:
+    """About `limit` bytes of text: documents chosen by a hash, from all files as likely. A file on
+    disk is taken to be as large as its texts."""
+    total = sum(path.stat().st_size for path in files)
+    share = limit / max(limit, total)
+    left = limit
+    for path in files:
+        for text in read_documents(path, field):
+            raw = text.encode()
+            if is_held_out(raw[::-1], share):  # not the documents that are held out
+                yield text
+                left -= len(raw)
+            if left <= 0:
+                return
+
+
+def _saved(out: Path) -> Tokenizer:
+    path = out / TOKENIZER / "tokenizer.json"
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises nothing more exact
+        raise ConfigError(
+            f"{path} is not a readable tokenizer ({error}); delete {out} and begin again"
+        ) from error
+
+
+def _work(config: TokenizeConfig, files: Sequence[Path]) -> str:
+    """What must be the same for a run to continue another."""
+    sizes = [(path.as_posix(), path.stat().st_size) for path in files]
+    how = (config.field, config.held_out, config.shard_tokens, config.train_bpe, config.tokenizer)
+    return hashlib.sha256(repr((sizes, how, config.bpe_megabytes)).encode()).hexdigest()
+
+
+def _read_state(out: Path, work: str) -> _State:
+    path = out / _PROGRESS
+    if not path.is_file():
+        return _State(work=work)
+    try:
+        state = msgspec.json.decode(path.read_bytes(), type=_State)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(
+            f"{path} cannot be read ({error}); delete {out} and begin again"
+        ) from error
+    if state.work != work:
+        raise ConfigError(
+            f"{out} was begun from other texts or with other options; repeat those or name "
+            "another --out"
+        )
+    return state
+
+
+def _read_meta(folder: Path) -> ShardsMeta:
+    return msgspec.json.decode((folder / META).read_bytes(), type=ShardsMeta)
+
+
+def _write_json(path: Path, value: msgspec.Struct) -> None:
+    write_atomically(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")

@@ -1,0 +1,205 @@
+"""`fourfold tokenize`: shards hold what the tokenizer gives, and a killed run loses nothing."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pyarrow
+import pyarrow.parquet
+import pytest
+from tokenizers import Tokenizer
+
+from fourfold.cli.main import run
+from fourfold.errors import ConfigError
+from fourfold.train.data import tokenizing
+from fourfold.train.data.config import TokenizeConfig
+from fourfold.train.data.shards import IdType, Shards
+from fourfold.train.data.tokenizing import is_held_out, tokenize
+
+WORDS = "the expert that a token chose was never the one it wanted; naïve tokens, alas".split()  # noqa: SIM905
+
+
+def text_of(number: int) -> str:
+    words = [WORDS[(number * 7 + i * i) % len(WORDS)] for i in range(20 + number % 30)]
+    return f"{number}: " + " ".join(words)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> tuple[Path, list[str]]:
+    """A folder with every kind of file, and its documents in order."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    known = [text_of(number) for number in range(120)]
+    (folder / "a.txt").write_text(known[0])
+    lines = "".join(json.dumps({"id": i, "text": t}) + "\n\n" for i, t in enumerate(known[1:50]))
+    (folder / "b.jsonl").write_text(lines)
+    with gzip.open(folder / "c.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": t}) + "\n" for t in known[50:80])
+    table = pyarrow.table({"text": known[80:], "other": list(range(40))})
+    pyarrow.parquet.write_table(table, folder / "d.parquet")
+    (folder / "e.png").write_bytes(b"\x89PNG")
+    return folder, known
+
+
+def options(folder: Path, **fields: Any) -> TokenizeConfig:
+    return TokenizeConfig(
+        **{
+            "inputs": (folder,),
+            "out": folder.parent / "shards",
+            "train_bpe": 300,
+            "held_out": 0.2,
+            "shard_tokens": 600,
+        }
+        | fields
+    )
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    """Every file but the state of the work."""
+    files = (path for path in out.rglob("*") if path.is_file())
+    return {str(p.relative_to(out)): p.read_bytes() for p in files if p.name != "progress.json"}
+
+
+def test_shards_hold_the_documents_in_order(texts: tuple[Path, list[str]]) -> None:
+    folder, known = texts
+    metas = tokenize(options(folder), None)
+    backend = Tokenizer.from_file(str(folder.parent / "shards/tokenizer/tokenizer.json"))
+    end = backend.token_to_id("<|endoftext|>")
+    for split in ("train", "held-out"):
+        shards = Shards(folder.parent / "shards" / split)
+        mine = [t for t in known if is_held_out(t.encode(), 0.2) == (split == "held-out")]
+        assert len(mine) == shards.meta.documents > 0
+        for number, text in enumerate(mine):
+            ids = shards.document(number).tolist()
+            assert ids.pop() == end
+            assert backend.decode(ids) == text
+        assert shards.meta == metas[split]
+        assert shards.meta.text_bytes == sum(len(t.encode()) for t in mine)
+        assert shards.meta.dtype == IdType.UINT16
+        assert all(shard.tokens < 600 + 200 for shard in shards.meta.shards)
+    assert len(metas["train"].shards) > 3
+
+
+@pytest.mark.parametrize("moment", [1, 2, 5])
+@pytest.mark.parametrize("when", ["before the state", "between states"])
+def test_a_killed_run_is_continued_to_the_same_shards(
+    texts: tuple[Path, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    moment: int,
+    when: str,
+) -> None:
+    folder, _ = texts
+    monkeypatch.setattr(tokenizing, "_SAVED_EVERY", 1500)
+    monkeypatch.setattr(tokenizing, "_DOCUMENTS_AT_ONCE", 4)
+    tokenize(options(folder, out=folder.parent / "whole"), None)
+    killed = options(folder)
+    left = moment
+
+    def counting(inner: Callable[..., None]) -> Callable[..., None]:
+        def go(*arguments: Any) -> None:
+            nonlocal left
+            left -= 1
+            if left <= 0:
+                raise KeyboardInterrupt
+            inner(*arguments)
+
+        return go
+
+    with monkeypatch.context() as patch:
+        if when == "before the state":  # the shards are ahead of what is known of them
+            patch.setattr(tokenizing, "_write_json", counting(tokenizing._write_json))
+            progress: tokenizing.Progress = lambda done, total: None  # noqa: E731
+        else:
+            left = 4 * moment
+            progress = counting(lambda done, total: None)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize(killed, None, progress)
+    assert not (killed.out / "train" / "meta.json").exists()
+    with pytest.raises(ConfigError, match="no finished shards"):
+        Shards(killed.out / "train")
+    read: list[int] = []
+    tokenize(killed, None, lambda done, total: read.append(done))
+    assert contents(killed.out) == contents(folder.parent / "whole")
+    tokenize(killed, None, lambda done, total: pytest.fail("done work was done again"))
+
+
+def test_other_work_is_not_continued(texts: tuple[Path, list[str]]) -> None:
+    folder, _ = texts
+    tokenize(options(folder), None)
+    (folder / "f.txt").write_text("one more")
+    with pytest.raises(ConfigError, match="other texts or with other options"):
+        tokenize(options(folder), None)
+
+
+def test_long_texts_are_encoded_in_pieces(
+    texts: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, known = texts
+    monkeypatch.setattr(tokenizing, "_LONGEST_PIECE", 50)
+    long = "\n".join(known[:5]) + "x" * 120
+    pieces = list(tokenizing._pieces(long))
+    assert "".join(pieces) == long
+    assert max(map(len, pieces)) <= 50
+    assert pieces[0].endswith("\n") or "\n" not in long[:50]
+    metas = tokenize(options(folder), None)
+    assert metas["train"].documents + metas["held-out"].documents == len(known)
+
+
+def test_copies_of_a_text_are_on_one_side() -> None:
+    chosen = [number for number in range(20000) if is_held_out(text_of(number).encode(), 0.1)]
+    assert len(chosen) == pytest.approx(2000, rel=0.1)
+    assert not any(is_held_out(text_of(number).encode(), 0.0) for number in range(100))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "complaint"),
+    [
+        ("x.jsonl", b'{"text": 5}\n', "line 1: text is int, not text"),
+        ("x.jsonl", b'{"text": "a"}\n{"body": "b"}\n', "line 2 has no field 'text'.*body"),
+        ("x.jsonl", b'{"text": "a"\n', "line 1"),
+        ("x.txt", b"\xff\xfe\x00", "cannot be read as UTF-8"),
+        ("x.parquet", b"PAR0", "not readable Parquet"),
+        ("x.jsonl.gz", b"plain", "x.jsonl.gz, line 0"),
+        ("x.zip", b"PK", "there is no text in"),
+    ],
+)
+def test_texts_that_cannot_be_read_are_named(
+    tmp_path: Path, name: str, content: bytes, complaint: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / name).write_bytes(content)
+    with pytest.raises(ConfigError, match=complaint):
+        tokenize(options(tmp_path / "in", out=tmp_path / "out", train_bpe=257), None)
+
+
+def test_the_command_takes_another_s_tokenizer(
+    texts: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, _ = texts
+    tokenize(options(folder), None)
+    teacher, out = folder.parent / "shards/tokenizer", folder.parent / "again"
+    line = ["tokenize", folder, "--out", out, "--tokenizer", teacher, "--held-out", "0.2"]
+    assert run([str(word) for word in line]) == 0
+    said = capsys.readouterr().err
+    assert "train" in said
+    assert "bytes a token" in said
+    for split in ("train", "held-out"):
+        one = Shards(folder.parent / "shards" / split)
+        other = Shards(out / split)
+        assert msgspec.structs.replace(other.meta.vocabulary, name="bpe-300") == one.meta.vocabulary
+        numbers = range(one.meta.documents)
+        assert all(one.document(i).tolist() == other.document(i).tolist() for i in numbers)
+    assert run(["tokenize", str(folder), "--out", str(out), "--train-bpe", "12"]) == 2
+    assert "257" in capsys.readouterr().err
+
+
+def test_too_little_text_for_a_tokenizer_is_told(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in/x.txt").write_text("abc abc")
+    with pytest.raises(ConfigError, match="set --train-bpe 2"):
+        tokenize(options(tmp_path / "in", out=tmp_path / "out", train_bpe=4096), None)
