@@ -7,18 +7,16 @@ import logging
 import os
 import signal
 import socket
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from fourfold.cluster.config import read_key
+from fourfold.cluster.config import LinkConfig
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.messages import Role
 from fourfold.errors import ConfigError
 from fourfold.models.checkpoint.source import Source, SourceKind, find_source
 from fourfold.models.precision import Precision
-from fourfold.transport.config import TransportConfig, TransportPath
 
 if TYPE_CHECKING:
     from fourfold.engine.building import EngineSetup
@@ -55,11 +53,7 @@ class Options:
     """TCP port for the same; 0 takes any free one."""
     advertise: str | None = None
     """Address by which others reach this one, where it is not --host."""
-    key_file: Path | None = None
-    """File with the key that all workers and gateways of a service share, 16 bytes or more."""
-    transport: Annotated[TransportPath, tyro.conf.EnumChoicesFromValues] = TransportPath.AUTO
-    """How pages go to other workers. auto: over shared memory where they share a machine, else TCP.
-    """
+    links: LinkConfig = LinkConfig()
 
 
 def run(options: Options) -> int:
@@ -68,21 +62,14 @@ def run(options: Options) -> int:
     from fourfold.engine.worker import Worker
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    key = read_key(options.key_file)
-    transport = TransportConfig(
-        host=options.host,
-        port=options.port,
-        advertise=options.advertise,
-        key=key,
-        path=options.transport,
-    )
+    transport = options.links.to_transport(options.host, options.port, options.advertise)
     source = None
     if options.model is not None:
         source = find_source(options.model, revision=options.revision)
     name = options.name or f"{socket.gethostname()}-{os.getpid()}"
     hello = Hello(name, options.role, os.getpid())
     worker = Worker(hello, transport, lambda setup: _own(setup, options, source))
-    joining = Joining(worker, name, options.join, key)
+    joining = Joining(worker, name, options.join, transport)
 
     def on_signal(number: int, frame: object) -> None:
         if joining.leaving:

@@ -7,7 +7,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 
-from fourfold.cluster.config import ClusterConfig, read_key
+from fourfold.cluster.config import ClusterConfig
 from fourfold.cluster.listener import ClusterListener
 from fourfold.cluster.local import LocalWorkers
 from fourfold.engine.building import ModelFacts, Progress
@@ -55,11 +55,11 @@ def make_cluster(
     A worker that leaves has `drain_timeout` seconds to finish. Raises `ConfigError`,
     `CheckpointError` and what else loading raises there.
     """
-    key = read_key(config.key_file)
-    fleet = Fleet(setup.engine, config.fleet, config.transport_of(key), drain_timeout)
+    transport = config.to_transport()
+    fleet = Fleet(setup.engine, config.fleet, transport, drain_timeout)
     listener = None
     if config.cluster_port is not None:
-        listener = ClusterListener(fleet, config, key)
+        listener = ClusterListener(fleet, config.cluster_port, transport)
     local = LocalWorkers(fleet, config.roles)
     try:
         local.start()

@@ -1,4 +1,4 @@
-"""Which workers a server has. Importing this needs nothing heavy."""
+"""Which workers a server has, and what secures the way to them. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -11,9 +11,51 @@ import tyro
 from fourfold.engine.messages import Role
 from fourfold.errors import ConfigError
 from fourfold.gateway.fleet.config import FleetConfig
-from fourfold.transport.config import TransportConfig, TransportPath, is_loopback
+from fourfold.transport.config import TlsFiles, TransportConfig, TransportPath, is_loopback
 
 _MIN_KEY_BYTES = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinkConfig:
+    """How workers and gateways reach each other, and trust each other."""
+
+    key_file: Path | None = None
+    """File with the key that all workers and gateways of a service share, 16 bytes or more."""
+    tls_cert: Path | None = None
+    """PEM file with this side's certificate; with --tls-key and --tls-ca, everything between
+    workers, and between them and gateways, is encrypted."""
+    tls_key: Path | None = None
+    """PEM file with its key."""
+    tls_ca: Path | None = None
+    """PEM file with the authority that signed the certificates of all workers and gateways."""
+    transport: Annotated[TransportPath, tyro.conf.EnumChoicesFromValues] = TransportPath.AUTO
+    """How pages go between workers. auto: over shared memory where they share a machine, else TCP.
+    """
+
+    def __post_init__(self) -> None:
+        given = [file is not None for file in (self.tls_cert, self.tls_key, self.tls_ca)]
+        if any(given) and not all(given):
+            raise ConfigError("TLS needs all of --tls-cert, --tls-key and --tls-ca")
+
+    def to_transport(
+        self, host: str, port: int = 0, advertise: str | None = None
+    ) -> TransportConfig:
+        """That of a node at an address. Raises `ConfigError` where the key cannot be read."""
+        return TransportConfig(
+            host=host,
+            port=port,
+            advertise=advertise,
+            key=None if self.key_file is None else _read_key(self.key_file),
+            tls=self._tls,
+            path=self.transport,
+        )
+
+    @property
+    def _tls(self) -> TlsFiles | None:
+        if self.tls_cert is None or self.tls_key is None or self.tls_ca is None:
+            return None
+        return TlsFiles(certificate=self.tls_cert, key=self.tls_key, authority=self.tls_ca)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,12 +73,7 @@ class ClusterConfig:
     """Address at which workers may join; beyond loopback only with --key-file."""
     cluster_port: int | None = None
     """TCP port at which workers may join; 0 takes any free one. Default: none may."""
-    key_file: Path | None = None
-    """File with the key that all workers and gateways of a service share, 16 bytes or more."""
-
-    transport: Annotated[TransportPath, tyro.conf.EnumChoicesFromValues] = TransportPath.AUTO
-    """How pages go between workers. auto: over shared memory where they share a machine, else TCP.
-    """
+    links: LinkConfig = LinkConfig()
     fleet: FleetConfig = FleetConfig()
 
     def __post_init__(self) -> None:
@@ -48,15 +85,15 @@ class ClusterConfig:
             raise ConfigError(f"--cluster-port {self.cluster_port} must be between 0 and 65535")
         if not self.roles and self.cluster_port is None:
             raise ConfigError("without workers nothing is served; give a --cluster-port to join at")
-        if self.key_file is None and not is_loopback(self.cluster_host):
+        if self.links.key_file is None and not is_loopback(self.cluster_host):
             raise ConfigError(
                 f"--cluster-host {self.cluster_host} lets anybody join; give a --key-file"
             )
 
-    def transport_of(self, key: bytes | None) -> TransportConfig:
+    def to_transport(self) -> TransportConfig:
         """That of local workers, which others reach at `cluster_host` if they may join."""
-        host = "127.0.0.1" if self.cluster_port is None else self.cluster_host
-        return TransportConfig(host=host, key=key, path=self.transport)
+        open_to_others = self.cluster_port is not None
+        return self.links.to_transport(self.cluster_host if open_to_others else "127.0.0.1")
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -68,10 +105,8 @@ class ClusterConfig:
         return tuple(role for role, count in counts.items() for _ in range(count))
 
 
-def read_key(path: Path | None) -> bytes | None:
-    """The shared key, without white space around it. Raises `ConfigError`."""
-    if path is None:
-        return None
+def _read_key(path: Path) -> bytes:
+    """A shared key, without white space around it."""
     try:
         key = path.read_bytes().strip()
     except OSError as error:

@@ -11,8 +11,10 @@ from fourfold.cluster.wiring import plain_socket
 from fourfold.engine.channel import LoadFailed, Refused
 from fourfold.engine.worker import End, Worker
 from fourfold.errors import ConfigError, FourfoldError
+from fourfold.transport.config import TransportConfig
 from fourfold.transport.handshake import Handshake, Purpose, Role
 from fourfold.transport.identity import Identity
+from fourfold.transport.tls import load_tls
 from fourfold.transport.wire import dial
 
 logger = logging.getLogger(__name__)
@@ -27,11 +29,13 @@ _UNACKNOWLEDGED = 5.0
 class Joining:
     """Joins the gateway at an address for ever. `leave` may be called by a signal handler."""
 
-    def __init__(self, worker: Worker, name: str, address: str, key: bytes | None) -> None:
-        """Raises `ConfigError` where `address` is not HOST:PORT."""
+    def __init__(self, worker: Worker, name: str, address: str, transport: TransportConfig) -> None:
+        """Takes key and TLS from `transport`. Raises `ConfigError` where `address` is not
+        HOST:PORT, or TLS cannot be had."""
         self._worker = worker
         self._host, self._port = split_address(address)
-        self._key = key
+        self._key = transport.key
+        self._tls = None if transport.tls is None else load_tls(transport.tls).client
         self._name = name
         self._leaving = threading.Event()
 
@@ -76,9 +80,10 @@ class Joining:
     def _serve(self) -> End:
         identity = Identity(name=self._name, epoch=secrets.randbits(63), model="")
         handshake = Handshake(Role.DIALLER, identity, self._key, purpose=Purpose.GATEWAY)
-        wire, _ = dial(self._host, self._port, handshake, _CONNECT_SECONDS, None)
+        wire, _ = dial(self._host, self._port, handshake, _CONNECT_SECONDS, self._tls)
         logger.info("joined the gateway at %s:%d as %s", self._host, self._port, self._name)
-        return self._worker.serve(plain_socket(wire, _UNACKNOWLEDGED))
+        secured = self._tls is not None
+        return self._worker.serve(plain_socket(wire, _UNACKNOWLEDGED, secured=secured))
 
     def _check_refusal(self) -> None:
         """Raises why the gateway did not take this worker, if it is of no use to ask again."""

@@ -10,12 +10,13 @@ import secrets
 import socket
 from concurrent.futures import ThreadPoolExecutor
 
-from fourfold.cluster.config import ClusterConfig
 from fourfold.cluster.wiring import plain_socket
 from fourfold.errors import FourfoldError
 from fourfold.gateway.fleet.fleet import Fleet
+from fourfold.transport.config import TransportConfig
 from fourfold.transport.handshake import ForeignError, Handshake, Purpose, Role
 from fourfold.transport.identity import Identity
+from fourfold.transport.tls import load_tls
 from fourfold.transport.wire import answer, listen
 
 logger = logging.getLogger(__name__)
@@ -29,12 +30,13 @@ _GREETING_SECONDS = 5.0
 class ClusterListener:
     """Lets workers join a fleet. To be used on the loop that the fleet listens on."""
 
-    def __init__(self, fleet: Fleet, config: ClusterConfig, key: bytes | None) -> None:
-        """Takes the address. Raises `ConfigError` where it cannot be had."""
-        assert config.cluster_port is not None
+    def __init__(self, fleet: Fleet, port: int, transport: TransportConfig) -> None:
+        """Takes `port` at the address of `transport`, whose key and TLS it wants. Raises
+        `ConfigError` where the port, or TLS, cannot be had."""
         self._fleet = fleet
-        self._key = key
-        self._socket = listen(config.cluster_host, config.cluster_port)
+        self._key = transport.key
+        self._tls = None if transport.tls is None else load_tls(transport.tls).server
+        self._socket = listen(transport.host, port)
         self._socket.setblocking(False)
         # The same for all workers that join: none of them has pages yet to compare.
         self._identity = Identity(name="gateway", epoch=secrets.randbits(63), model="")
@@ -86,7 +88,7 @@ class ClusterListener:
         handshake = Handshake(Role.LISTENER, self._identity, self._key)
         try:
             wire, introduction = await loop.run_in_executor(
-                self._threads, answer, connection, handshake, _GREETING_SECONDS, None
+                self._threads, answer, connection, handshake, _GREETING_SECONDS, self._tls
             )
             if introduction.purpose is not Purpose.GATEWAY:
                 wire.close()
@@ -94,7 +96,8 @@ class ClusterListener:
         except (OSError, FourfoldError) as error:
             logger.warning("a connection from %s to the cluster port is closed: %s", address, error)
             return
-        joined = plain_socket(wire, self._fleet.config.worker_timeout)
+        timeout = self._fleet.config.worker_timeout
+        joined = plain_socket(wire, timeout, secured=self._tls is not None)
         if self._fleet.stopping or self._loop is None:
             joined.close()
             return
