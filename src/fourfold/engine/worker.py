@@ -10,6 +10,7 @@ instead, and keeps the engine for the next one.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import enum
 import gc
 import logging
@@ -147,6 +148,7 @@ class Worker:
     ) -> End:
         """Serves the gateway at the other end until one of both ends it, then closes the socket
         and drops what is left. `on_end` is called at once, by another thread."""
+        self.refusal = None
         link = self._link = _Link(connection, self._news.put, on_end)
         with connection:
             link.send(self._hello)
@@ -193,13 +195,15 @@ class Worker:
         setup = self._choose(load.setup)
         if load.workers > 1:
             setup = place(setup, load.ordinal, load.workers)
+        has_neighbours = load.workers > 1 or self._transport is not None
+        setup = dataclasses.replace(setup, share_pages=has_neighbours)
         engine, facts = build_engine(setup, _progress(link))
-        pages = engine.page_format
         identity = Identity(
             name=self._hello.name,
             epoch=secrets.randbits(63),
             model=facts.fingerprint,
-            pages=pages,
+            pages=engine.page_format,
+            device=engine.device_pages,
         )
         self._node = Node(identity, self._transport or load.transport or TransportConfig())
         engine.connect(self._node)
@@ -213,8 +217,14 @@ class Worker:
 
         engine.start(put, put)
         self._engine = engine
-        peer = msgspec.structs.replace(self._node.peer, pages=pages)
-        self._ready = Ready(facts, engine.max_context, engine.stats, peer, pages, setup.device)
+        self._ready = Ready(
+            facts,
+            engine.max_context,
+            engine.stats,
+            self._node.peer,
+            engine.page_format,
+            setup.device,
+        )
 
     def _hear(self, message: Submit | Abort | Granted | Continue) -> None:
         engine = self._engine

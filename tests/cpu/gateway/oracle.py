@@ -287,8 +287,11 @@ class World:
             if holding.asked.stage is Stage.PREFILL and holding.granted and holding.sends
         ]
 
-    def transfer(self, worker: int, part: int, *, fails: bool) -> None:
-        """Pages move, unless the transfer fails or the receiver takes them no more."""
+    def transfer(
+        self, worker: int, part: int, *, fails: bool = False, overtakes: bool = False
+    ) -> None:
+        """Pages move, unless the transfer fails or the receiver takes them no more. What is said of
+        it may overtake tokens: both come from threads of their own."""
         sender = self.workers[worker]
         del sender.parts[part]
         receivers = [
@@ -298,12 +301,12 @@ class World:
         ]
         wanted = bool(receivers) and receivers[0].parts[part].leads
         error = "the line was cut" if fails or not wanted else None
-        sender.said.append(Moved(request_id=part, error=error))
-        if wanted:
-            receivers[0].said.append(Moved(request_id=part, error=error))
-            if error is None:
-                receivers[0].parts[part].arrived = True
-                receivers[0].go_on(part)
+        for said in (sender.said, receivers[0].said) if wanted else (sender.said,):
+            moved = Moved(request_id=part, error=error)
+            said.appendleft(moved) if overtakes else said.append(moved)
+        if wanted and error is None:
+            receivers[0].parts[part].arrived = True
+            receivers[0].go_on(part)
 
     def settle(self) -> None:
         """Everything that can happen happens, without further faults."""
@@ -325,7 +328,7 @@ class World:
                 self.grant(number, part)
                 quiet = False
             for number, part in self.transfers():
-                self.transfer(number, part, fails=False)
+                self.transfer(number, part)
                 quiet = False
             if quiet:
                 return

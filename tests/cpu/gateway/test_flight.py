@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from fourfold.engine.messages import (
     Abort,
     FinishReason,
+    Granted,
     Moved,
     Stage,
     Submit,
@@ -64,9 +65,10 @@ class Journeys(RuleBasedStateMachine):
         self.world.grant(*self._pick(self.world.grants(), place))
 
     @precondition(lambda self: self.world.transfers())
-    @rule(place=PLACES, fails=st.booleans())
-    def transfer(self, place: int, fails: bool) -> None:
-        self.world.transfer(*self._pick(self.world.transfers(), place), fails=fails)
+    @rule(place=PLACES, fails=st.booleans(), overtakes=st.booleans())
+    def transfer(self, place: int, fails: bool, overtakes: bool) -> None:
+        transfer = self._pick(self.world.transfers(), place)
+        self.world.transfer(*transfer, fails=fails, overtakes=overtakes)
 
     @precondition(lambda self: self.world.flights)
     @rule(place=PLACES, index=st.none() | st.integers(0, 2))
@@ -173,7 +175,7 @@ def test_a_worker_that_has_sent_the_pages_is_needed_no_more() -> None:
     world.hear(last)
     world.workers[first].take()
     world.workers[first].step(part, flight.request.index)
-    world.transfer(first, part, fails=False)
+    world.transfer(first, part)
     while world.workers[first].said:
         world.hear(first)
     late = Moved(request_id=part, error="its line was cut")
@@ -182,6 +184,24 @@ def test_a_worker_that_has_sent_the_pages_is_needed_no_more() -> None:
     world.settle()
     world.check_end()
     assert len(world.opened) == 1
+
+
+@pytest.mark.parametrize("moves", [False, True])
+def test_a_first_token_that_is_the_last_leaves_nothing_where_pages_went(moves: bool) -> None:
+    world = World()
+    first, last = world.join(), world.join()
+    world.routes.append((0, 1))
+    flight = world.request(1)
+    part, request = world.opened[-1].number, flight.request.request_id
+    flight.granted(last, Granted(request_id=part))
+    if moves:
+        flight.moved(first, Moved(request_id=part))
+    only = TokenOutput(
+        request_id=part, index=0, token=token(request, 0, 0), finish=FinishReason.STOP
+    )
+    flight.hear(part, first, only)
+    assert flight.done
+    assert world.workers[last].inbox[-1] == Abort(request_id=part)
 
 
 def test_a_request_that_kills_every_worker_fails_in_the_end() -> None:

@@ -75,7 +75,8 @@ class Dispatcher:
         members = [member for member in self._members.values() if member.takes_requests]
         if not members:
             return None
-        keys = self._page_keys(asked, members[0])
+        # One alone has no prefix to be chosen for.
+        keys = self._page_keys(asked, members[0]) if len(members) > 1 else []
         question = Asked(
             tokens=len(asked.prompt_ids) + len(asked.generated),
             prompt_tokens=len(asked.prompt_ids),
@@ -117,7 +118,7 @@ class Dispatcher:
         for worker in set(part.route):
             self._drop(worker, part)
         member = self._members.get(part.route.decode)
-        if tokens and self._prefix_cache and member is not None and member.ready is not None:
+        if tokens and keys and member is not None and member.ready is not None:
             # What follows in a conversation begins with the prompt and this answer, of which the
             # last token was never computed.
             text = [*part.asked.prompt_ids, *tokens[:-1]]

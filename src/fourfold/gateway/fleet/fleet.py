@@ -293,6 +293,8 @@ class Fleet:
         member.send(member.load)
 
     def _welcome(self, member: Member, ready: Ready) -> None:
+        if member.ready is not None or not member.name:
+            return
         if self._first is None:
             self._first, self.model = ready, ready.model
         try:

@@ -244,7 +244,9 @@ class Flight:
             part.begun = True
             self._post.began(part)
         if not part.live:
-            self._close(part, abort=None)
+            # After a first token that is the last, the decoding worker waits for what never comes.
+            waits = first and not part.route.whole
+            self._close(part, abort=FinishReason.CANCELLED if waits else None)
             return
         if first and not part.route.whole:
             assert output.token is not None
