@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What is imported is compiled then: half a minute less than compiling all that comes with it.
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check
 
-.PHONY: serve test check-gpu clean
+.PHONY: serve test chaos check-gpu clean
 
 # Serves the embedded default model; ARGS are passed on: make serve ARGS="--port 9000"
 serve: $(VENV)/.installed
@@ -19,6 +19,10 @@ test: $(VENV)/.tested-with
 	$(BIN)/lint-imports
 	$(BIN)/python -m fourfold.bench.tables README.md --check
 	$(BIN)/python -m pytest tests/cpu -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+# Ten minutes of faults against a fleet of workers; SEED=... repeats a run.
+chaos: $(VENV)/.tested-with
+	$(BIN)/python -m tests.cpu.chaos $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 # The tests that need a GPU; on a machine without one they say so and pass nothing.
 check-gpu: $(VENV)/.tested-with

@@ -1,0 +1,184 @@
+"""Workers that join: `python -m tests.cpu.chaos.nursery FOLDER` starts one for each line it reads.
+
+A worker does what `fourfold worker --join` does, in a process forked from this one, which has
+imported everything already: it joins within a fraction of the time. It also answers at a unix
+socket what it holds. When a worker ends, a line says how; when the input ends, all are killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import torch
+
+import fourfold.engine.engine  # what a worker imports when it is told to load
+import fourfold.engine.runner
+import fourfold.models.loading  # noqa: F401
+from fourfold.cli.worker import Options, run
+from fourfold.cluster.config import LinkConfig
+from fourfold.engine import worker
+from fourfold.engine.messages import Role
+from fourfold.transport.config import TransportPath
+from tests.cpu.chaos.oracle import ENGINE
+
+_LOOK_SECONDS = 0.02
+
+
+class Birth(msgspec.Struct, frozen=True, kw_only=True):
+    """A worker that there is to be."""
+
+    name: str
+    role: Role
+    gateway: str
+    """HOST:PORT to join."""
+    port: int
+    """Of its pages, on 127.0.0.1."""
+    advertise: str
+    path: TransportPath
+    key_file: Path
+
+
+class Born(msgspec.Struct, frozen=True, kw_only=True):
+    """What became of it: running as `pid`, or ended as `os.waitpid` says."""
+
+    name: str
+    pid: int
+    status: int | None = None
+
+
+class Holdings(msgspec.Struct, frozen=True, kw_only=True):
+    """What a worker holds of requests; all 0 where none is under way."""
+
+    leases: int = 0
+    landings: int = 0
+    sendings: int = 0
+    grants: int = 0
+    moving: tuple[str, ...] = ()
+    """Parts of requests that wait for pages, or for others to have them."""
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    children: dict[int, str] = {}
+    lines = os.fdopen(os.dup(0), "rb", buffering=0)
+    waiting = b""
+    while True:
+        readable, _, _ = select.select([lines], [], [], _LOOK_SECONDS)
+        while children:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                break
+            _say(Born(name=children.pop(pid), pid=pid, status=status))
+        if not readable:
+            continue
+        data = lines.read(1 << 16)
+        if not data:
+            break
+        *whole, waiting = (waiting + data).split(b"\n")
+        for line in whole:
+            birth = msgspec.json.decode(line, type=Birth, dec_hook=_decode_path)
+            pid = os.fork()
+            if not pid:
+                _live(birth, folder)
+            children[pid] = birth.name
+            _say(Born(name=birth.name, pid=pid))
+    for pid in children:
+        os.kill(pid, signal.SIGKILL)
+
+
+def _decode_path(kind: type[Path], value: str) -> Path:
+    return kind(value)
+
+
+def _say(born: Born) -> None:
+    os.write(1, msgspec.json.encode(born) + b"\n")
+
+
+def _live(birth: Birth, folder: Path) -> None:
+    """A worker's whole life, in a process of its own."""
+    code = 1
+    try:
+        os.setsid()
+        log = os.open(folder / f"{birth.name}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        nothing = os.open(os.devnull, os.O_RDWR)
+        for number, target in enumerate((nothing, nothing, log)):
+            os.dup2(target, number)
+        _serve(birth, folder)
+        code = 0
+    except BaseException:
+        logging.exception("the worker failed")
+    finally:
+        os._exit(code)
+
+
+def _serve(birth: Birth, folder: Path) -> None:
+    torch.set_num_threads(1)
+
+    class Watched(worker.Worker):
+        """One that can be asked."""
+
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            _answer(self, folder / f"{os.getpid()}.sock")
+
+    patched: Any = worker
+    patched.Worker = Watched
+    run(
+        Options(
+            join=birth.gateway,
+            role=birth.role,
+            name=birth.name,
+            device="cpu",
+            engine=ENGINE,
+            port=birth.port,
+            advertise=birth.advertise,
+            links=LinkConfig(key_file=birth.key_file, transport=birth.path),
+        )
+    )
+
+
+def _answer(watched: worker.Worker, path: Path) -> None:
+    """Tells whoever connects what the worker holds."""
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(path))
+    listening.listen()
+
+    def serve() -> None:
+        while True:
+            asker, _ = listening.accept()
+            with asker, contextlib.suppress(OSError):
+                asker.sendall(msgspec.json.encode(_holdings(watched)))
+
+    threading.Thread(target=serve, name="holdings", daemon=True).start()
+
+
+def _holdings(watched: worker.Worker) -> Holdings:
+    engine, node = watched._engine, watched._node
+    if engine is None or node is None or engine._handover is None:
+        return Holdings()
+    handover = engine._handover
+    return Holdings(
+        leases=len(node._leases._leases),
+        landings=len(handover._landings),
+        sendings=len(handover._sendings),
+        grants=len(handover._grants),
+        moving=tuple(
+            f"{number} {sequence.stage.value} computed {sequence.computed} of {sequence.given} "
+            f"next {sequence.proceeds is not None}"
+            for number, sequence in list(engine.scheduler.moving.items())
+        ),
+    )
+
+
+if __name__ == "__main__":
+    main()
