@@ -31,17 +31,24 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def make_engine(
-    path: Path, device: torch.device, precision: Precision, kv_pages: PageFormat
+    path: Path,
+    device: torch.device,
+    precision: Precision,
+    kv_pages: PageFormat,
+    *,
+    shared: bool = False,
 ) -> Engine:
     model = load_model(find_source(str(path)), LoadOptions(device=device, precision=precision))
     config = EngineConfig(kv_memory_gib=0.1, max_running=8, step_tokens=400, kv_pages=kv_pages)
-    return Engine(Runner(model, config, pages_of(model, kv_pages)), config)
+    runner = Runner(model, config, pages_of(model, kv_pages), share_pages=shared)
+    return Engine(runner, config)
 
 
 def chosen(outputs: list[TokenOutput]) -> list[tuple[int, float]]:
     return [(o.logprob.token, o.logprob.logprob) for o in outputs if o.logprob is not None]
 
 
+@pytest.mark.parametrize("shared", [False, True])
 @pytest.mark.parametrize(
     ("first", "second", "precision", "kv_pages"),
     [
@@ -57,10 +64,16 @@ def test_answers_are_those_of_one_engine(
     second: torch.device,
     precision: Precision,
     kv_pages: PageFormat,
+    shared: bool,
 ) -> None:
     """Requests come one by one, so that steps are those of one engine: on one device the answers
     are the same; on two the log-probabilities are, nearly, as far as the tokens are."""
-    engines = [make_engine(checkpoint, device, precision, kv_pages) for device in (first, second)]
+    engines = [
+        make_engine(checkpoint, device, precision, kv_pages, shared=shared)
+        for device in (first, second)
+    ]
+    on_gpus = sum(device.type == "cuda" for device in (first, second))
+    assert sum(engine.device_pages is not None for engine in engines) == shared * on_gpus
     alone = make_engine(checkpoint, second, precision, kv_pages)
     requests = [submit(n, prompt_of(length, length), GREEDY) for n, length in enumerate(LENGTHS)]
     differences = []
@@ -77,6 +90,9 @@ def test_answers_are_those_of_one_engine(
                     break
                 differences.append(abs(logprob - expected))
         pair.wait_until_free()
+        sent = sum(path.bytes for path in pair.first_node.stats())
+        record = engines[0].page_format.record_bytes
+        assert (sent < record) == (shared and first == second)
         assert all(news == [None, None] for news in pair.moved.values())
     assert len(differences) >= len(LENGTHS)
     # Quantising costs about 0.14 (test_quantised_engine); pages gone wrong cost several.

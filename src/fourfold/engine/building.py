@@ -40,6 +40,8 @@ class EngineSetup:
     """Random weights instead of the checkpoint's; only its configuration is read."""
     uniform_routing: bool = False
     """Route evenly whatever the tokens say; only with `dummy`."""
+    share_pages: bool = False
+    """Let other workers of the machine read a GPU's pages."""
     config: EngineConfig = EngineConfig()
 
 
@@ -77,7 +79,8 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
     with _compiler(device, setup.config, phases) as first_layers, phases("weights"):
         model = load_model(setup.source, options, progress, first_layers)
     with phases("pages"):
-        runner = Runner(model, setup.config, pages_of(model, setup.config.kv_pages))
+        shape = pages_of(model, setup.config.kv_pages)
+        runner = Runner(model, setup.config, shape, share_pages=setup.share_pages)
     with phases("graphs"):
         runner.warm()
     logger.info("weights: %s", told(weight_bytes(model)))

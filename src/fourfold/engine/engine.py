@@ -12,6 +12,7 @@ what other engines must know at once.
 from __future__ import annotations
 
 import enum
+import functools
 import logging
 import queue
 import threading
@@ -23,7 +24,7 @@ import msgspec
 import torch
 
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.handover import Arrived, Delivered, Handover, page_format
+from fourfold.engine.handover import Arrived, Delivered, Handover, Lost, page_format
 from fourfold.engine.messages import (
     Abort,
     Continue,
@@ -40,8 +41,10 @@ from fourfold.engine.runner import Launched, Runner
 from fourfold.engine.scheduler import Scheduler, StepPlan
 from fourfold.engine.sequence import Sequence
 from fourfold.errors import ConfigError
+from fourfold.kernels import device_memory
 from fourfold.transport.format import PageFormat
 from fourfold.transport.node import Node
+from fourfold.transport.peer import DevicePages
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ class _Order(enum.Enum):
     ABORT_ALL = 0
 
 
-_Message = Submit | Abort | _Order | _OfParts
+_Message = Submit | Abort | _Order | Lost | _OfParts
 
 
 class Engine:
@@ -104,11 +107,27 @@ class Engine:
         """What its pages are to others."""
         return page_format(self._runner.pages)
 
+    @property
+    def device_pages(self) -> DevicePages | None:
+        """Where they lie, if on a GPU and shared."""
+        records, *opened = (memory.device_memory for memory in self._runner.pages.memory)
+        if records is None:
+            return None
+        return DevicePages(
+            gpu=str(torch.cuda.get_device_properties(self._runner.device).uuid),
+            pages=self._runner.page_count,
+            records=records,
+            open=opened[0] if opened else None,
+        )
+
     def connect(self, node: Node) -> None:
         """Lets it share requests with others, before it is started."""
-        for region in self._runner.pages.shared:
-            node.register(region)
-        self._handover = Handover(node, self._runner.pages, self._inbox.put)
+        pages = self._runner.pages
+        for memory in pages.memory:
+            if memory.region is not None:
+                node.register(memory.region)
+        attach = functools.partial(device_memory.attach, device=pages.device)
+        self._handover = Handover(node, pages, self._inbox.put, attach)
         self.scheduler.before_leaving = self._handover.let_go
         self._runner.stored = self._handover.stored
 
@@ -242,6 +261,10 @@ class Engine:
             return self.scheduler.abort(message)
         if isinstance(message, _Order):
             return self.scheduler.abort_all()
+        if isinstance(message, Lost):
+            if self._handover is not None:
+                self._handover.detach(message.epoch)
+            return []
         part = self.scheduler.part(message.request_id)
         if part is not None:
             self._hear_of(part, message)
@@ -270,7 +293,8 @@ class Engine:
         granted, self.scheduler.granted = self.scheduler.granted, []
         for part in granted:
             assert self._handover is not None
-            self._tell(self._handover.expect(part))
+            with self._runner.on_stream():
+                self._tell(self._handover.expect(part))
 
     def _run(self, emit: Emit) -> None:
         worked = True

@@ -26,8 +26,11 @@ _BESIDE_GIB = 1.5
 _WORKSPACE_SLACK = 1.4
 
 
-def allocate_pages(model: Decoder, config: EngineConfig, shape: PageShape) -> tuple[KVPages, int]:
-    """The pages of an engine, and how many there are.
+def allocate_pages(
+    model: Decoder, config: EngineConfig, shape: PageShape, *, shared: bool
+) -> tuple[KVPages, int]:
+    """The pages of an engine, and how many there are; on a GPU `shared` with other processes if
+    asked for.
 
     Raises `ConfigError` where there is not enough.
     """
@@ -41,7 +44,7 @@ def allocate_pages(model: Decoder, config: EngineConfig, shape: PageShape) -> tu
             f"{config.running} open ones; raise --kv-memory-gib or lower --max-running"
         )
     try:
-        pages = make_pages(shape, count, config.running, device)
+        pages = make_pages(shape, count, config.running, device, shared=shared)
     except (MemoryError, OverflowError, ValueError, RuntimeError, OSError) as error:
         raise ConfigError(
             f"{size / 2**30:g} GiB of KV pages cannot be allocated on {device}; "

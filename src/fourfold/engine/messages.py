@@ -96,6 +96,8 @@ class Granted(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 
     request_id: int
     found: int = 0
+    pulls: bool = False
+    """It copies pages out of the other engine's memory itself, and is only to be told of them."""
 
 
 class Continue(msgspec.Struct, frozen=True, kw_only=True, tag=True):

@@ -43,7 +43,9 @@ class Launched:
 class Runner:
     """One model on one device. Used by the engine's thread alone."""
 
-    def __init__(self, model: Decoder, config: EngineConfig, shape: PageShape) -> None:
+    def __init__(
+        self, model: Decoder, config: EngineConfig, shape: PageShape, *, share_pages: bool = False
+    ) -> None:
         self.model = model
         self.device = model.frequencies.device
         config = config.on(self.device.type)
@@ -54,7 +56,7 @@ class Runner:
             torch.cuda.synchronize(self.device)
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         with self.on_stream():
-            self.pages, self.page_count = allocate_pages(model, config, shape)
+            self.pages, self.page_count = allocate_pages(model, config, shape, shared=share_pages)
             self._samples = Samples(config.running, model.config.vocabulary, self.device)
         self._cores = torch.get_num_threads()
         self._decode_threads = config.decode_threads or self._cores

@@ -12,6 +12,7 @@ T tokens of a step.
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,10 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fourfold.kernels.device_memory import DeviceMemoryError, share
 from fourfold.kernels.pages import SealJobs, seal_pages
 from fourfold.kernels.pages.layout import PAGE_TOKENS, PageCodes, PageLayout
 from fourfold.kernels.rope import OpenRows
 from fourfold.kernels.staging import Ints, Staging
+from fourfold.transport.peer import DeviceMemory
 from fourfold.transport.shared import SharedRegion
 
 __all__ = [
@@ -34,6 +37,9 @@ __all__ = [
     "Span",
     "make_pages",
 ]
+
+
+logger = logging.getLogger(__name__)
 
 
 class Span(NamedTuple):
@@ -86,19 +92,42 @@ class PageShape:
         return 0 if self.codes is None else self.float_bytes
 
 
+class PageMemory:
+    """Zeros, `bytes` uint8 [size], that other processes of the machine may read: a CPU's always, as
+    `region`; a GPU's if it is to be `shared`, as `device_memory`."""
+
+    def __init__(self, size: int, device: torch.device, *, shared: bool) -> None:
+        self.region: SharedRegion | None = None
+        self.device_memory: DeviceMemory | None = None
+        if device.type == "cpu":  # takes no time and no memory until it is written
+            self.region = SharedRegion(size)
+            self.bytes = torch.frombuffer(self.region.buffer, dtype=torch.uint8)
+            return
+        if shared:
+            try:
+                self.bytes, self.device_memory = share(size, device)
+                return
+            except DeviceMemoryError as error:
+                logger.warning("pages go to other workers through the host: %s", error)
+        self.bytes = torch.zeros(size, dtype=torch.uint8, device=device)
+
+
 class FloatPages:
     """Keys and values in one tensor `[L, P, 2, G, N, C]`, so a page of a layer is one piece."""
 
     chunk_multiple = 1
     """Chunks of a prompt may be cut after any token."""
 
-    def __init__(self, shape: PageShape, pages: int, device: torch.device) -> None:
+    def __init__(
+        self, shape: PageShape, pages: int, device: torch.device, *, shared: bool = False
+    ) -> None:
         size = (shape.layers, pages, 2, shape.kv_heads, PAGE_TOKENS, shape.head_width)
         self.shape = shape
         # Zeros, not garbage: masked positions of a fresh page are multiplied by zero, and a NaN
         # would survive that.
-        data, self.shared = _zeros(pages * shape.page_bytes, device)
-        self.data = data.view(shape.dtype).view(size)
+        memory = PageMemory(pages * shape.page_bytes, device, shared=shared)
+        self.memory = (memory,)
+        self.data = memory.bytes.view(shape.dtype).view(size)
 
     @property
     def device(self) -> torch.device:
@@ -152,16 +181,24 @@ class CodedPages:
     """A chunk that leaves some of its prompt must end with a page, so that no chunk ever begins
     inside of one: a page is then sealed from the rows of one chunk."""
 
-    def __init__(self, shape: PageShape, pages: int, slots: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        shape: PageShape,
+        pages: int,
+        slots: int,
+        device: torch.device,
+        *,
+        shared: bool = False,
+    ) -> None:
         self.shape = shape
         self.layout = shape.layout
         size = (shape.layers, pages, self.layout.record_bytes)
-        records, of_records = _zeros(pages * shape.page_bytes, device)
-        self.records = records.view(size)
+        records = PageMemory(pages * shape.page_bytes, device, shared=shared)
+        self.records = records.bytes.view(size)
         rows = (shape.layers, 2, slots * PAGE_TOKENS, shape.kv_heads, shape.head_width)
-        opened, of_open = _zeros(slots * shape.slot_bytes, device)
-        self.open = opened.view(shape.dtype).view(rows)
-        self.shared = of_records + of_open
+        opened = PageMemory(slots * shape.slot_bytes, device, shared=shared)
+        self.open = opened.bytes.view(shape.dtype).view(rows)
+        self.memory = (records, opened)
 
     @property
     def device(self) -> torch.device:
@@ -251,17 +288,11 @@ def _jobs(pairs_2J: Ints, size: int) -> Ints:
 KVPages = FloatPages | CodedPages
 
 
-def make_pages(shape: PageShape, pages: int, slots: int, device: torch.device) -> KVPages:
-    """Memory for so many pages, and for so many sequences under way."""
+def make_pages(
+    shape: PageShape, pages: int, slots: int, device: torch.device, *, shared: bool = False
+) -> KVPages:
+    """Memory for so many pages, and for so many sequences under way; `shared` as in
+    `PageMemory`."""
     if shape.codes is None:
-        return FloatPages(shape, pages, device)
-    return CodedPages(shape, pages, slots, device)
-
-
-def _zeros(size: int, device: torch.device) -> tuple[Tensor, tuple[SharedRegion, ...]]:
-    """So many bytes, and what is shared of them: a CPU's, which other processes of the machine may
-    then read. Those take no time and no memory until they are written."""
-    if device.type == "cpu":
-        region = SharedRegion(size)
-        return torch.frombuffer(region.buffer, dtype=torch.uint8), (region,)
-    return torch.zeros(size, dtype=torch.uint8, device=device), ()
+        return FloatPages(shape, pages, device, shared=shared)
+    return CodedPages(shape, pages, slots, device, shared=shared)

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 
 from fourfold.transport.format import PageFormat, check_agreement
+from fourfold.transport.peer import DevicePages
 
 
 class Identity(msgspec.Struct, frozen=True, kw_only=True):
@@ -20,6 +21,8 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     """Fingerprint of the checkpoint and its precision."""
     pages: PageFormat | None = None
     """None for one without pages of its own, such as a gateway."""
+    device: DevicePages | None = None
+    """Where they lie, if on a GPU that shares its memory."""
 
 
 def check_identities(mine: Identity, theirs: Identity) -> None:

@@ -7,6 +7,7 @@ import logging
 import socket
 import threading
 import time
+from collections.abc import Callable
 
 from fourfold.errors import FourfoldError
 from fourfold.transport.config import TransportConfig
@@ -53,8 +54,11 @@ class Node:
             port=self._listener.getsockname()[1],
             host_id=host_id(),
             pages=identity.pages,
+            device=identity.device,
         )
         """How others reach this node."""
+        self.on_lost: Callable[[int], None] = lambda epoch: None
+        """Called when a link from a peer has ended, with the peer's epoch."""
         self._notifier = Notifier(f"{identity.name} callbacks")
         self._leases = Leases(self._notifier)
         self._regions = Regions()
@@ -205,6 +209,8 @@ class Node:
                     finally:
                         with self._lock:
                             self._sessions.pop(introduction.session, None)
+                        epoch = session.epoch
+                        self._notifier.put(lambda: self.on_lost(epoch))
                     return
             case Purpose.STREAM:
                 with self._lock:

@@ -7,6 +7,25 @@ import msgspec
 from fourfold.transport.format import PageFormat
 
 
+class DeviceMemory(msgspec.Struct, frozen=True):
+    """Memory of a GPU that other processes of the machine can map."""
+
+    process: int
+    descriptor: int
+    size: int
+
+
+class DevicePages(msgspec.Struct, frozen=True, kw_only=True):
+    """Where a node's pages lie, if on a GPU that shares its memory."""
+
+    gpu: str
+    """Its identifier (UUID)."""
+    pages: int
+    records: DeviceMemory
+    open: DeviceMemory | None = None
+    """Pages that are not full, where they are kept apart."""
+
+
 class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """A node of the transport, as others are told of it."""
 
@@ -19,3 +38,5 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     """Equal for nodes that can read each other's shared memory."""
     pages: PageFormat | None = None
     """What its pages are; None for a node without any."""
+    device: DevicePages | None = None
+    """None for pages that others cannot map."""

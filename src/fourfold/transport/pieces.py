@@ -57,3 +57,8 @@ class Landing(Protocol):
         Written to until the lease is done or forgotten.
         """
         ...
+
+    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
+        """A run is there, in so many layers, and is what was sent. What this raises fails the
+        transfer: the run does not count before it returns. Not called for pages in parts."""
+        ...

@@ -35,7 +35,7 @@ from fourfold.transport.frames import (
 )
 from fourfold.transport.handshake import Introduction
 from fourfold.transport.identity import Identity
-from fourfold.transport.leases import Leases
+from fourfold.transport.leases import Claim, Leases
 from fourfold.transport.shared import MappingError, Mappings, copy
 from fourfold.transport.stats import SHARED_MEMORY, Counters
 from fourfold.transport.wire import Wire
@@ -71,7 +71,8 @@ class Session:
         self._lock = threading.Lock()
         self._streams: set[Wire] = set()
         self._left = threading.Condition(self._lock)
-        self._closed = False
+        self._closed = ""
+        """Why the link has ended."""
         self._refused: collections.OrderedDict[int, None] = collections.OrderedDict()
         self._dealt_with = 0
         self._mappings = Mappings()
@@ -144,7 +145,7 @@ class Session:
         """Ends the link, for any thread; what it had begun fails."""
         self._control.end(reason)
         with self._lock:
-            self._closed = True
+            self._closed = self._closed or reason
             for wire in self._streams:
                 wire.shut()
 
@@ -156,11 +157,14 @@ class Session:
         self.close(reason)
         self._counters.connected = False
         logger.info("the link from %s ended: %s", self._name, reason)
-        self._leases.lose(self, f"the link from {self.peer.name} ended: {reason}")
+        self._leases.lose(self, self._why())
         with self._left:
             self._left.wait_for(lambda: not self._streams)
         self._mappings.close()
         self._wire.close()
+
+    def _why(self) -> str:
+        return f"the link from {self.peer.name} ended: {self._closed}"
 
     def _hear(self, message: ToReceiver) -> None:
         match message:
@@ -226,7 +230,7 @@ class Session:
                 payload.drop()
             else:
                 payload.fill(views)
-                problem = self._verify(views, header)
+                problem = self._verify(views, header) or _landed(claim)
         finally:
             wanted = self._leases.land(claim, problem)
         return header.length if wanted else 0
@@ -261,6 +265,15 @@ class Session:
                 return
             count, self._dealt_with = self._dealt_with, 0
         self._control.post(Grant(count))
+
+
+def _landed(claim: Claim) -> str | None:
+    """Has the receiver take a run that is right; why it cannot, or None."""
+    try:
+        claim.landed()
+    except Exception as error:
+        return f"the receiver cannot take a run: {error}"
+    return None
 
 
 class _Payload:

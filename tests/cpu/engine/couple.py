@@ -26,6 +26,7 @@ from fourfold.engine.messages import (
 from fourfold.transport.config import TransportConfig
 from fourfold.transport.identity import Identity
 from fourfold.transport.node import Node
+from fourfold.transport.peer import DevicePages
 
 PATIENCE = 60.0
 
@@ -134,10 +135,20 @@ class Couple:
 
 
 @contextlib.contextmanager
-def couple(first: Engine, second: Engine) -> Iterator[Couple]:
+def couple(
+    first: Engine, second: Engine, devices: tuple[DevicePages | None, ...] = ()
+) -> Iterator[Couple]:
+    """`devices`: what the engines say of their memory instead of the truth."""
     nodes = []
+    truth = (first.device_pages, second.device_pages)
     for epoch, engine in enumerate((first, second), 1):
-        identity = Identity(name=f"w{epoch}", epoch=epoch, model="m", pages=engine.page_format)
+        identity = Identity(
+            name=f"w{epoch}",
+            epoch=epoch,
+            model="m",
+            pages=engine.page_format,
+            device=(devices or truth)[epoch - 1],
+        )
         nodes.append(Node(identity, TransportConfig()))
         engine.connect(nodes[-1])
     pair = Couple(first, second, *nodes)

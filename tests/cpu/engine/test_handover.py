@@ -12,11 +12,14 @@ import torch
 
 from fourfold.engine.engine import Engine
 from fourfold.engine.messages import FinishReason, Granted, SamplingParams, Stage, Submit
+from fourfold.kernels import device_memory
 from fourfold.models.decoder import Decoder
 from fourfold.models.precision import PageFormat
+from fourfold.transport.peer import DeviceMemory, DevicePages
 from tests.cpu.driving import GREEDY, load_tiny, make_engine, run, submit, tokens
 from tests.cpu.engine.couple import couple
 
+Devices = tuple[DevicePages | None, ...]
 LENGTHS = (1, 2, 63, 64, 65, 128, 130, 300)
 DRAWN = SamplingParams(max_tokens=30, temperature=1.0, seed=5, presence_penalty=0.5)
 
@@ -138,4 +141,68 @@ def test_a_receiver_that_has_gone_frees_the_sender(model: Decoder) -> None:
         with pair.changed:
             assert pair.changed.wait_for(lambda: bool(pair.moved[1]), 60)
         assert pair.moved[1][0] is not None
+        pair.wait_until_free()
+
+
+@pytest.fixture
+def on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine, Engine], Devices]:
+    """Has engines of this process map each other's pages, as on a GPU that shares its memory."""
+    memories: list[torch.Tensor] = []
+    monkeypatch.setattr(device_memory, "attach", lambda memory, device: memories[memory.descriptor])
+
+    def say(*engines: Engine) -> Devices:
+        said = []
+        for engine in engines:
+            pages = engine._runner.pages
+            found = []
+            for memory in pages.memory:
+                found.append(DeviceMemory(0, len(memories), memory.bytes.numel()))
+                memories.append(memory.bytes)
+            count = engine._runner.page_count
+            opened = found[1] if len(found) > 1 else None
+            said.append(DevicePages(gpu="one", pages=count, records=found[0], open=opened))
+        return tuple(said)
+
+    return say
+
+
+@pytest.mark.parametrize("kv_pages", [PageFormat.FLOAT, PageFormat.INT8])
+def test_a_receiver_pulls_pages_out_of_its_neighbours_memory(
+    model: Decoder, kv_pages: PageFormat, on_one_gpu: Callable[[Engine, Engine], Devices]
+) -> None:
+    options = {"max_running": 6, "step_tokens": 134, "kv_pages": kv_pages}
+    requests = [
+        submit(number, prompt_of(length, length), DRAWN if number % 2 else GREEDY)
+        for number, length in enumerate(LENGTHS)
+    ]
+    wanted = alone(make_engine(model, **options), *requests)
+    first, second = make_engine(model, **options), make_engine(model, pages=50, **options)
+    with couple(first, second, on_one_gpu(first, second)) as pair:
+        assert pair.answers(*requests) == wanted
+        pair.wait_until_free()
+        again = [msgspec.structs.replace(r, request_id=100 + r.request_id) for r in requests]
+        assert pair.answers(*again) == wanted
+        pair.wait_until_free()
+        assert all(news == [None, None] for news in pair.moved.values())
+        sent = sum(path.bytes for path in pair.first_node.stats())
+        assert 0 < sent < first.page_format.record_bytes
+
+
+def test_memory_that_cannot_be_mapped_goes_through_the_host(
+    model: Decoder,
+    on_one_gpu: Callable[[Engine, Engine], Devices],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def refuse(memory: DeviceMemory, device: torch.device) -> torch.Tensor:
+        raise device_memory.DeviceMemoryError("process 0 does not hand out its memory")
+
+    request = submit(1, prompt_of(200), GREEDY)
+    wanted = alone(make_engine(model), request)
+    first, second = make_engine(model), make_engine(model)
+    devices = on_one_gpu(first, second)
+    monkeypatch.setattr(device_memory, "attach", refuse)
+    with couple(first, second, devices) as pair:
+        assert pair.answers(request) == wanted
+        assert "does not hand out its memory" in caplog.text
         pair.wait_until_free()

@@ -14,6 +14,7 @@ from fourfold.engine.handover.convert import ConvertedPages
 from fourfold.engine.handover.device import DeviceLanding, DevicePages
 from fourfold.engine.handover.landing import HostLanding, PromptLanding
 from fourfold.engine.handover.pages import HostPages, Outlet, Prompt, page_format
+from fourfold.engine.handover.pulling import PagedMemory, PullLanding, Tickets
 from fourfold.engine.handover.sending import Route, Sending
 from fourfold.kernels.pages import seal_pages
 from fourfold.kernels.pages.layout import PAGE_TOKENS, PageCodes
@@ -193,3 +194,31 @@ def test_a_cancelled_sending_sends_nothing_more() -> None:
     sending.advance()
     assert wire.finished
     assert not wire.came
+
+
+def test_pages_that_changed_while_they_were_pulled_are_refused() -> None:
+    source, target = pages_of("int8"), pages_of("int8")
+    here, there = Prompt([7, 3], 1, 100), Prompt([2, 9], 2, 100)
+    fill(source, here, torch.randn(LAYERS, 2, 100, HEADS, WIDTH))
+    mine = PagedMemory.of(source)
+    landing = PullLanding(PagedMemory.of(target), mine, there, 0, None)
+    layers = range(LAYERS)
+    tickets = {
+        Part.PAGES: Tickets(mine, None).records(layers, here, 0, 1),
+        Part.OPEN: Tickets(mine, None).rows(layers, here),
+    }
+    for part, of_layers in tickets.items():
+        for layer, [ticket] in enumerate(of_layers):
+            [room] = landing.views(part, layer, 0, 1)
+            room[:] = ticket
+        landing.landed(part, 0, LAYERS, 0, 1)
+    assert torch.equal(read(target, there), read(source, here))
+    source.records[1, 7, 5] ^= 1
+    with pytest.raises(ValueError, match="changed"):
+        landing.landed(Part.PAGES, 0, LAYERS, 0, 1)
+    landing.landed(Part.PAGES, 0, 1, 0, 1)
+    [room] = landing.views(Part.PAGES, 2, 0, 1)
+    room[:8] = (10**6).to_bytes(8, "little")
+    for layer, layers_ in ((2, 1), (0, LAYERS)):
+        with pytest.raises(ValueError, match="does not have"):
+            landing.landed(Part.PAGES, layer, layers_, 0, 1)

@@ -83,6 +83,9 @@ class Pages:
         self._views = [buffer[at : at + page_bytes] for at in range(0, len(buffer), page_bytes)]
         random.Random(seed).shuffle(self._views)
 
+    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
+        """Nothing more is to be done with a run."""
+
     def views(self, part: Part, layer: int, first: int, count: int) -> Sequence[memoryview]:
         """See `Landing`."""
         start = layer * self.pages + first

@@ -6,20 +6,28 @@ to the engine's inbox.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
+
+import torch
 
 from fourfold.engine.handover.convert import ConvertedPages
 from fourfold.engine.handover.device import DeviceLanding, DevicePages
 from fourfold.engine.handover.landing import HostLanding, PromptLanding
 from fourfold.engine.handover.pages import HostPages, Outlet, Prompt
+from fourfold.engine.handover.pulling import Attach, PagedMemory, PullLanding, Tickets, may_pull
 from fourfold.engine.handover.sending import Courier, Route, Sending
 from fourfold.engine.messages import Granted, Stage
 from fourfold.engine.scheduler import Work
 from fourfold.engine.sequence import Sequence
+from fourfold.kernels.device_memory import DeviceMemoryError
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, KVPages
 from fourfold.transport.format import PageFormat
 from fourfold.transport.node import Node
+from fourfold.transport.peer import Peer
+
+logger = logging.getLogger(__name__)
 
 
 class Delivered(NamedTuple):
@@ -36,14 +44,33 @@ class Arrived(NamedTuple):
     error: str | None
 
 
+class Lost(NamedTuple):
+    """A peer has gone; nothing of it comes any more."""
+
+    epoch: int
+
+
 class Handover:
     """The parts of requests that one engine shares with others."""
 
     def __init__(
-        self, node: Node, pages: KVPages, post: Callable[[Delivered | Arrived], None]
+        self,
+        node: Node,
+        pages: KVPages,
+        post: Callable[[Delivered | Arrived | Lost], None],
+        attach: Attach,
     ) -> None:
+        """`attach` maps memory of other processes on the pages' device."""
         self._node = node
         self._pages = pages
+        self._attach = attach
+        self._attached: dict[int, PagedMemory | None] = {}
+        """Memory of peers by their epochs; None for what cannot be read here."""
+        self._paged = PagedMemory.of(pages)
+        self._stream: torch.cuda.Stream | None = None
+        if pages.device.type == "cuda":
+            self._stream = torch.cuda.Stream(pages.device)  # type: ignore[no-untyped-call]
+        node.on_lost = lambda epoch: post(Lost(epoch))
         on_host = pages.device.type == "cpu"
         self._memory = HostPages(pages) if on_host else DevicePages(pages)
         self._landings: dict[int, PromptLanding] = {}
@@ -56,21 +83,21 @@ class Handover:
         """Makes the pages of a prompt that was granted them ready to be filled."""
         request = sequence.request
         found = sequence.computed // PAGE_TOKENS
-        memory, prompt = self._memory, _prompt(sequence)
-        landing: PromptLanding
-        if isinstance(memory, HostPages):
-            landing = HostLanding(memory, prompt, found)
-        else:
-            landing = DeviceLanding(memory, prompt, found)
-        self._landings[request.request_id] = landing
         assert request.peer is not None
+        landing = self._landing(request.peer, _prompt(sequence), found)
+        self._landings[request.request_id] = landing
         self._node.expect(
             request.request_id,
             request.peer.epoch,
             landing,
             lambda error: self._post(Arrived(request.request_id, error)),
         )
-        return Granted(request_id=request.request_id, found=found)
+        pulls = isinstance(landing, PullLanding)
+        return Granted(request_id=request.request_id, found=found, pulls=pulls)
+
+    def detach(self, epoch: int) -> None:
+        """Gives up what is mapped of a peer that has gone."""
+        self._attached.pop(epoch, None)
 
     def land(self, request_id: int) -> None:
         """Enqueues what is left to do with pages that have come, which nobody writes any more."""
@@ -101,6 +128,9 @@ class Handover:
         if sequence.stage is Stage.DECODE:
             self._node.forget(request_id)
             self._landings.pop(request_id, None)
+            # Memory of a peer that has died without a link is let go of here.
+            assert sequence.request.peer is not None
+            self.detach(sequence.request.peer.epoch)
         elif (sending := self._sendings.pop(request_id, None)) is not None:
             sending.cancel()
 
@@ -126,13 +156,36 @@ class Handover:
         transfer = self._node.link(peer).begin(
             request_id, lambda error: self._post(Delivered(request_id, error))
         )
-        sending.begin(Route(transfer, self._outlet(peer.pages), peer.pages, grant.found))
+        outlet = self._outlet(peer.pages, pulls=grant.pulls)
+        sending.begin(Route(transfer, outlet, peer.pages, grant.found))
         self._courier.advance(sending)
 
-    def _outlet(self, theirs: PageFormat) -> Outlet:
+    def _outlet(self, theirs: PageFormat, *, pulls: bool) -> Outlet:
+        if pulls:
+            return Tickets(self._paged, self._stream)
         if theirs == self._memory.format:
             return self._memory
         return ConvertedPages(self._pages, theirs)
+
+    def _landing(self, peer: Peer, prompt: Prompt, found: int) -> PromptLanding:
+        if (theirs := self._memory_of(peer)) is not None:
+            return PullLanding(self._paged, theirs, prompt, found, self._stream)
+        if isinstance(self._memory, HostPages):
+            return HostLanding(self._memory, prompt, found)
+        return DeviceLanding(self._memory, prompt, found)
+
+    def _memory_of(self, peer: Peer) -> PagedMemory | None:
+        """A peer's pages, if they can be read here."""
+        if peer.epoch in self._attached:
+            return self._attached[peer.epoch]
+        theirs = None
+        if peer.device is not None and may_pull(peer, self._node.peer):
+            try:
+                theirs = PagedMemory.attached(self._pages, peer.device, self._attach)
+            except DeviceMemoryError as error:
+                logger.warning("pages of %s go through the host: %s", peer.name, error)
+        self._attached[peer.epoch] = theirs
+        return theirs
 
 
 def _prompt(sequence: Sequence) -> Prompt:

@@ -34,6 +34,10 @@ class PromptLanding(abc.ABC):
         return self._records(layer, first, count)
 
     @abc.abstractmethod
+    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
+        """What was sent of a run is there. What this raises fails the transfer."""
+
+    @abc.abstractmethod
     def land(self) -> None:
         """Everything has come: enqueues what is left to do before steps may read the pages."""
 
@@ -50,6 +54,9 @@ class HostLanding(PromptLanding):
     def __init__(self, memory: HostPages, prompt: Prompt, found: int) -> None:
         super().__init__(memory.format, prompt, found)
         self._memory, self._prompt, self._found = memory, prompt, found
+
+    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
+        """Where it belongs."""
 
     def land(self) -> None:
         """Nothing is left to do."""
