@@ -19,4 +19,20 @@ def _mend_loops_over_runtime_bounds() -> None:
     interpreter._patch_lang_tensor = patched
 
 
+def _patch_once_a_launch() -> None:
+    """Triton 3.6 goes over its whole language for each call of a function within a kernel, though
+    the kernel's launch has replaced everything: a third of the time of all tests here."""
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch, language = interpreter._patch_lang, interpreter.tl
+
+    def patched(function: Any) -> Any:
+        seen = [m for m in function.__globals__.values() if m is language or m is language.core]
+        if not any(language.core.is_builtin(module.load) for module in seen):
+            return interpreter._LangPatchScope()
+        return patch(function)
+
+    interpreter._patch_lang = patched
+
+
 _mend_loops_over_runtime_bounds()
+_patch_once_a_launch()
