@@ -48,6 +48,19 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
     "mixtral": ("Mixtral", MOE | {"num_local_experts": 4}),
+    "glm4-moe": (
+        "Glm4Moe",
+        MOE
+        | {
+            "n_routed_experts": 8,
+            "n_shared_experts": 2,
+            "moe_intermediate_size": 48,
+            "routed_scaling_factor": 1.5,
+            "use_qk_norm": True,
+            "partial_rotary_factor": 1.0,
+            "head_dim": 32,
+        },
+    ),
     "olmoe": ("Olmoe", MOE | {"num_experts": 8, "clip_qkv": 2.0, "norm_topk_prob": False}),
 }
 
@@ -81,6 +94,9 @@ def save_checkpoint(name: str, path: Path) -> Path:
     for parameter in model.parameters():  # norms of exactly one would hide a norm left out
         if parameter.dim() == 1:
             torch.nn.init.uniform_(parameter, 0.5, 1.5)
+    for name, buffer in model.named_buffers():  # and selection biases of zero a bias
+        if name.endswith("e_score_correction_bias"):
+            torch.nn.init.uniform_(buffer, -0.2, 0.2)
     model.save_pretrained(path)
     return path
 

@@ -126,11 +126,11 @@ class ConfigReader:
         self._where = where
         self._read: set[str] = set()
 
-    def integer(self, name: str, default: Any = _MISSING) -> int:
-        """A count or a size: none of them may be zero."""
+    def integer(self, name: str, default: Any = _MISSING, *, least: int = 1) -> int:
+        """A count or a size: few of them may be zero."""
         value = int(self._take(name, (int,), "an integer", default))
-        if value < 1:
-            raise self.error(f"{name} = {value} is not positive")
+        if value < least:
+            raise self.error(f"{name} = {value} is less than {least}")
         return value
 
     def number(self, name: str, default: Any = _MISSING) -> float:
@@ -210,7 +210,9 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
     theta = float(theta) if theta is not None else reader.number("rope_theta", 10000.0)
     reader.expect("rope_theta", theta)
     reader.expect("rope_interleaved", False)
-    reader.expect("partial_rotary_factor", 1.0)
+    for rotated in (reader.optional("partial_rotary_factor"), number("partial_rotary_factor")):
+        if rotated not in (None, 1.0):
+            raise reader.error(f"partial_rotary_factor = {rotated!r} is not supported (only 1.0)")
     kind: Any = parameters.pop("rope_type", None) or parameters.pop("type", None) or "default"
     parameters.pop("type", None)
     if kind == "default":

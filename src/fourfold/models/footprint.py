@@ -43,7 +43,7 @@ def footprint(config: ModelConfig) -> list[Part]:
     if config.moe is not None and sparse:
         moe = config.moe
         expert = 3 * width * moe.expert_width
-        always = width * moe.experts + 3 * width * moe.shared_width
+        always = (width + moe.selection_bias) * moe.experts + 3 * width * moe.shared_width
         parts.append(
             Part(
                 EXPERTS,

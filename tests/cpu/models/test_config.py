@@ -29,6 +29,12 @@ OWN: dict[str, dict[str, Any]] = {
     "qwen3_moe": {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
     "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
     "olmoe": {"num_experts": 8, "num_experts_per_tok": 2},
+    "glm4_moe": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "partial_rotary_factor": 1.0,
+    },
 }
 LLAMA3 = {
     "rope_type": "llama3",
@@ -126,7 +132,7 @@ def test_a_missing_field_is_named(family: str, name: str) -> None:
         read(fields)
 
 
-@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe"])
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "glm4_moe"])
 def test_a_missing_field_of_the_family_is_named(family: str) -> None:
     for name in OWN[family]:
         fields = minimal(family)

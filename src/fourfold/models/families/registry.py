@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from fourfold.errors import CheckpointError
-from fourfold.models.families import llama, mixtral, olmoe, qwen3, qwen3_moe
+from fourfold.models.families import glm4_moe, llama, mixtral, olmoe, qwen3, qwen3_moe
 from fourfold.models.families.family import Family
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.model_type: module.FAMILY for module in (llama, qwen3, qwen3_moe, mixtral, olmoe)
+    module.FAMILY.model_type: module.FAMILY
+    for module in (llama, qwen3, qwen3_moe, mixtral, olmoe, glm4_moe)
 }
 
 
