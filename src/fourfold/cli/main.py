@@ -28,6 +28,10 @@ COMMANDS = {
     "generate": "answer a JSONL file of prompts, in order and resumable",
     "quantize": "write a model with 4-bit weights, calibrated on a text",
     "tokenize": "write texts as shards of token ids, to train on",
+    "train": "train a sparse model that is served, or go on with a run",
+    "corpus packages": "gather real text from installed packages, with their licences",
+    "corpus sample": "write text that a model draws, in order and resumable",
+    "corpus grammar": "write made-up text whose entropy is known",
     "inspect": "show what a checkpoint holds, needs, and whether it would be served",
     "calibrate": "time the kernels on this GPU, for plans and schedules that suit it",
     "bench serve": "load an OpenAI-compatible server and measure it",
@@ -74,7 +78,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<14} {what}" for name, what in COMMANDS.items()]
+    lines = [f"  {name:<16} {what}" for name, what in COMMANDS.items()]
     return "\n".join(
         [
             "usage: fourfold COMMAND [OPTIONS]",

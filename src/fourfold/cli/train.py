@@ -1,0 +1,108 @@
+"""`fourfold train`: a sparse or dense decoder from shards of tokens to a directory that is served.
+
+Started by `torchrun -m fourfold.cli.main train CONFIG`, or by itself on one device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import tyro
+
+from fourfold.errors import ConfigError
+from fourfold.train.config import TrainConfig, read_config
+
+if TYPE_CHECKING:
+    from fourfold.train.loop import Trainer
+    from fourfold.train.metrics import Record
+    from fourfold.train.reporting import Watch
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """Trains a model, or goes on with a run that was interrupted."""
+
+    config: Annotated[Path, tyro.conf.Positional]
+    """A TOML file with the sections [model], [data], [schedule] and [run], and where their defaults
+    do not suit also [router], [optimizer] and [parallel]."""
+    set: tuple[str, ...] = ()
+    """section.field=value, instead of what the file says."""
+
+
+def run(options: Options) -> int:
+    config = read_config(options.config, options.set)
+    from fourfold.models.loading import resolve_device
+    from fourfold.train.data.batches import ReadAhead, ShardBatches
+    from fourfold.train.data.shards import Shards
+    from fourfold.train.loop import Trainer
+    from fourfold.train.model import model_config
+    from fourfold.train.parallel import joined
+
+    data = config.data
+    device = resolve_device(config.run.device)
+    shards = Shards(data.train)
+    vocabulary = shards.meta.vocabulary
+    model = model_config(config.model, config.router, vocabulary.tokens, vocabulary.end_of_text)
+    held_out = None
+    if data.held_out is not None:
+        kept = Shards(data.held_out)
+        if kept.meta.vocabulary.sha256 != vocabulary.sha256:
+            raise ConfigError(
+                f"data.held_out = {data.held_out} was tokenised with another vocabulary than "
+                f"{data.train}; tokenise both with one"
+            )
+        held_out = ShardBatches(kept, rows=data.rows, length=data.length, seed=data.seed)
+    batches = ShardBatches(shards, rows=data.rows, length=data.length, seed=data.seed)
+    with joined(config.parallel, device) as parallel, ReadAhead(batches) as ahead:
+        trainer = Trainer(config, model, ahead, parallel)
+        with _bar(trainer, config) as watch:
+            trainer.run(held_out=held_out, watch=watch)
+        if config.run.export:
+            tokenizer = Path(data.train).parent / "tokenizer"
+            trainer.export(Path(config.run.folder) / "model", tokenizer)
+    return 0
+
+
+@contextlib.contextmanager
+def _bar(trainer: Trainer, config: TrainConfig) -> Iterator[Watch]:
+    """A progress bar on stderr with what the last record says; in a log, a line for each record."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+    from rich.progress import TimeRemainingColumn as Remaining
+
+    from fourfold.train.metrics import StepRecord
+
+    console = Console(stderr=True)
+    text = TextColumn("{task.description}", markup=False)
+    columns = text, BarColumn(), MofNCompleteColumn(), Remaining()
+    shown = console.is_interactive
+    with Progress(*columns, console=console, disable=not shown) as bar:
+        task = bar.add_task("training", total=config.schedule.steps, completed=trainer.steps)
+
+        def watch(record: Record) -> None:
+            line = _line(record)
+            if shown and isinstance(record, StepRecord):
+                bar.update(task, completed=record.step, description=line)
+            else:
+                console.print(f"step {record.step}  {line}", markup=False, highlight=False)
+
+        yield watch
+
+
+def _line(record: Record) -> str:
+    from fourfold.train.metrics import EvaluationRecord
+
+    if isinstance(record, EvaluationRecord):
+        return f"held-out loss {record.held_out_loss:.4f}"
+    line = f"loss {record.loss:.4f}  {record.tokens_per_second:,.0f} tok/s"
+    if record.mfu:
+        line += f"  MFU {record.mfu:.1%}"
+    if record.load_most:
+        line += f"  load {record.load_least:.2f}-{record.load_most:.2f}"
+    if record.dead_experts:
+        line += f"  {record.dead_experts} experts dead"
+    return line + ("  spike" if record.spike else "")

@@ -1,0 +1,1 @@
+"""Training: the decoder that is served, computed with gradients."""

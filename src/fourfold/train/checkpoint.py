@@ -1,0 +1,140 @@
+"""Checkpoints of a run: all there is to continue it exactly, on any number of processes.
+
+A checkpoint is a folder with `state.safetensors` (master weights, optimizer moments, selection
+biases, whole) and `progress.json`. It is written under another name, flushed to disk and renamed:
+what bears a checkpoint's name is complete, whenever the writer was killed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from pathlib import Path
+
+import msgspec
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from fourfold.errors import CheckpointError
+from fourfold.models.decoder import Decoder
+from fourfold.models.layers import SparseFFN
+from fourfold.quantize.weights import DenseWeight
+from fourfold.train.optim import Optimizer
+from fourfold.train.parallel import Parallel
+
+_STATE, _PROGRESS = "state.safetensors", "progress.json"
+_NAME = re.compile(r"step-(\d{8})")
+_UNFINISHED = ".unfinished-"
+
+
+class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How far a run came: `steps` taken, which is also the next global batch."""
+
+    steps: int
+    tokens: int
+    """Predicted so far."""
+    seconds: float
+    """Of training so far, without evaluations and checkpoints."""
+    loss_mean: float
+    loss_deviation: float
+    """Of recent losses, for telling spikes."""
+
+
+def save(
+    folder: Path,
+    progress: Progress,
+    model: Decoder,
+    optimizer: Optimizer,
+    parallel: Parallel,
+    *,
+    keep: int,
+) -> None:
+    """Writes a checkpoint below `folder` and removes all but the newest `keep`. Every process must
+    call it; the first writes."""
+    tensors = {}
+    for name, tensor in [*optimizer.state(), *_biases(model)]:
+        if parallel.rank == 0:
+            tensors[name] = tensor.detach().to("cpu", copy=True).contiguous()
+    if parallel.rank:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for stale in folder.glob(f"{_UNFINISHED}*"):
+        shutil.rmtree(stale)
+    unfinished = folder / f"{_UNFINISHED}{progress.steps:08d}"
+    unfinished.mkdir()
+    save_file(tensors, unfinished / _STATE)
+    (unfinished / _PROGRESS).write_bytes(msgspec.json.encode(progress))
+    for path in (unfinished / _STATE, unfinished / _PROGRESS, unfinished):
+        _flush(path)
+    final = folder / f"step-{progress.steps:08d}"
+    if final.exists():
+        _remove(final)
+    unfinished.rename(final)
+    _flush(folder)
+    for old in checkpoints(folder)[:-keep]:
+        _remove(old)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The complete checkpoints below a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def load(path: Path, model: Decoder, optimizer: Optimizer) -> Progress:
+    """Puts a checkpoint's contents in their places. `CheckpointError` where it is of another model
+    or optimizer, or is damaged."""
+    try:
+        progress = msgspec.json.decode((path / _PROGRESS).read_bytes(), type=Progress)
+        with safe_open(path / _STATE, framework="pt") as file:
+            optimizer.load(file.get_tensor)
+            for name, bias_E in _biases(model):
+                with torch.no_grad():
+                    bias_E.copy_(file.get_tensor(name))
+    except (OSError, msgspec.DecodeError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path} is no checkpoint of this run ({error}); name another, or take a new run.folder"
+        ) from None
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"{path} is of another model ({error}); use its model section, or a new run.folder"
+        ) from None
+    return progress
+
+
+def weights_of(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor]:
+    """The master weights and selection biases of a model, whole, on the CPU, by the names that
+    families place tensors at. Every process must call it."""
+    dense = {path for path, module in model.named_modules() if isinstance(module, DenseWeight)}
+    weights = {}
+    for name, tensor in optimizer.weights():
+        owner = name.removesuffix(".weight")
+        weights[owner if owner in dense else name] = tensor.cpu()
+    return weights | {name: bias_E.cpu() for name, bias_E in _biases(model)}
+
+
+def _biases(model: Decoder) -> list[tuple[str, Tensor]]:
+    return [
+        (f"layers.{layer}.ffn.router.selection_bias", block.ffn.router.selection_bias)
+        for layer, block in enumerate(model.blocks)
+        if isinstance(block.ffn, SparseFFN) and block.ffn.router.selection_bias is not None
+    ]
+
+
+def _remove(path: Path) -> None:
+    """Removes a checkpoint so that no part of it is ever taken for one."""
+    gone = path.with_name(f"{_UNFINISHED}{path.name}")
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

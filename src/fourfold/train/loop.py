@@ -1,0 +1,252 @@
+"""The training loop: a run from its first step, or from where it was left, to its last.
+
+What a step reports is read when the next one has been launched, so that a GPU is never idle while
+the host looks at numbers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fourfold.errors import ConfigError
+from fourfold.models.config import ModelConfig
+from fourfold.models.layers import SparseFFN
+from fourfold.train import checkpoint
+from fourfold.train.config import TrainConfig
+from fourfold.train.data.batches import Batch, Batches
+from fourfold.train.export import export
+from fourfold.train.losses import Objective, Scale, loads_of
+from fourfold.train.metrics import EvaluationRecord, Metrics, SpikeWatch, peak_flops
+from fourfold.train.model import build, count
+from fourfold.train.optim import Optimizer
+from fourfold.train.parallel import Parallel
+from fourfold.train.reporting import Launched, Reporter, Watch
+from fourfold.train.router import TrainedRouter
+from fourfold.train.schedule import bias_moves, rate_at
+from fourfold.train.step import TrainStep, lay_out
+
+
+class Trainer:
+    """One run in this process, ready to go on from where its folder says."""
+
+    def __init__(
+        self, config: TrainConfig, model: ModelConfig, batches: Batches, parallel: Parallel
+    ) -> None:
+        """
+        Args:
+            config: the run.
+            model: the decoder, as `model.model_config` makes it.
+            batches: what is trained on.
+            parallel: this process among the others.
+        """
+        self._config, self._batches, self._parallel = config, batches, parallel
+        self._rows, rest = divmod(config.data.rows, parallel.world)
+        self._micro = config.run.micro_rows or self._rows
+        if rest or self._rows % self._micro:
+            raise ConfigError(
+                f"data.rows = {config.data.rows} cannot be dealt to {parallel.world} processes in "
+                f"micro-batches of run.micro_rows = {self._micro}; make it a multiple of both"
+            )
+        self.dtype = choose_dtype(config, parallel.device)
+        self.model = build(
+            model,
+            seed=config.run.seed,
+            deviation=config.model.deviation,
+            device=parallel.device,
+            # Sharded weights are masters themselves, and rounded when they are gathered.
+            dtype=self.dtype if parallel.mesh is None else torch.float32,
+            experts=parallel.experts(model.moe.experts) if model.moe else None,
+        )
+        parallel.shard(self.model, self.dtype)
+        self.optimizer = Optimizer(self.model, config.optimizer, parallel)
+        self._objective = Objective(config.router, parallel)
+        self._folder = Path(config.run.folder)
+        self.steps = self.tokens = 0
+        self._seconds = 0.0
+        self._spikes = SpikeWatch()
+        self._resume()
+        if config.run.compile:
+            for block in self.model.blocks:
+                block.compile()
+
+    def _resume(self) -> None:
+        found = checkpoint.checkpoints(self._folder / "checkpoints")
+        start = self._config.run.start_from
+        path = found[-1] if found else None if start is None else Path(start)
+        if path is None:
+            return
+        progress = checkpoint.load(path, self.model, self.optimizer)
+        self.steps, self.tokens, self._seconds = progress.steps, progress.tokens, progress.seconds
+        self._spikes = SpikeWatch(progress.steps, progress.loss_mean, progress.loss_deviation)
+
+    def run(self, *, held_out: Batches | None = None, watch: Watch = lambda record: None) -> None:
+        """Takes all steps that are left, and leaves metrics and checkpoints.
+
+        Args:
+            held_out: what is evaluated on.
+            watch: is told every record, in the first process.
+
+        Raises:
+            TrainingError: where the loss is no number.
+        """
+        run, last = self._config.run, self._config.schedule.steps
+        log: Metrics | None = None
+        if self._parallel.rank == 0:
+            log = Metrics(self._folder, steps=self.steps, tensorboard=run.tensorboard)
+        peak = peak_flops(self._parallel.device)
+        reporter = Reporter(
+            log,
+            watch,
+            every=run.log_every,
+            last=last,
+            flops_per_token=count(self.model.config, self._config.data.length).flops_per_token,
+            peak=None if peak is None else peak * self._parallel.world,
+            spikes=self._spikes,
+        )
+        before = self._seconds
+        launched: Launched | None = None
+        try:
+            while self.steps < last:
+                current = self.launch()
+                if launched is not None:
+                    reporter.read(launched)
+                launched = current
+                evaluates = held_out is not None and self._is_due(run.evaluate_every)
+                if not evaluates and not self._is_due(run.save_every):
+                    continue
+                reporter.read(launched)
+                launched = None
+                self._seconds = before + reporter.seconds
+                if evaluates and held_out is not None:
+                    reporter.tell(self.evaluate(held_out))
+                if self._is_due(run.save_every):
+                    self.save()
+                reporter.begin()
+        finally:
+            if log is not None:
+                log.close()
+
+    def _is_due(self, every: int) -> bool:
+        return self.steps % every == 0 or self.steps == self._config.schedule.steps
+
+    def launch(self) -> Launched:
+        """One step: gradients of all micro-batches, then the update."""
+        config, parallel = self._config, self._parallel
+        mine = self._batches.batch(self.steps).rows(parallel.rank, parallel.world)
+        counted = parallel.counted(predicted(mine))
+        micros = self._rows // self._micro
+        scale = Scale(1 / max(1, counted), 1 / (micros * parallel.world))
+        sums_4 = torch.zeros(4, device=parallel.device)
+        load_LE: Tensor | None = None
+        for number in range(micros):
+            parallel.sum_gradients(self.model, now=number == micros - 1)
+            load_LE = self._micro_batch(_part(mine, number, self._micro), scale, sums_4, load_LE)
+        parallel.summed(sums_4)
+        if load_LE is not None:
+            parallel.summed(load_LE)
+            self._move_biases(load_LE)
+        share = rate_at(self.steps, config.schedule)
+        sums_4[3] = self.optimizer.step(share)
+        self.steps += 1
+        self.tokens += counted
+        rate = share * config.optimizer.rate
+        return Launched(self.steps, counted, self.tokens, rate, sums_4, load_LE)
+
+    def _micro_batch(
+        self, batch: Batch, scale: Scale, sums_4: Tensor, load_LE: Tensor | None
+    ) -> Tensor | None:
+        """Adds a micro-batch's gradients, losses and loads to the step's; returns the loads."""
+        documents, tokens_T, target_T = lay_out(batch, self._parallel.device)
+        step = TrainStep(documents, self._parallel.exchange)
+        losses = self._objective(self.model, step, tokens_T, target_T, scale)
+        losses.total.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.gather()
+        with torch.no_grad():
+            parts = (losses.cross_entropy, losses.balance, losses.z)
+            weights = (1.0, scale.of_micro_batch, scale.of_micro_batch)
+            for place, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+                sums_4[place] += part * weight
+            if not step.routings:
+                return None
+            counts_LE = loads_of(step.routings)
+            return counts_LE if load_LE is None else load_LE + counts_LE
+
+    def _move_biases(self, load_LE: Tensor) -> None:
+        router = self._config.router
+        if not bias_moves(self.steps, self._config.schedule, router.bias_frozen):
+            return
+        sparse = [block.ffn for block in self.model.blocks if isinstance(block.ffn, SparseFFN)]
+        for ffn, load_E in zip(sparse, load_LE, strict=True):
+            assert isinstance(ffn.router, TrainedRouter)
+            ffn.router.move_bias(load_E, router.bias_rate)
+
+    @torch.no_grad()
+    def evaluate(self, batches: Batches) -> EvaluationRecord:
+        """The loss on the first global batches of a series."""
+        parallel = self._parallel
+        sums_2 = torch.zeros(2, dtype=torch.float64)
+        for number in range(self._config.run.evaluate_batches):
+            mine = batches.batch(number).rows(parallel.rank, parallel.world)
+            for part in range(self._rows // self._micro):
+                batch = _part(mine, part, self._micro)
+                documents, tokens_T, target_T = lay_out(batch, parallel.device)
+                step = TrainStep(documents, parallel.exchange)
+                losses = self._objective(self.model, step, tokens_T, target_T, Scale(0.0, 0.0))
+                sums_2[0] += losses.cross_entropy.cpu()
+                sums_2[1] += predicted(batch)
+        total, counted = parallel.summed(sums_2.float().to(parallel.device)).tolist()
+        return EvaluationRecord(
+            step=self.steps,
+            tokens=self.tokens,
+            held_out_loss=total / max(1, counted),
+            evaluated_tokens=int(counted),
+        )
+
+    def save(self) -> None:
+        """Leaves a checkpoint of where the run is. Every process must call it."""
+        progress = checkpoint.Progress(
+            steps=self.steps,
+            tokens=self.tokens,
+            seconds=self._seconds,
+            loss_mean=self._spikes.mean,
+            loss_deviation=self._spikes.deviation,
+        )
+        checkpoint.save(
+            self._folder / "checkpoints",
+            progress,
+            self.model,
+            self.optimizer,
+            self._parallel,
+            keep=self._config.run.keep,
+        )
+
+    def export(self, folder: Path, tokenizer: Path | None = None) -> None:
+        """Writes the model as a Hugging Face directory. Every process must call it."""
+        weights = checkpoint.weights_of(self.model, self.optimizer)
+        if self._parallel.rank == 0:
+            export(weights, self.model.config, folder, dtype=self.dtype, tokenizer=tokenizer)
+
+
+def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
+    """What is computed in. ConfigError for what a GPU has no grouped product for."""
+    on_gpu = device.type == "cuda"
+    asked = config.run.dtype
+    if asked == "float32" and on_gpu and config.model.form == "sparse":
+        raise ConfigError(
+            'run.dtype = "float32": grouped products of a GPU are in bfloat16; use that, or a CPU'
+        )
+    wide = asked == "float32" or (asked == "auto" and not on_gpu)
+    return torch.float32 if wide else torch.bfloat16
+
+
+def predicted(batch: Batch) -> int:
+    """How many tokens a batch predicts."""
+    return int((batch.document[:, 1:] == batch.document[:, :-1]).sum())
+
+
+def _part(batch: Batch, number: int, rows: int) -> Batch:
+    part = slice(number * rows, (number + 1) * rows)
+    return Batch(batch.tokens[part], batch.document[part])

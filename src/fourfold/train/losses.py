@@ -1,0 +1,148 @@
+"""What is minimised: cross-entropy without ever holding all logits, and what balances the experts.
+
+Shapes: T tokens, D model width, V vocabulary, E experts, K experts per token, B rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fourfold.models.decoder import Decoder
+from fourfold.quantize.weights import DenseWeight
+from fourfold.train.config import RouterSection
+from fourfold.train.parallel import Parallel
+from fourfold.train.router import TrainedRouting
+from fourfold.train.step import TrainStep
+
+# Logits of a chunk, in float32.
+_CHUNK_BYTES = 64 << 20
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    """The gradients are made with the loss, chunk by chunk: no product is done twice."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, wanted: bool
+    ) -> Tensor:
+        vocabulary = len(weight_VD)
+        chunk = max(1, _CHUNK_BYTES // (4 * vocabulary))
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        grad_TD = torch.empty_like(hidden_TD) if wanted else None
+        grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted else None
+        for begin in range(0, len(hidden_TD), chunk):
+            part = slice(begin, begin + chunk)
+            logits_SV = F.linear(hidden_TD[part], weight_VD).float()
+            target_S = target_T[part]
+            live_S = target_S >= 0
+            target_S1 = target_S.clamp_min(0)[:, None]
+            norm_S = logits_SV.logsumexp(-1)
+            loss += ((norm_S - logits_SV.gather(1, target_S1)[:, 0]) * live_S).sum()
+            if grad_TD is None or grad_VD is None:
+                continue
+            grad_SV = (logits_SV - norm_S[:, None]).exp_()
+            grad_SV.scatter_add_(1, target_S1, grad_SV.new_full(target_S1.shape, -1.0))
+            grad_SV = (grad_SV * live_S[:, None]).to(hidden_TD.dtype)
+            grad_TD[part] = grad_SV @ weight_VD
+            grad_VD += grad_SV.T @ hidden_TD[part]
+        if grad_TD is not None and grad_VD is not None:
+            ctx.save_for_backward(grad_TD, grad_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_TD, grad_VD = ctx.saved_tensors
+        return grad_TD * grad.to(grad_TD.dtype), (grad_VD * grad).to(ctx.weight_dtype), None, None
+
+
+def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
+    """The sum of the cross-entropy of all tokens whose target is not negative, in nats, float32."""
+    loss: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden_TD, weight_VD, target_T, torch.is_grad_enabled()
+    )
+    return loss
+
+
+def loads_of(routings: Sequence[TrainedRouting]) -> Tensor:
+    """Rows that went to each expert of each sparse layer, float32 [layers, E]."""
+    return torch.cat([_choices(routing, 1) for routing in routings])
+
+
+def _choices(routing: TrainedRouting, rows: int) -> Tensor:
+    """The choices of each row that fell on each expert, float32 [B, E]."""
+    experts_BR = routing.experts_TK.view(rows, -1)
+    count_BE = torch.zeros(rows, routing.logits_TE.shape[1], device=experts_BR.device)
+    ones = torch.ones((), device=experts_BR.device).expand_as(experts_BR)
+    return count_BE.scatter_add_(1, experts_BR, ones)
+
+
+def balance_loss(routing: TrainedRouting, choices_BE: Tensor) -> Tensor:
+    """Mean over rows of `E * sum(share of choices * mean score)` over the experts: 1 where loads
+    are even. `choices_BE` fell on each expert; the scores are cut into as many rows."""
+    rows, experts = choices_BE.shape
+    share_BE = choices_BE / choices_BE.sum(1, keepdim=True)
+    score_BE = routing.share_TE.view(rows, -1, experts).mean(1)
+    return experts * (share_BE * score_BE).sum() / rows
+
+
+class Scale(NamedTuple):
+    """What a token's cross-entropy and a micro-batch's balance count for in a step's loss."""
+
+    of_token: float
+    of_micro_batch: float
+
+
+class Losses(NamedTuple):
+    """Of a micro-batch. `total` has gradients; the others are what it is made of, unweighted."""
+
+    total: Tensor
+    cross_entropy: Tensor
+    """Summed over tokens, nats."""
+    balance: Tensor
+    """Mean over layers."""
+    z: Tensor
+    """Squared log-sum-exp of router logits, mean over tokens and layers."""
+
+
+class Objective:
+    """The training loss of a decoder's micro-batches."""
+
+    def __init__(self, router: RouterSection, parallel: Parallel) -> None:
+        self._router, self._parallel = router, parallel
+
+    def __call__(
+        self, model: Decoder, step: TrainStep, tokens_T: Tensor, target_T: Tensor, scale: Scale
+    ) -> Losses:
+        """Runs the model. `scale` makes the totals of all micro-batches of a step add up to its
+        loss."""
+        hidden_TD = model(tokens_T, step.documents.positions_T, step)
+        head = model.head.weight
+        assert isinstance(head, DenseWeight)
+        loss = cross_entropy(hidden_TD, head.weight, target_T)
+        total = loss * scale.of_token
+        if not step.routings:
+            nothing = torch.zeros((), device=loss.device)
+            return Losses(total, loss.detach(), nothing, nothing)
+        balance = self._balance(step)
+        z = torch.stack([each.logits_TE.logsumexp(-1).square().mean() for each in step.routings])
+        weighted = self._router.balance_loss * balance + self._router.z_loss * z.mean()
+        total = total + weighted * scale.of_micro_batch
+        return Losses(total, loss.detach(), balance.detach(), z.mean().detach())
+
+    def _balance(self, step: TrainStep) -> Tensor:
+        """The balance loss, mean over layers."""
+        routings = step.routings
+        if self._router.balance_over == "sequence":
+            choices = [_choices(each, step.documents.rows) for each in routings]
+        else:
+            # Only the scores have gradients, so the choices of others can be added.
+            choices_LE = self._parallel.summed(loads_of(routings))
+            choices = list(torch.split(choices_LE, 1))
+        pairs = zip(routings, choices, strict=True)
+        return torch.stack([balance_loss(each, choices_BE) for each, choices_BE in pairs]).mean()

@@ -1,0 +1,228 @@
+"""AdamW and Muon over float32 master weights.
+
+What is computed in bfloat16 has a float32 master here that takes the updates and is rounded to it
+after each step; gradients of micro-batches add up in float32. Muon orthogonalises the momentum of
+every hidden matrix, one matrix at a time: each expert's, and queries, keys, values, gate and up
+apart although they lie in one tensor.
+
+Shapes: O rows and I columns of a matrix.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fourfold.models.decoder import Decoder
+from fourfold.models.router import Router
+from fourfold.train.config import OptimizerSection
+from fourfold.train.parallel import Parallel, local, shard_like, whole_like
+
+# Newton-Schulz steps and coefficients (K. Jordan, Muon, 2024): singular values to about one.
+_ROUNDS = 5
+_A, _B, _C = 3.4445, -4.7750, 2.0315
+# The root mean square of AdamW's updates that Muon's are scaled to (arXiv 2502.16982).
+_UPDATE_RMS = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """One parameter and how it is trained. `master` is the float32 of what this process holds of
+    it, the same memory where it is computed in float32; `parts` are the rows of the matrices that
+    lie in it one after the other, where Muon takes it."""
+
+    name: str
+    parameter: nn.Parameter
+    master: Tensor
+    decayed: bool
+    own_experts: bool
+    parts: tuple[int, ...] = ()
+
+
+class Optimizer:
+    """Updates all weights of a model from its gradients."""
+
+    def __init__(self, model: Decoder, section: OptimizerSection, parallel: Parallel) -> None:
+        self._section = section
+        self._parallel = parallel
+        own = {id(parameter) for parameter in parallel.own_experts(model)}
+        self.trained = list(_trained(model, section.kind == "muon", own))
+        self._muon = [each for each in self.trained if each.parts]
+        adam = [each for each in self.trained if not each.parts]
+        on_gpu = parallel.device.type == "cuda"
+        self._adam = torch.optim.AdamW(
+            [
+                {
+                    "params": [each.master for each in adam if each.decayed is decayed],
+                    "weight_decay": section.weight_decay if decayed else 0.0,
+                }
+                for decayed in (True, False)
+            ],
+            lr=section.rate,
+            betas=(section.beta1, section.beta2),
+            eps=section.eps,
+            fused=on_gpu,
+        )
+        self._moments: dict[str, dict[str, Tensor]] = {}
+        for each in self.trained:
+            kinds = ("momentum",) if each.parts else ("exp_avg", "exp_avg_sq")
+            zeros = {kind: torch.zeros_like(each.master) for kind in kinds}
+            if not each.parts:
+                # As AdamW makes it: on the device only where one kernel does everything.
+                zeros["step"] = torch.zeros((), device=parallel.device if on_gpu else "cpu")
+                self._adam.state[each.master] = zeros
+            self._moments[each.name] = zeros
+
+    def gather(self) -> None:
+        """Takes the gradients of a micro-batch to the masters; those of the parameters are gone."""
+        for each in self.trained:
+            grad, each.parameter.grad = each.parameter.grad, None
+            if grad is None:
+                continue
+            if each.master.grad is None:
+                each.master.grad = local(grad).float()
+            else:
+                each.master.grad += local(grad)
+
+    @torch.no_grad()
+    def step(self, share: float) -> Tensor:
+        """Clips and updates with `share` of the peak rate; returns the norm of all gradients before
+        clipping, float32, on the device. Gradients are gone then."""
+        for each in self.trained:
+            if each.own_experts and each.master.grad is not None:
+                self._parallel.sum_copies(each.master.grad)
+        norm = self._norm()
+        scale = (self._section.clip / (norm + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_([g for e in self.trained if (g := e.master.grad) is not None], scale)
+        rate = self._section.rate * share
+        for group in self._adam.param_groups:
+            group["lr"] = rate
+        self._adam.step()
+        for each in self._muon:
+            self._step_muon(each, rate)
+        for each in self.trained:
+            each.master.grad = None
+        self.round()
+        return norm
+
+    def _norm(self) -> Tensor:
+        """Of all gradients of all processes. Experts that several groups hold count once."""
+        copies = self._parallel.world // self._parallel.expert_size
+        total = torch.zeros((), device=self._parallel.device)
+        for own in (False, True):
+            grads = [
+                each.master.grad
+                for each in self.trained
+                if each.master.grad is not None and each.own_experts is own
+            ]
+            if grads:
+                squares = torch.stack(torch._foreach_norm(grads)).square().sum()
+                total += squares / copies if own else squares
+        return self._parallel.summed(total).sqrt()
+
+    def _step_muon(self, each: Trained, rate: float) -> None:
+        grad, momentum = each.master.grad, self._moments[each.name]["momentum"]
+        if grad is None:
+            return
+        momentum.mul_(self._section.momentum).add_(grad)
+        wanted = grad.add(momentum, alpha=self._section.momentum)
+        cut = isinstance(each.parameter, DTensor) and not _cut_between_matrices(each.parameter)
+        matrices = whole_like(wanted, each.parameter) if cut else wanted
+        parts = torch.split(matrices, list(each.parts), dim=-2)
+        update = torch.cat([_orthogonal(part) for part in parts], dim=-2)
+        if cut:
+            update = shard_like(update, each.parameter)
+        each.master.mul_(1 - rate * self._section.weight_decay).add_(update, alpha=-rate)
+
+    @torch.no_grad()
+    def round(self) -> None:
+        """Rounds the masters to the parameters that are computed with."""
+        rounded = [each for each in self.trained if each.parameter.dtype != torch.float32]
+        if rounded:
+            parameters = [local(each.parameter) for each in rounded]
+            torch._foreach_copy_(parameters, [each.master for each in rounded])
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Masters by their parameters' names, whole: every process must ask for all of them."""
+        for each in self.trained:
+            yield each.name, self._whole(each, each.master)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """Masters and moments by name, whole: every process must ask for all of them."""
+        for each in self.trained:
+            yield f"weight.{each.name}", self._whole(each, each.master)
+            for kind, tensor in self._moments[each.name].items():
+                yield f"{kind}.{each.name}", self._whole(each, tensor)
+
+    @torch.no_grad()
+    def load(self, read: Callable[[str], Tensor]) -> None:
+        """Takes back what `state` gave, by name, and rounds it."""
+        for each in self.trained:
+            each.master.copy_(self._part(each, read(f"weight.{each.name}")))
+            for kind, tensor in self._moments[each.name].items():
+                tensor.copy_(self._part(each, read(f"{kind}.{each.name}")))
+        self.round()
+
+    def _whole(self, each: Trained, tensor: Tensor) -> Tensor:
+        if not tensor.dim():
+            return tensor
+        if each.own_experts:
+            return self._parallel.whole_experts(tensor)
+        return whole_like(tensor, each.parameter)
+
+    def _part(self, each: Trained, tensor: Tensor) -> Tensor:
+        if not tensor.dim():
+            return tensor
+        if each.own_experts:
+            held = self._parallel.experts(len(tensor))
+            return tensor[held.start : held.stop]
+        return shard_like(tensor, each.parameter)
+
+
+def _trained(model: Decoder, muon: bool, own: set[int]) -> Iterator[Trained]:
+    config = model.config
+    heads = [config.query_heads, config.kv_heads, config.kv_heads]
+    qkv = tuple(config.head_width * count for count in heads)
+    owners = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        matrix = parameter.dim() > 1
+        routes = isinstance(owners[name.rpartition(".")[0]], Router)
+        parts: tuple[int, ...] = ()
+        if muon and matrix and name.startswith("layers.") and not routes:
+            rows = parameter.shape[-2]
+            halves = (rows // 2, rows // 2)
+            parts = qkv if ".qkv." in name else halves if ".gate_up." in name else (rows,)
+        yield Trained(
+            name,
+            parameter,
+            local(parameter.detach()).float(),
+            matrix and not name.startswith("embedding."),
+            id(parameter) in own,
+            parts,
+        )
+
+
+def _cut_between_matrices(tensor: DTensor) -> bool:
+    """Whether it is a stack of matrices of which a process holds whole ones."""
+    return tensor.dim() == 3 and all(placement.is_shard(0) for placement in tensor.placements)
+
+
+def _orthogonal(x: Tensor) -> Tensor:
+    """The matrices [.., O, I] with all singular values about one, scaled to AdamW's size."""
+    tall = x.shape[-2] > x.shape[-1]
+    y = x.mT if tall else x
+    y = y.to(torch.bfloat16) if x.is_cuda else y
+    y = y / (torch.linalg.matrix_norm(y, keepdim=True) + 1e-7)
+    for _ in range(_ROUNDS):
+        square = y @ y.mT
+        y = _A * y + (_B * square + _C * (square @ square)) @ y
+    y = y.mT if tall else y
+    update: Tensor = y.to(x.dtype) * (_UPDATE_RMS * math.sqrt(max(x.shape[-2:])))
+    return update

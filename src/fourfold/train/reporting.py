@@ -1,0 +1,128 @@
+"""Turns what steps return into records: means over what is logged, spikes, dead experts, speed."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+
+import msgspec
+from msgspec import UNSET
+from torch import Tensor
+
+from fourfold.errors import FourfoldError
+from fourfold.train.metrics import Metrics, Record, SpikeWatch, StepRecord, loads
+
+Watch = Callable[[Record], None]
+"""Is told every record."""
+
+
+class TrainingError(FourfoldError):
+    """A run that cannot go on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A step that the device may still be busy with; its tensors are sums over all processes."""
+
+    step: int
+    """Steps taken with this one."""
+    counted: int
+    """Tokens that it predicted."""
+    tokens: int
+    """Predicted so far."""
+    rate: float
+    sums_4: Tensor
+    """Cross-entropy over its tokens, balance loss, z-loss, gradient norm."""
+    load_LE: Tensor | None
+    """Rows that went to each expert of each sparse layer."""
+
+
+class Reporter:
+    """Reads launched steps, one after the other, and writes those that are due."""
+
+    def __init__(
+        self,
+        log: Metrics | None,
+        watch: Watch,
+        *,
+        every: int,
+        last: int,
+        flops_per_token: float,
+        peak: float | None,
+        spikes: SpikeWatch,
+    ) -> None:
+        """
+        Args:
+            log: takes the records; None in processes that write none.
+            watch: is told every record that is written.
+            every: steps between records.
+            last: the run's last step, which is always recorded.
+            flops_per_token: of training.
+            peak: FLOP/s of all devices together, where they are known.
+            spikes: what losses were usual so far.
+        """
+        self._log, self._watch = log, watch
+        self._every, self._last = every, last
+        self._flops_per_token, self._peak = flops_per_token, peak
+        self.spikes = spikes
+        self.seconds = 0.0
+        """Of the steps that were read."""
+        self._begun = time.perf_counter()
+        self._window = (0, 0.0)
+        self._load_LE: Tensor | None = None
+
+    def begin(self) -> None:
+        """Starts the clock, after something that is no training."""
+        self._begun = time.perf_counter()
+
+    def read(self, launched: Launched) -> None:
+        """Waits for a step and reports it. `TrainingError` where its loss is no number."""
+        summed, balance, z, norm = launched.sums_4.tolist()
+        loss = summed / max(1, launched.counted)
+        now = time.perf_counter()
+        tokens, seconds = self._window
+        self._window = (tokens + launched.counted, seconds + now - self._begun)
+        self.seconds += now - self._begun
+        self._begun = now
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            raise TrainingError(
+                f"the loss of step {launched.step} is {loss} and its gradients' norm {norm}; "
+                "continue from the last checkpoint with a lower optimizer.rate or optimizer.clip"
+            )
+        spike = self.spikes.see(loss)
+        if launched.load_LE is not None:
+            before = self._load_LE
+            self._load_LE = launched.load_LE if before is None else before + launched.load_LE
+        if spike or launched.step % self._every == 0 or launched.step == self._last:
+            self._write(launched, loss, balance, z, norm, spike)
+
+    def _write(
+        self, launched: Launched, loss: float, balance: float, z: float, norm: float, spike: bool
+    ) -> None:
+        tokens, seconds = self._window
+        speed = tokens / max(seconds, 1e-9)
+        record = StepRecord(
+            step=launched.step,
+            tokens=launched.tokens,
+            loss=loss,
+            gradient_norm=norm,
+            rate=launched.rate,
+            tokens_per_second=speed,
+            mfu=UNSET if self._peak is None else speed * self._flops_per_token / self._peak,
+            spike=spike,
+        )
+        if self._load_LE is not None:
+            most, least, dead = loads(self._load_LE)
+            record = msgspec.structs.replace(
+                record, balance=balance, z=z, load_most=most, load_least=least, dead_experts=dead
+            )
+        self._window, self._load_LE = (0, 0.0), None
+        self.tell(record)
+
+    def tell(self, record: Record) -> None:
+        """Writes a record in the process that writes."""
+        if self._log is not None:
+            self._log.write(record)
+            self._watch(record)

@@ -1,0 +1,145 @@
+"""One micro-batch as the decoder's quadrants, with gradients.
+
+Rows are packed documents: attention is causal and stays within a document, and positions count from
+each document's beginning, as when it is served. The FFN is dropless: rows are sorted by expert, and
+every expert sees one product over all of its rows.
+
+Shapes: B rows, L tokens of a row, T = B L, H query heads, G KV heads, C head width, D model width,
+F expert width, E experts, K experts per token, R = T K routed rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fourfold.kernels.grouped_gemm import grouped_gemm
+from fourfold.kernels.rope.reference import norm_rope
+from fourfold.kernels.routing import group_rows
+from fourfold.quadrants.experts import ExpertWeights, Routing
+from fourfold.quadrants.projection import Projected
+from fourfold.quantize.weights import Activations, DenseWeight, Weight
+from fourfold.train.data.batches import Batch
+from fourfold.train.parallel import ExpertExchange
+from fourfold.train.router import TrainedRouting
+from fourfold.train.rows import collect_rows, gated_swiglu, permuted, spread_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Documents:
+    """Where documents lie in the rows of a micro-batch, on its device."""
+
+    rows: int
+    length: int
+    positions_T: Tensor
+    mask_BLL: Tensor | None
+    """Which token [.., i, :] reads which, on a CPU."""
+    starts_N: Tensor | None
+    """int32: where documents begin in T and where the last ends, padded with that, on a GPU."""
+
+
+class TrainStep:
+    """Computes attention and experts of one micro-batch; `routings` are those of its sparse layers,
+    in order, once the decoder has run."""
+
+    def __init__(self, documents: Documents, exchange: ExpertExchange | None = None) -> None:
+        self.documents = documents
+        self.routings: list[TrainedRouting] = []
+        self._exchange = exchange
+
+    def attention(self, layer: int, projected: Projected, reader: Weight) -> Activations:
+        """Causal attention of each token over its own document, [T, H C]."""
+        q_THC, k_TGC, v_TGC = norm_rope(*projected)
+        documents = self.documents
+        if documents.starts_N is not None:
+            out_THC = _varlen(q_THC, k_TGC, v_TGC, documents.starts_N, documents.length)
+        else:
+            assert documents.mask_BLL is not None
+            q, k, v = (
+                torch.unflatten(x, 0, (documents.rows, documents.length)).transpose(1, 2)
+                for x in (q_THC, k_TGC, v_TGC)
+            )
+            mask_B1LL = documents.mask_BLL[:, None]
+            out = F.scaled_dot_product_attention(q, k, v, mask_B1LL, enable_gqa=True)
+            out_THC = out.transpose(1, 2).flatten(0, 1)
+        return Activations(out_THC.flatten(1))
+
+    def experts(self, x: Activations, routing: Routing, weights: ExpertWeights) -> Tensor:
+        """The routed FFN of every token, [T, D]."""
+        assert isinstance(routing, TrainedRouting)
+        gate_up, down = weights.gate_up, weights.down
+        assert isinstance(gate_up, DenseWeight)
+        assert isinstance(down, DenseWeight)
+        self.routings.append(routing)
+        experts = routing.logits_TE.shape[1]
+        groups = group_rows(routing.experts_TK, experts)
+        order_R = groups.order_R.long()
+        rows_RD = spread_rows(x.kept, order_R, routing.experts_TK.shape[1])
+        gates_R = permuted(routing.gates_TK.flatten()[:, None], order_R)[:, 0]
+        if self._exchange is None:
+            out_RD = _expert_ffn(rows_RD, gates_R, gate_up.weight, down.weight, groups.ends_E)
+        else:
+            sent = self._exchange.plan(groups.ends_E)
+            rows_RD, gates_R = sent.forth(rows_RD), sent.forth(gates_R[:, None])[:, 0]
+            out_RD = _expert_ffn(rows_RD, gates_R, gate_up.weight, down.weight, sent.ends_E)
+            out_RD = sent.back(out_RD)
+        return collect_rows(out_RD, order_R, routing.experts_TK.shape[1])
+
+
+def _expert_ffn(
+    rows_RD: Tensor, gates_R: Tensor, gate_up_EFD: Tensor, down_EDF: Tensor, ends_E: Tensor
+) -> Tensor:
+    """Each expert's FFN over its own rows, times their gates. The gates are put before the last
+    product, which is linear, so that what comes out of it need not be kept for their gradients."""
+    hidden_RF = gated_swiglu(grouped_gemm(rows_RD, gate_up_EFD, ends_E), gates_R)
+    return grouped_gemm(hidden_RF, down_EDF, ends_E)
+
+
+def lay_out(batch: Batch, device: torch.device) -> tuple[Documents, Tensor, Tensor]:
+    """Documents, tokens [T] and targets [T] of a micro-batch; a target is -1 where the next token
+    is of another document."""
+    document_BL = batch.document[:, :-1]
+    rows, length = document_BL.shape
+    within = batch.document[:, 1:] == document_BL
+    target_T = torch.where(within, batch.tokens[:, 1:], -1).flatten()
+    place_BL = torch.arange(length).expand(rows, length)
+    first_BL = torch.ones(rows, length, dtype=torch.bool)
+    first_BL[:, 1:] = ~within[:, :-1]
+    start_BL = torch.where(first_BL, place_BL, 0).cummax(1).values
+    positions_T = (place_BL - start_BL).flatten().int()
+    mask_BLL: Tensor | None = None
+    starts_N: Tensor | None = None
+    if device.type == "cuda":
+        found = first_BL.flatten().nonzero().flatten()
+        # Few sizes: what is compiled for one of them serves many batches.
+        room = 1 << len(found).bit_length()
+        starts_N = torch.full((room + 1,), rows * length, dtype=torch.int32)
+        starts_N[: len(found)] = found
+        starts_N = _moved(starts_N, device)
+    else:
+        same_BLL = start_BL[:, :, None] == start_BL[:, None, :]
+        mask_BLL = same_BLL & torch.ones(length, length, dtype=torch.bool).tril()
+    documents = Documents(rows, length, _moved(positions_T, device), mask_BLL, starts_N)
+    return documents, _moved(batch.tokens[:, :-1].flatten(), device), _moved(target_T, device)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return tensor
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def _varlen(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, starts_N: Tensor, length: int) -> Tensor:
+    """Flash attention over documents that begin at `starts_N`."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    share = q_THC.shape[1] // k_TGC.shape[1]
+    if share > 1:
+        k_TGC, v_TGC = (x.repeat_interleave(share, 1) for x in (k_TGC, v_TGC))
+    bounds = (starts_N, starts_N, length, length)
+    out = varlen_attn(q_THC, k_TGC, v_TGC, *bounds, window_size=(-1, 0))
+    assert isinstance(out, Tensor)
+    return out
