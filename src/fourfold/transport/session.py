@@ -115,7 +115,7 @@ class Session:
             logger.warning("closed the link from %s: a frame is wrong: %s", self._name, error)
             self.close("a frame was wrong")
         except (OSError, EOFError):
-            self.close("a stream of the link ended")
+            pass  # as below
         finally:
             self.close("a stream of the link ended")
             with self._lock:
@@ -221,7 +221,7 @@ class Session:
         if claim is None:
             payload.drop()
             return 0
-        problem: str | None = f"the link from {self.peer.name} ended amid a page"
+        problem: str | None = "its thread failed"
         try:
             try:
                 views = claim.views()
@@ -231,6 +231,10 @@ class Session:
             else:
                 payload.fill(views)
                 problem = self._verify(views, header) or _landed(claim)
+        except (OSError, EOFError):
+            self.close("a stream ended amid a page")
+            problem = self._why()
+            raise
         finally:
             wanted = self._leases.land(claim, problem)
         return header.length if wanted else 0
