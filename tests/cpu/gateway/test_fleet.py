@@ -129,10 +129,12 @@ class Running:
         config = {"worker_timeout": 60.0} | config  # scripted workers are silent unless told to
         self.fleet = Fleet(setup, FleetConfig(**config), TransportConfig(), drain)
         self.outputs: list[TokenOutput] = []
+        self.scripted: list[Scripted] = []
 
     async def worker(self, name: str, role: Role = Role.BOTH, **fields: Any) -> Scripted:
         """A worker that takes requests."""
         scripted = Scripted(self.fleet, name, role)
+        self.scripted.append(scripted)
         await scripted.be_ready(**fields)
         await eventually(lambda: scripted.member.takes_requests)
         return scripted
