@@ -38,10 +38,11 @@ class _Run:
 
     def __init__(self, transfer: Transfer, piece: Piece) -> None:
         self.transfer, self.piece = transfer, piece
-        self.views = collections.deque(
+        self.views = [
             view.cast("B") if view.format != "B" or view.ndim != 1 else view for view in piece.data
-        )
-        self.bytes = sum(map(len, self.views))
+        ]
+        sizes = list(map(len, self.views))
+        self.bytes = sum(sizes)
         count = piece.count
         if count < 1 or not self.bytes or self.bytes % count:
             raise ValueError(f"{self.bytes} bytes are not {count} pages of one size")
@@ -52,18 +53,29 @@ class _Run:
         """Cut off already."""
         self.offset = 0
         """Bytes cut off the page after those."""
+        self._view_bytes = sizes[0] if sizes.count(sizes[0]) == len(sizes) else 0
+        """Of every view; 0 where they differ."""
+        self._view = 0
+        """The first that has not been taken whole."""
+        self._taken = 0
+        """Bytes of that one that have been."""
 
     def take(self, length: int) -> list[memoryview]:
         """Cuts off the next bytes."""
+        if self._view_bytes and not self._taken and not length % self._view_bytes:
+            begin = self._view
+            self._view += length // self._view_bytes
+            return self.views[begin : self._view]
         taken = []
         while length:
-            view = self.views.popleft()
-            if len(view) > length:
-                self.views.appendleft(view[length:])
-                view = view[:length]
-            length -= len(view)
-            if len(view):
-                taken.append(view)
+            view = self.views[self._view]
+            part = view[self._taken : self._taken + length]
+            self._taken += len(part)
+            if self._taken == len(view):
+                self._view, self._taken = self._view + 1, 0
+            if len(part):
+                taken.append(part)
+            length -= len(part)
         return taken
 
 

@@ -112,14 +112,14 @@ class Claim:
         Raises `LookupError` where the landing has no such run, or one of another size.
         """
         header, landing = self.header, self.lease.landing
-        views = [
-            view.cast("B") if view.format != "B" or view.ndim != 1 else view
-            for layer in range(header.layer, header.layer + header.layers)
-            for view in landing.views(header.part, layer, header.first, header.count)
-        ]
-        if any(view.readonly for view in views):
-            raise LookupError("the receiver's memory for a run cannot be written")
-        size = sum(map(len, views))
+        views: list[memoryview] = []
+        size = 0
+        for layer in range(header.layer, header.layer + header.layers):
+            for view in landing.views(header.part, layer, header.first, header.count):
+                if view.readonly:
+                    raise LookupError("the receiver's memory for a run cannot be written")
+                views.append(view if view.format == "B" and view.ndim == 1 else view.cast("B"))
+                size += view.nbytes
         if size != (header.size or header.length):
             raise LookupError(
                 f"the receiver has {size} bytes for a run of {header.size or header.length}"
