@@ -66,7 +66,9 @@ class PackagesConfig:
     fewest_characters: int = 200
     """Shorter texts are left out."""
     most_characters: int = 200_000
-    """Longer texts are left out: tables and generated code."""
+    """Longer texts are left out, of longer modules all but their docstrings."""
+    unknown_licences: bool = False
+    """Keep packages whose licence is not found, too."""
 
     def __post_init__(self) -> None:
         if not 0 < self.fewest_characters <= self.most_characters:

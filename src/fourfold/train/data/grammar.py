@@ -13,57 +13,23 @@ R rules of a symbol, W words of a symbol, Z topics, N sentences.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fourfold.errors import ConfigError
 from fourfold.train.data.batches import Batch
+from fourfold.train.data.grammar_config import GrammarConfig
+from fourfold.train.data.shards import IdType, ShardWriter, SplitState, Vocabulary
 
 Floats = NDArray[np.float64]
 Symbols = NDArray[np.int64]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GrammarConfig:
-    """The size of a grammar. ConfigError for one that cannot be."""
-
-    levels: int = 4
-    """Of rules above the words: a sentence has 2 ** levels words, and a mark behind them."""
-    symbols: int = 32
-    """Of every level."""
-    rules: int = 8
-    """Of a symbol."""
-    words: int = 64
-    """Of a lowest symbol."""
-    topics: int = 8
-    sentences: float = 8.0
-    """Of a document, on average."""
-    exponent: float = 1.0
-    """Of Zipf's law, for rules and words."""
-    seed: int = 0
-    """Which grammar of this size."""
-
-    def __post_init__(self) -> None:
-        sizes = (self.levels, self.symbols, self.rules, self.words, self.topics)
-        if min(sizes) < 1 or self.sentences < 1 or self.exponent < 0 or self.seed < 0:
-            raise ConfigError("the sizes of a grammar are at least 1, its exponent and seed 0")
-        if self.rules > self.symbols:
-            raise ConfigError(
-                f"{self.symbols} symbols have {self.symbols**2} pairs, too few for {self.rules} "
-                f"rules each; take at most {self.symbols} rules"
-            )
-
-    @property
-    def vocabulary(self) -> int:
-        """Ids there are: 0 is the mark behind a sentence, 1 that behind a document."""
-        return 2 + self.symbols * self.words
-
-    @property
-    def sentence_tokens(self) -> int:
-        return int(2**self.levels) + 1
+_SHARD_TOKENS = 1 << 26
+_WRITTEN = 1 << 62
+"""Streams of random numbers from here on are those of written splits."""
 
 
 class Grammar:
@@ -147,6 +113,31 @@ class GrammarBatches:
                 filled += len(ids)
                 number += 1
         return Batch(torch.from_numpy(tokens_BL), torch.from_numpy(document_BL))
+
+
+def write_grammar(grammar: Grammar, folder: Path, split: str, stream: int, tokens: int) -> int:
+    """Writes a split of at least so many tokens; returns how many. Its documents are a function of
+    the grammar and `stream`; there is no text, so a token counts as a byte."""
+    config = grammar.config
+    name = f"grammar-{config.seed}"
+    size = [getattr(config, field.name) for field in dataclasses.fields(GrammarConfig)]
+    vocabulary = Vocabulary(
+        name=name,
+        tokens=config.vocabulary,
+        sha256=hashlib.sha256(repr(size).encode()).hexdigest(),
+        end_of_text=1,
+    )
+    writer = ShardWriter(
+        folder, IdType.for_vocabulary(config.vocabulary), _SHARD_TOKENS, SplitState()
+    )
+    draws = _generator(config.seed, _WRITTEN + stream)
+    written = 0
+    while written < tokens:
+        ids = grammar.document(draws)
+        writer.add(ids.tolist(), len(ids))
+        written += len(ids)
+    writer.finish(split, vocabulary)
+    return written
 
 
 def _zipf(count: int, exponent: float) -> Floats:

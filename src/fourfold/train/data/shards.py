@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fourfold.errors import ConfigError
+from fourfold.files import write_atomically
 
 META = "meta.json"
 Ids = NDArray[np.unsignedinteger]
@@ -191,6 +192,20 @@ class ShardWriter:
         """Writes what was added; it is on disk when this returns."""
         self._flush()
         return SplitState(shards=tuple(self._shards), text_bytes=self._text_bytes)
+
+    def finish(self, split: str, vocabulary: Vocabulary) -> ShardsMeta:
+        """Writes what was added and makes the folder readable."""
+        state = self.state()
+        meta = ShardsMeta(
+            split=split,
+            vocabulary=vocabulary,
+            dtype=self._dtype,
+            text_bytes=state.text_bytes,
+            shards=state.shards,
+        )
+        lines = msgspec.json.format(msgspec.json.encode(meta), indent=2) + b"\n"
+        write_atomically(self._folder / META, lines)
+        return meta
 
     def _flush(self) -> None:
         if not self._ids:

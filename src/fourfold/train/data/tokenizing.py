@@ -104,18 +104,8 @@ def tokenize(
         for split in (TRAIN, HELD_OUT)
     }
     _write_documents(config, files, encoder, state, writers, progress)
-    metas = {}
-    for split, writer in writers.items():
-        last = writer.state()
-        metas[split] = ShardsMeta(
-            split=split,
-            vocabulary=vocabulary,
-            dtype=dtype,
-            text_bytes=last.text_bytes,
-            shards=last.shards,
-        )
-        _write_json(config.out / split / META, metas[split])
-    _write_json(config.out / _PROGRESS, _State(work=work, done=True))
+    metas = {split: writer.finish(split, vocabulary) for split, writer in writers.items()}
+    _write_state(config.out / _PROGRESS, _State(work=work, done=True))
     return metas
 
 
@@ -139,7 +129,7 @@ def _write_documents(
         if unsaved >= _SAVED_EVERY:
             splits = {split: writer.state() for split, writer in writers.items()}
             now = _State(work=state.work, file=place[0], document=place[1], splits=splits)
-            _write_json(config.out / _PROGRESS, now)
+            _write_state(config.out / _PROGRESS, now)
             unsaved = 0
         progress(place[0], len(files))
 
@@ -255,5 +245,5 @@ def _read_meta(folder: Path) -> ShardsMeta:
     return msgspec.json.decode((folder / META).read_bytes(), type=ShardsMeta)
 
 
-def _write_json(path: Path, value: msgspec.Struct) -> None:
+def _write_state(path: Path, value: _State) -> None:
     write_atomically(path, msgspec.json.format(msgspec.json.encode(value), indent=2) + b"\n")

@@ -6,7 +6,6 @@ import itertools
 import threading
 from pathlib import Path
 
-import msgspec
 import numpy as np
 import pytest
 import torch
@@ -14,10 +13,8 @@ import torch
 from fourfold.errors import ConfigError
 from fourfold.train.data.batches import Batch, ReadAhead, ShardBatches, shuffled
 from fourfold.train.data.shards import (
-    META,
     IdType,
     Shards,
-    ShardsMeta,
     ShardWriter,
     SplitState,
     Vocabulary,
@@ -28,15 +25,7 @@ def write(folder: Path, documents: list[list[int]], *, shard_tokens: int = 1000)
     writer = ShardWriter(folder, IdType.UINT16, shard_tokens, SplitState())
     for ids in documents:
         writer.add(ids, len(ids))
-    state = writer.state()
-    meta = ShardsMeta(
-        split="train",
-        vocabulary=Vocabulary(name="none", tokens=60000, sha256="", end_of_text=None),
-        dtype=IdType.UINT16,
-        text_bytes=state.text_bytes,
-        shards=state.shards,
-    )
-    (folder / META).write_bytes(msgspec.json.encode(meta))
+    writer.finish("train", Vocabulary(name="none", tokens=60000, sha256="", end_of_text=None))
     return Shards(folder)
 
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 import itertools
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from fourfold.cli.main import run
 from fourfold.errors import ConfigError
 from fourfold.train.data.batches import Batches
-from fourfold.train.data.grammar import Grammar, GrammarBatches, GrammarConfig
+from fourfold.train.data.grammar import Grammar, GrammarBatches
+from fourfold.train.data.grammar_config import GrammarConfig
 from fourfold.train.data.markov import MarkovBatches, MarkovSource
+from fourfold.train.data.shards import Shards
 
 
 def markov(order: int = 2, vocabulary: int = 5) -> MarkovSource:
@@ -157,3 +161,20 @@ def test_a_source_s_batch_is_a_function_of_its_number(name: str) -> None:
 def test_more_rules_than_pairs_are_refused() -> None:
     with pytest.raises(ConfigError, match="9 pairs, too few for 4 rules each"):
         GrammarConfig(symbols=3, rules=4)
+
+
+def test_a_grammar_is_written_as_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    sizes = ["--levels", "2", "--symbols", "3", "--rules", "2", "--words", "2"]
+    line = ["corpus", "grammar", "--out", str(tmp_path), "--tokens", "3000", *sizes]
+    assert run([*line, "--held-out-tokens", "500"]) == 0
+    said = capsys.readouterr().err
+    grammar = Grammar(GrammarConfig(levels=2, symbols=3, rules=2, words=2))
+    assert "entropy: {:.4f} to {:.4f} nats".format(*grammar.entropy) in said
+    train, held_out = (Shards(tmp_path / split) for split in ("train", "held-out"))
+    assert train.meta.tokens >= 3000
+    assert 500 <= held_out.meta.tokens < 1500
+    assert train.meta.vocabulary == held_out.meta.vocabulary
+    for shards in (train, held_out):
+        last = [shards.document(i)[-1] for i in range(shards.meta.documents)]
+        assert set(last) == {1}
+    assert train.document(0).tolist() != held_out.document(0).tolist()

@@ -85,7 +85,7 @@ def test_shards_hold_the_documents_in_order(texts: tuple[Path, list[str]]) -> No
     assert len(metas["train"].shards) > 3
 
 
-@pytest.mark.parametrize("moment", [1, 2, 5])
+@pytest.mark.parametrize("moment", [1, 4])
 @pytest.mark.parametrize("when", ["before the state", "between states"])
 def test_a_killed_run_is_continued_to_the_same_shards(
     texts: tuple[Path, list[str]],
@@ -112,7 +112,7 @@ def test_a_killed_run_is_continued_to_the_same_shards(
 
     with monkeypatch.context() as patch:
         if when == "before the state":  # the shards are ahead of what is known of them
-            patch.setattr(tokenizing, "_write_json", counting(tokenizing._write_json))
+            patch.setattr(tokenizing, "_write_state", counting(tokenizing._write_state))
             progress: tokenizing.Progress = lambda done, total: None  # noqa: E731
         else:
             left = 4 * moment
