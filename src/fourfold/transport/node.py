@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 
 from fourfold.errors import FourfoldError
-from fourfold.transport.config import TransportConfig
+from fourfold.transport.config import TransportConfig, TransportPath
 from fourfold.transport.handshake import Handshake, Introduction, Purpose, Role
 from fourfold.transport.identity import Identity, host_id
 from fourfold.transport.leases import Done, Leases
@@ -73,6 +73,11 @@ class Node:
             target=self._accept, name=f"{identity.name} listener", daemon=True
         )
         self._acceptor.start()
+
+    @property
+    def may_share(self) -> bool:
+        """Whether pages may go another way than over TCP."""
+        return self._config.path is not TransportPath.TCP
 
     def register(self, region: SharedRegion) -> None:
         """Lets peers on this host read a region: pages that lie in it need not be sent. Keeps it

@@ -179,7 +179,8 @@ class Handover:
         if peer.epoch in self._attached:
             return self._attached[peer.epoch]
         theirs = None
-        if peer.device is not None and may_pull(peer, self._node.peer):
+        neighbours = self._node.may_share and may_pull(peer, self._node.peer)
+        if peer.device is not None and neighbours:
             try:
                 theirs = PagedMemory.attached(self._pages, peer.device, self._attach)
             except DeviceMemoryError as error:
