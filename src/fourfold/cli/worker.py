@@ -51,8 +51,6 @@ class Options:
     """Address at which other workers send pages; beyond loopback only with --key-file."""
     port: int = 0
     """TCP port for the same; 0 takes any free one."""
-    advertise: str | None = None
-    """Address by which others reach this one, where it is not --host."""
     links: LinkConfig = LinkConfig()
 
 
@@ -62,7 +60,7 @@ def run(options: Options) -> int:
     from fourfold.engine.worker import Worker
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    transport = options.links.to_transport(options.host, options.port, options.advertise)
+    transport = options.links.to_transport(options.host, options.port)
     source = None
     if options.model is not None:
         source = find_source(options.model, revision=options.revision)

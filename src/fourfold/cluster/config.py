@@ -14,6 +14,8 @@ from fourfold.gateway.fleet.config import FleetConfig
 from fourfold.transport.config import TlsFiles, TransportConfig, TransportPath, is_loopback
 
 _MIN_KEY_BYTES = 16
+_ANY = ("", "0.0.0.0", "::")
+"""Every address of a machine."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,8 @@ class LinkConfig:
     """PEM file with its key."""
     tls_ca: Path | None = None
     """PEM file with the authority that signed the certificates of all workers and gateways."""
+    advertise: str | None = None
+    """Address by which other machines reach the workers here. Default: the one they listen on."""
     transport: Annotated[TransportPath, tyro.conf.EnumChoicesFromValues] = TransportPath.AUTO
     """How pages go between workers. auto: over shared memory where they share a machine, else TCP.
     """
@@ -38,14 +42,18 @@ class LinkConfig:
         if any(given) and not all(given):
             raise ConfigError("TLS needs all of --tls-cert, --tls-key and --tls-ca")
 
-    def to_transport(
-        self, host: str, port: int = 0, advertise: str | None = None
-    ) -> TransportConfig:
-        """That of a node at an address. Raises `ConfigError` where the key cannot be read."""
+    def to_transport(self, host: str, port: int = 0) -> TransportConfig:
+        """That of a node that listens at an address. Raises `ConfigError` where others could not
+        reach it, or the key cannot be read."""
+        if host in _ANY and self.advertise is None:
+            raise ConfigError(
+                f"{host} is no address that other workers could send pages to; say with "
+                "--advertise by which they reach this machine"
+            )
         return TransportConfig(
             host=host,
             port=port,
-            advertise=advertise,
+            advertise=self.advertise,
             key=None if self.key_file is None else _read_key(self.key_file),
             tls=self._tls,
             path=self.transport,
@@ -91,7 +99,8 @@ class ClusterConfig:
             )
 
     def to_transport(self) -> TransportConfig:
-        """That of local workers, which others reach at `cluster_host` if they may join."""
+        """That of local workers, which others reach at `cluster_host` if they may join. Raises as
+        `LinkConfig.to_transport`."""
         open_to_others = self.cluster_port is not None
         return self.links.to_transport(self.cluster_host if open_to_others else "127.0.0.1")
 

@@ -148,7 +148,9 @@ def test_a_worker_outlives_its_gateway_and_leaves_in_good_order(
     ("arguments", "complaint"),
     [
         (("worker", "--join", "nowhere"), "--join nowhere is no HOST:PORT"),
-        (("worker", "--join", "a:1", "--host", "0.0.0.0"), "needs a shared key"),
+        (("worker", "--join", "a:1", "--host", "0.0.0.0"), "say with --advertise"),
+        (("worker", "--join", "a:1", "--host", "10.0.0.1"), "needs a shared key"),
+        (("worker", "--join", "a:1", "--tls-cert", "a"), "needs all of --tls-cert"),
         (("worker", "--join", "a:1", "--key-file", "/nowhere"), "cannot be read"),
         (("serve", "--workers", "0"), "give a --cluster-port"),
         (("serve", "--prefill", "-1"), "--prefill -1 must be 0 or more"),

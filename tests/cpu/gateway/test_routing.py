@@ -161,5 +161,7 @@ def test_without_one_of_the_roles_whoever_is_there_computes_all() -> None:
 def test_a_pair_that_could_not_move_pages_is_avoided() -> None:
     workers = [view(1, Role.PREFILL), view(2, Role.DECODE), view(3, Role.DECODE, samples=1)]
     assert choose_route(ask(), workers, {Route(1, 2)}) == Route(1, 3)
-    whole = choose_route(ask(), workers, {Route(1, 2), Route(1, 3)})
-    assert whole == Route(2, 2)
+    avoided = {Route(1, 2), Route(1, 3)}
+    assert choose_route(ask(), workers, avoided) == Route(2, 2)
+    slower = view(4, Role.PREFILL, queued_tokens=900)
+    assert choose_route(ask(), [*workers, slower], avoided) == Route(4, 2)

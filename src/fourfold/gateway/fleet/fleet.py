@@ -307,11 +307,9 @@ class Fleet:
             member.send(Refused(str(error)))
             member.end(str(error))
             return
-        member.ready, member.stats = ready, ready.stats
+        member.welcome(ready)
         # It may have computed for an earlier connection: that is counted already, or is not ours.
         self._past = _sum(self._past, _counters(ready.stats), -1)
-        if member.state is State.LOADING:  # else it leaves already
-            member.state = State.READY
         self._measure_context()
         self._unpark()
 

@@ -124,6 +124,13 @@ class Member:
         """Whether it holds no part of any request."""
         return not self._burdens
 
+    def welcome(self, ready: Ready) -> None:
+        """It takes requests, unless it leaves already."""
+        self.ready = ready
+        self.stats = self._measured = ready.stats
+        if self.state is State.LOADING:
+            self.state = State.READY
+
     def take(self, part: int, burden: Burden) -> None:
         """It was given a part to compute."""
         self._burdens[part] = burden

@@ -73,26 +73,20 @@ def choose_route(
     decoding = [worker for worker in fit if worker.role is not Role.PREFILL]
     if not prefilling or not decoding:
         return _whole(asked, fit)
-    first = _best_for_prompt(asked, prefilling)
-    candidates = [
-        worker
-        for worker in decoding
-        if worker.number == first.number
-        # One that takes both leaves an answer to those only which do nothing else.
-        or first.role is Role.PREFILL
-        or worker.role is Role.DECODE
-    ]
-    candidates = [
-        worker for worker in candidates if Route(first.number, worker.number) not in avoided
-    ]
-    if not candidates:
-        return _whole(asked, decoding)
-    last = min(candidates, key=lambda worker: _answer_cost(asked, worker))
     if asked.uncut:
-        return Route(first.number, first.number)
-    if _uncached(asked, last) <= last.page_tokens:
-        return Route(last.number, last.number)
-    return Route(first.number, last.number)
+        return _whole(asked, prefilling)
+    for first in sorted(prefilling, key=lambda worker: _prompt_cost(asked, worker)):
+        partners = [
+            worker
+            for worker in decoding
+            if _may_pair(first, worker) and Route(first.number, worker.number) not in avoided
+        ]
+        if partners:
+            last = min(partners, key=lambda worker: _answer_cost(asked, worker))
+            if _uncached(asked, last) <= last.page_tokens:
+                return Route(last.number, last.number)
+            return Route(first.number, last.number)
+    return _whole(asked, decoding)
 
 
 def lacks_a_role(workers: Sequence[WorkerView]) -> Role | None:
@@ -115,20 +109,23 @@ def _uncached(asked: Asked, worker: WorkerView) -> int:
     return max(1, asked.tokens - asked.found.get(worker.number, 0) * worker.page_tokens)
 
 
+def _may_pair(first: WorkerView, last: WorkerView) -> bool:
+    """Whether one's prompts are for the other to answer. A worker that takes both leaves answers
+    only to those that do nothing else."""
+    if first.role is Role.PREFILL or last.role is Role.DECODE:
+        return True
+    return first.number == last.number
+
+
 def _whole(asked: Asked, workers: Sequence[WorkerView]) -> Route:
-    best = _best_for_prompt(asked, workers)
+    best = min(workers, key=lambda worker: _prompt_cost(asked, worker))
     return Route(best.number, best.number)
 
 
-def _best_for_prompt(asked: Asked, workers: Sequence[WorkerView]) -> WorkerView:
-    return min(
-        workers,
-        key=lambda worker: (
-            worker.role is not Role.PREFILL and not _has_room(asked, worker),
-            first_token_seconds(asked, worker),
-            worker.number,
-        ),
-    )
+def _prompt_cost(asked: Asked, worker: WorkerView) -> tuple[bool, float, int]:
+    """What a prompt would wait for at a worker, the best first."""
+    crowded = worker.role is not Role.PREFILL and not _has_room(asked, worker)
+    return crowded, first_token_seconds(asked, worker), worker.number
 
 
 def _answer_cost(asked: Asked, worker: WorkerView) -> tuple[bool, float, int, int]:
