@@ -181,8 +181,15 @@ class LocalWorkers:
         logger.warning(
             "worker %s: its process %s%s; it starts again in %g s", place.name, end, reason, pause
         )
-        await asyncio.sleep(pause)
-        self._start(place)
+        while True:
+            await asyncio.sleep(pause)
+            try:
+                self._start(place)
+            except OSError as error:
+                logger.error("worker %s cannot be started: %s", place.name, error)
+                pause = _LONGEST_PAUSE
+            else:
+                return
 
 
 def _named(roles: Sequence[Role]) -> list[tuple[str, Role]]:

@@ -152,6 +152,28 @@ def test_three_failed_loads_in_a_row_end_the_server(said: bool, watched: Watched
     asyncio.run(main())
 
 
+def test_what_cannot_be_started_now_is_tried_later(
+    watched: Watched, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def main() -> None:
+        watched.start()
+        watched.ready()
+        answers: list[Any] = [OSError("too many processes"), watched.process]
+
+        def spawn(*_: object, **__: object) -> Any:
+            answer = answers.pop(0)
+            if isinstance(answer, OSError):
+                raise answer
+            return answer
+
+        monkeypatch.setattr(local.subprocess, "Popen", spawn)
+        await watched.end()
+        assert watched.pauses == [1, 30]
+        assert len(watched.born) == 2
+
+    asyncio.run(main())
+
+
 def test_one_that_is_silent_is_killed_at_once(watched: Watched) -> None:
     async def main() -> None:
         watched.process.code = None

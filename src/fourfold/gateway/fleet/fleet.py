@@ -334,6 +334,7 @@ class Fleet:
     def _watch_over(self) -> None:
         """Says that we are there, and looks who else is; again and again."""
         assert self._loop is not None
+        self._watch = self._loop.call_later(ALIVE_SECONDS, self._watch_over)
         now = time.monotonic()
         # For so long we may not have listened: what they said meanwhile may be unread.
         late = max(0.0, now - self._watched - ALIVE_SECONDS)
@@ -347,7 +348,6 @@ class Fleet:
             elif now > member.leaves_at:
                 member.send(Stop())
                 member.end("it leaves, and was not done in time")
-        self._watch = self._loop.call_later(ALIVE_SECONDS, self._watch_over)
 
     def _say_stop(self) -> None:
         if self._watch is not None:
