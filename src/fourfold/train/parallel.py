@@ -17,7 +17,7 @@ import dataclasses
 import datetime
 import os
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -155,8 +155,7 @@ class Parallel:
         for block in model.blocks:
             ffn = block.ffn
             if isinstance(ffn, SparseFFN):
-                exact = MixedPrecisionPolicy(torch.float32, torch.float32)
-                fully_shard(ffn.router, mesh=everyone, mp_policy=exact, ignored_params=_fixed(ffn))
+                _sharded(ffn.router, everyone, torch.float32, own)
             _sharded(block, everyone, dtype, own)
         _sharded(model, everyone, dtype, own)
 
@@ -174,7 +173,6 @@ class Parallel:
         for module in model.modules():
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(now, recurse=False)
-                module.set_gradient_divide_factor(1.0)
 
     def sum_copies(self, tensor: Tensor) -> None:
         """Adds up, in place, over the groups that hold the same experts."""
@@ -192,11 +190,6 @@ class Parallel:
 ALONE = Parallel(0, 1, torch.device("cpu"))
 
 
-def _fixed(ffn: SparseFFN) -> set[nn.Parameter]:
-    bias = ffn.router.selection_bias
-    return set() if bias is None else {cast(nn.Parameter, bias)}
-
-
 def _sharded(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, own: set[int]) -> None:
     ignored = {
         p
@@ -204,7 +197,9 @@ def _sharded(module: nn.Module, mesh: DeviceMesh, dtype: torch.dtype, own: set[i
         if id(p) in own or name.endswith("selection_bias")
     }
     policy = MixedPrecisionPolicy(dtype, torch.float32)
-    fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+    sharded = fully_shard(module, mesh=mesh, mp_policy=policy, ignored_params=ignored)
+    sharded.set_gradient_divide_factor(1.0)
+    sharded.set_force_sum_reduction_for_comms(True)
 
 
 def whole_like(part: Tensor, parameter: Tensor) -> Tensor:

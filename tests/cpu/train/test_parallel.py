@@ -1,0 +1,110 @@
+"""Two processes take the same steps as one, however weights and experts are dealt to them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fourfold.errors import ConfigError
+from fourfold.train.metrics import EvaluationRecord, StepRecord, read_records
+from fourfold.train.parallel import joined
+from tests.cpu.train import ranks, toy
+
+ALONE: dict[str, Any] = {"parallel": {"experts": 1}}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left of every case."""
+    folder = tmp_path_factory.mktemp("together")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-m", "tests.cpu.train.ranks", str(folder)]
+    processes = [
+        subprocess.Popen(
+            command,
+            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = []
+    try:
+        said = [process.communicate(timeout=100)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    return folder
+
+
+@pytest.mark.parametrize("case", sorted(ranks.CASES))
+def test_two_processes_take_the_steps_of_one(case: str, together: Path, tmp_path: Path) -> None:
+    config = ranks.config_of(case, tmp_path, ALONE)
+    trainer = toy.trainer(config)
+    trainer.run(held_out=toy.chain(config, seed=1))
+    trainer.export(Path(config.run.folder) / "model")
+    theirs = Path(ranks.config_of(case, together).run.folder)
+    mine = Path(config.run.folder)
+    records = [read_records(folder / "metrics.jsonl") for folder in (mine, theirs)]
+    assert len(records[0]) == len(records[1]) == ranks.STEPS + 1
+    for one, two in zip(*records, strict=True):
+        assert one.tokens == two.tokens
+        if isinstance(one, EvaluationRecord):
+            assert isinstance(two, EvaluationRecord)
+            assert two.held_out_loss == pytest.approx(one.held_out_loss, abs=1e-4)
+            continue
+        assert isinstance(two, StepRecord)
+        for name in ("loss", "gradient_norm", "balance", "z", "load_most"):
+            wanted, got = getattr(one, name), getattr(two, name)
+            if wanted is not msgspec.UNSET:
+                assert got == pytest.approx(wanted, rel=1e-3), name
+    files = (
+        "checkpoints/step-00000004/state.safetensors",
+        "model/model-00001-of-00001.safetensors",
+    )
+    for file in files:
+        one, two = load_file(mine / file), load_file(theirs / file)
+        assert one.keys() == two.keys()
+        for name, tensor in one.items():
+            torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+
+
+def test_one_process_goes_on_where_two_were(together: Path, tmp_path: Path) -> None:
+    case = "experts apart, sigmoid, muon"
+    theirs = Path(ranks.config_of(case, together).run.folder) / "checkpoints" / "step-00000004"
+    more = {"schedule": {"steps": 6}, "run": {"start_from": str(theirs)}}
+    trainer = toy.trainer(ranks.config_of(case, tmp_path, ALONE, more))
+    assert trainer.steps == 4
+    trainer.run()
+    whole = toy.trainer(
+        ranks.config_of(case, tmp_path / "whole", ALONE, {"schedule": {"steps": 6}})
+    )
+    whole.run()
+    losses = [
+        record.loss
+        for folder in (tmp_path, tmp_path / "whole")
+        for record in read_records(next(folder.glob("experts*")) / "metrics.jsonl")
+        if isinstance(record, StepRecord) and record.step > 4
+    ]
+    assert losses[:2] == pytest.approx(losses[2:], rel=1e-3)
+
+
+def test_experts_that_cannot_be_dealt_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    section = toy.config(Path("nowhere"), {"parallel": {"experts": 2}}).parallel
+    refused = pytest.raises(ConfigError, match=r"parallel\.experts = 2")
+    with refused, joined(section, torch.device("cpu")):
+        pass
