@@ -46,8 +46,8 @@ _DROP_BYTES = 1 << 18
 _MAX_REGIONS = 64
 _REMEMBERED = 1024
 """Leases whose refusal was told, so that it is told once."""
-_GRANTS = 16
-"""In how many parts the window is given back."""
+_GRANTS = 4
+"""In how many parts the window is given back: each wakes a thread on both sides."""
 
 
 class Session:

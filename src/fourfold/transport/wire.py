@@ -99,6 +99,8 @@ class Wire:
 
 def remaining(views: Sequence[memoryview], done: int) -> Sequence[memoryview]:
     """What is left of pieces of memory after their first `done` bytes."""
+    if done == sum(map(len, views)):  # as nearly always
+        return []
     for index, view in enumerate(views):
         if done < len(view):
             return [view[done:], *views[index + 1 :]] if done else views[index:]
