@@ -141,8 +141,9 @@ def _serve(birth: Birth, folder: Path) -> None:
             device="cpu",
             engine=ENGINE,
             port=birth.port,
-            advertise=birth.advertise,
-            links=LinkConfig(key_file=birth.key_file, transport=birth.path),
+            links=LinkConfig(
+                key_file=birth.key_file, transport=birth.path, advertise=birth.advertise
+            ),
         )
     )
 
