@@ -15,6 +15,9 @@ import msgspec
 
 from fourfold.errors import ConfigError
 
+# torch's grouped product takes rows of whole 16 bytes, of bfloat16.
+_GROUPED_STEP = 8
+
 
 def _positive(section: str, fields: msgspec.Struct, *names: str) -> None:
     for name in names:
@@ -265,6 +268,12 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                 f'router.score = "{self.router.score}" with model.shared_experts = {shared} is no '
                 "family that can be served: softmax goes without shared experts, sigmoid with them"
             )
+        for name in ("width", "expert_width"):
+            if (value := getattr(self.model, name)) % _GROUPED_STEP:
+                raise ConfigError(
+                    f"model.{name} = {value} is not a multiple of {_GROUPED_STEP}, which products "
+                    "of experts need; round it"
+                )
         if experts % self.parallel.experts:
             raise ConfigError(
                 f"model.experts = {experts} cannot be divided among parallel.experts = "

@@ -173,6 +173,8 @@ def count(config: ModelConfig, length: int) -> Counts:
     non_embedding = total - sum(part.total for part in tables)
     active_non_embedding = active - sum(part.active for part in tables)
     products = active_non_embedding - norms + config.vocabulary * config.width
+    if config.moe is not None and config.moe.selection_bias:
+        products -= config.moe.experts * sum(map(config.is_sparse, range(config.layers)))
     # Scores and weighted values, each over half of the row on average.
     attention = 2 * config.layers * config.query_heads * config.head_width * (length + 1) / 2
     return Counts(total, active, non_embedding, active_non_embedding, 6 * (products + attention))

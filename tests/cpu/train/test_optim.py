@@ -1,0 +1,82 @@
+"""Updates: what Muon makes of a matrix, masters behind bfloat16, clipping."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fourfold.train.optim import _orthogonal
+from tests.cpu.train import toy
+
+MUON: dict[str, Any] = {"optimizer": {"kind": "muon", "weight_decay": 0.0, "clip": 1e9}}
+
+
+@pytest.mark.parametrize("shape", [(24, 24), (48, 16), (3, 16, 40)])
+def test_muon_evens_singular_values(shape: tuple[int, ...]) -> None:
+    matrices = torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+    matrices = matrices * torch.logspace(0, -1, shape[-1])
+    before = torch.linalg.svdvals(matrices)
+    after = torch.linalg.svdvals(_orthogonal(matrices)) / (0.2 * max(shape[-2:]) ** 0.5)
+    assert (before[..., 0] / before[..., -1]).min() > 5
+    assert after.min() > 0.6
+    assert after.max() < 1.3
+
+
+def test_muon_takes_every_matrix_by_itself(tmp_path: Path) -> None:
+    """Scaling the gradient of one expert, or of the keys alone, changes no other's update."""
+
+    def updates(scaled: bool) -> dict[str, torch.Tensor]:
+        trainer = toy.trainer(toy.config(tmp_path, MUON))
+        before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+        generator = torch.Generator().manual_seed(0)
+        for name, parameter in trainer.model.named_parameters():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+            if scaled and ".experts." in name:
+                parameter.grad[1] *= 50
+            if scaled and ".qkv." in name:
+                parameter.grad[32:48] *= 50
+        trainer.optimizer.gather()
+        trainer.optimizer.step(1.0)
+        return {n: p.detach() - before[n] for n, p in trainer.model.named_parameters()}
+
+    plain, scaled = updates(False), updates(True)
+    for name, update in plain.items():
+        torch.testing.assert_close(scaled[name], update, rtol=1e-3, atol=1e-6, msg=name)
+        if ".experts." in name or ".qkv." in name:
+            assert 0.1 < float(update.square().mean().sqrt()) / 1e-2 < 0.3, name
+
+
+def test_gradients_are_clipped_together(tmp_path: Path) -> None:
+    trainer = toy.trainer(toy.config(tmp_path, {"optimizer": {"clip": 0.5}}))
+    for each in trainer.optimizer.trained:
+        each.parameter.grad = torch.ones_like(each.parameter)
+    count = sum(each.parameter.numel() for each in trainer.optimizer.trained)
+    trainer.optimizer.gather()
+    seen: list[float] = []
+
+    def see(*_: Any) -> None:
+        grads = [g for each in trainer.optimizer.trained if (g := each.master.grad) is not None]
+        seen.append(float(torch.stack(torch._foreach_norm(grads)).square().sum().sqrt()))
+
+    trainer.optimizer._adam.register_step_pre_hook(see)
+    assert float(trainer.optimizer.step(1.0)) == pytest.approx(count**0.5)
+    assert seen == [pytest.approx(0.5, rel=1e-4)]
+
+
+def test_updates_too_small_for_bfloat16_add_up(tmp_path: Path) -> None:
+    """A weight near one moves by 1e-4 a step: bfloat16 alone would never move."""
+    changes: dict[str, Any] = {
+        "run": {"dtype": "bfloat16"},
+        "optimizer": {"rate": 1e-4, "weight_decay": 0.0},
+    }
+    trainer = toy.trainer(toy.config(tmp_path, changes))
+    norm = trainer.model.norm.weight
+    assert norm.dtype == torch.bfloat16
+    for _ in range(100):
+        norm.grad = torch.ones_like(norm)
+        trainer.optimizer.gather()
+        trainer.optimizer.step(1.0)
+    assert float(norm.float().mean()) == pytest.approx(0.99, abs=0.004)

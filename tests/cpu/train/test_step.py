@@ -1,0 +1,200 @@
+"""A training step computes, with gradients, what plain formulas say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fourfold.models.layers import SparseFFN
+from fourfold.quadrants.experts import ExpertWeights
+from fourfold.quantize.weights import Activations, DenseWeight
+from fourfold.train.losses import balance_loss, cross_entropy
+from fourfold.train.model import build, count
+from fourfold.train.router import TrainedRouter, TrainedRouting
+from fourfold.train.step import TrainStep, lay_out
+from tests.cpu.train import toy
+
+TOKENS, WIDTH, EXPERTS, CHOICES, NARROW = 13, 8, 6, 2, 4
+
+
+def drawn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+
+def routing_of(gates_TK: Tensor, experts_TK: Tensor) -> TrainedRouting:
+    empty = torch.zeros(len(experts_TK), EXPERTS, dtype=gates_TK.dtype)
+    return TrainedRouting(gates_TK, experts_TK, empty, empty)
+
+
+def plain_experts(
+    x_TD: Tensor, gates_TK: Tensor, experts_TK: Tensor, gate_up: Tensor, down: Tensor
+) -> Tensor:
+    """One token and one choice after the other."""
+    out = []
+    for token, (gates, experts) in enumerate(zip(gates_TK, experts_TK.tolist(), strict=True)):
+        parts = []
+        for gate, expert in zip(gates, experts, strict=True):
+            one, other = (gate_up[expert] @ x_TD[token]).chunk(2)
+            parts.append(gate * (down[expert] @ (F.silu(one) * other)))
+        out.append(torch.stack(parts).sum(0))
+    return torch.stack(out)
+
+
+def test_experts_and_their_gradients_are_those_of_the_formula() -> None:
+    """Expert 3 gets no token at all."""
+    x_TD, gates_TK = drawn(TOKENS, WIDTH), drawn(TOKENS, CHOICES, seed=1)
+    gate_up = drawn(EXPERTS, 2 * NARROW, WIDTH, seed=2)
+    down = drawn(EXPERTS, WIDTH, NARROW, seed=3)
+    wanted_TE = drawn(TOKENS, EXPERTS, seed=4).detach()
+    wanted_TE[:, 3] = -100
+    experts_TK = wanted_TE.topk(CHOICES).indices
+    inputs = (x_TD, gates_TK, gate_up, down)
+    plain = plain_experts(x_TD, gates_TK, experts_TK, gate_up, down)
+    upstream = drawn(TOKENS, WIDTH, seed=5).detach()
+    wanted = torch.autograd.grad((plain * upstream).sum(), inputs)
+
+    # The step rounds nothing that is float32; its grouped products take no float64.
+    singles = [tensor.detach().float().requires_grad_() for tensor in inputs]
+    weights = ExpertWeights(DenseWeight(singles[2]), DenseWeight(singles[3]), slots=EXPERTS)
+    for weight, single in ((weights.gate_up, singles[2]), (weights.down, singles[3])):
+        assert isinstance(weight, DenseWeight)
+        weight.weight = torch.nn.Parameter(single.detach())
+    documents, _, _ = lay_out(toy.Chain(1, TOKENS).batch(0), torch.device("cpu"))
+    step = TrainStep(documents)
+    got = step.experts(Activations(singles[0]), routing_of(singles[1], experts_TK), weights)
+    torch.testing.assert_close(got.double(), plain, rtol=1e-4, atol=1e-5)
+    (got * upstream.float()).sum().backward()
+    assert isinstance(weights.gate_up, DenseWeight)
+    assert isinstance(weights.down, DenseWeight)
+    grads = (singles[0], singles[1], weights.gate_up.weight, weights.down.weight)
+    for leaf, gradient in zip(grads, wanted, strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e-4, atol=1e-5)
+    assert not weights.gate_up.weight.grad[3].any()
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 200, 1 << 20])
+def test_chunks_do_not_change_the_cross_entropy(
+    chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fourfold.train.losses._CHUNK_BYTES", chunk_bytes)
+    hidden, weight = drawn(TOKENS, WIDTH), drawn(11, WIDTH, seed=1)
+    target = torch.randint(11, (TOKENS,), generator=torch.Generator().manual_seed(2))
+    target[4] = target[12] = -1
+    plain = F.cross_entropy(hidden @ weight.T, target, ignore_index=-1, reduction="sum")
+    wanted = torch.autograd.grad(3 * plain, (hidden, weight))
+    singles = [tensor.detach().float().requires_grad_() for tensor in (hidden, weight)]
+    loss = cross_entropy(*singles, target)
+    (3 * loss).backward()
+    torch.testing.assert_close(loss.double(), plain, rtol=1e-5, atol=0)
+    for leaf, gradient in zip(singles, wanted, strict=True):
+        assert leaf.grad is not None
+        torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(cross_entropy(*singles, target), loss.detach())
+
+
+@pytest.mark.parametrize("score", ["softmax", "sigmoid"])
+def test_the_router_chooses_and_weighs_as_when_serving(score: str, tmp_path: Path) -> None:
+    changes: dict[str, Any] = toy.SIGMOID if score == "sigmoid" else {}
+    config = toy.config(tmp_path, changes, {"model": {"width": 16}})
+    model = toy.trainer(config).model
+    ffn = model.blocks[-1].ffn
+    assert isinstance(ffn, SparseFFN)
+    router = ffn.router
+    assert isinstance(router, TrainedRouter)
+    if router.selection_bias is not None:
+        router.selection_bias.uniform_(-0.5, 0.5, generator=torch.Generator().manual_seed(1))
+    x_TD = torch.randn(50, 16, generator=torch.Generator().manual_seed(2)) * 20
+    with torch.no_grad():
+        got, wanted = router(x_TD), super(TrainedRouter, router).forward(x_TD)
+    assert torch.equal(got.experts_TK, wanted.experts_TK)
+    torch.testing.assert_close(got.gates_TK, wanted.gates_TK)
+    torch.testing.assert_close(got.share_TE.sum(1), torch.ones(50))
+
+
+def test_a_bias_evens_loads(tmp_path: Path) -> None:
+    """Tokens that all want the same experts are spread within some hundred moves."""
+    trainer = toy.trainer(toy.config(tmp_path, toy.SIGMOID))
+    ffn = trainer.model.blocks[-1].ffn
+    assert isinstance(ffn, SparseFFN)
+    router = ffn.router
+    assert isinstance(router, TrainedRouter)
+    x_TD = torch.randn(400, 32, generator=torch.Generator().manual_seed(0)) + 2.0
+    most = []
+    with torch.no_grad():
+        for _ in range(200):
+            load_E = torch.bincount(router(x_TD).experts_TK.flatten(), minlength=4).float()
+            most.append(float(load_E.max() / load_E.mean()))
+            router.move_bias(load_E, 1e-3)
+    assert most[0] > 1.4
+    assert most[-1] < 1.1
+
+
+def test_even_loads_have_a_balance_loss_of_one() -> None:
+    share = torch.full((8, 4), 0.25)
+    experts = torch.arange(8)[:, None] % 4
+    even = TrainedRouting(torch.ones(8, 1), experts, share, share)
+    assert balance_loss(even, torch.full((1, 4), 2.0)) == 1
+    crowded = torch.tensor([[1.0, 0, 0, 0]]).expand(8, 4)
+    all_at_one = TrainedRouting(torch.ones(8, 1), torch.zeros_like(experts), crowded, crowded)
+    assert balance_loss(all_at_one, torch.tensor([[8.0, 0, 0, 0]])) == 4
+    # Each row crowds an expert of its own: even over the batch, uneven over rows.
+    rows = torch.eye(4)[:2].repeat_interleave(4, 0)
+    apart = TrainedRouting(torch.ones(8, 1), experts, rows, rows)
+    assert balance_loss(apart, torch.eye(4)[:2] * 4) == 4
+    assert balance_loss(apart, torch.tensor([[4.0, 4, 0, 0]])) == 2
+
+
+@pytest.mark.parametrize("form", [{}, toy.SIGMOID, toy.DENSE])
+def test_what_a_token_costs_is_what_a_model_multiplies(
+    form: dict[str, Any], tmp_path: Path
+) -> None:
+    """Counted by torch's own counter, but for attention, of which a CPU computes the masked half
+    too."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = toy.config(tmp_path, form, {"data": {"rows": 1, "length": 64}})
+    trainer = toy.trainer(config)
+    batch = toy.chain(config).batch(0)
+    batch.document.zero_()
+    documents, tokens_T, _ = lay_out(batch, torch.device("cpu"))
+    grouped = {torch.ops.aten._grouped_mm: grouped_flops}
+    with FlopCounterMode(display=False, custom_mapping=grouped) as counter, torch.no_grad():
+        hidden = trainer.model(tokens_T, documents.positions_T, TrainStep(documents))
+        trainer.model.logits(hidden)
+    seen = counter.get_flop_counts()["Global"]
+    products = sum(flops for kind, flops in seen.items() if "attention" not in str(kind))
+    model = trainer.model.config
+    scores_and_values = 4 * model.layers * model.query_heads * model.head_width * 65 / 2
+    assert products == (count(model, 64).flops_per_token / 3 - scores_and_values) * 64
+
+
+def grouped_flops(x: Any, weight: Any, *_: Any, **__: Any) -> int:
+    """Every row meets one matrix, whichever it is."""
+    rows, inputs = x
+    return 2 * int(rows) * int(inputs) * int(weight[-1])
+
+
+def test_a_model_is_the_same_however_it_is_dealt(tmp_path: Path) -> None:
+    config = toy.config(tmp_path)
+    model = toy.decoder_config(config)
+    options: dict[str, Any] = {
+        "seed": 3,
+        "deviation": 0.02,
+        "device": torch.device("cpu"),
+        "dtype": torch.float32,
+    }
+    whole = dict(build(model, **options).named_parameters())
+    part = dict(build(model, **options, experts=range(2, 4)).named_parameters())
+    for name, parameter in part.items():
+        wanted = whole[name][2:4] if ".experts." in name else whole[name]
+        assert torch.equal(parameter, wanted), name
+    other = dict(build(model, **{**options, "seed": 4}).named_parameters())
+    assert not torch.equal(other["embedding.weight"], whole["embedding.weight"])
