@@ -246,8 +246,9 @@ class Scheduler:
             length = sequence.length
             preempted = sequence.slot < 0
             ending = sequence.pending and length >= sequence.longest
-            ended_here = sequence.stage is Stage.PREFILL and sequence.prefilled
-            if preempted or ending or ended_here or length - sequence.computed != 1:
+            # Of its prompt even a last token alone is a chunk, which is sent on as such.
+            only_prompt = sequence.stage is Stage.PREFILL
+            if preempted or ending or only_prompt or length - sequence.computed != 1:
                 continue
             if self._make_room(sequence):
                 decodes.append(self._take(sequence, 1))

@@ -66,6 +66,18 @@ def test_answers_are_those_of_one_engine(
 
 
 @pytest.mark.parametrize("kv_pages", [PageFormat.FLOAT, PageFormat.INT8])
+def test_a_last_token_that_is_a_chunk_of_its_own_is_sent_too(
+    model: Decoder, kv_pages: PageFormat
+) -> None:
+    options = {"max_running": 6, "step_tokens": 128, "kv_pages": kv_pages}
+    request = submit(1, prompt_of(129), GREEDY)
+    wanted = alone(make_engine(model, **options), request)
+    with couple(make_engine(model, **options), make_engine(model, **options)) as pair:
+        assert pair.answers(request) == wanted
+        pair.wait_until_free()
+
+
+@pytest.mark.parametrize("kv_pages", [PageFormat.FLOAT, PageFormat.INT8])
 def test_samples_of_a_prompt_share_what_was_sent_once(model: Decoder, kv_pages: PageFormat) -> None:
     request = submit(1, prompt_of(200), DRAWN, n=4)
     wanted = alone(make_engine(model, kv_pages=kv_pages, max_running=8), request)
