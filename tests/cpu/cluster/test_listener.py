@@ -28,19 +28,9 @@ from fourfold.transport.handshake import Role as Side
 from fourfold.transport.identity import Identity
 from fourfold.transport.tls import load_tls
 from fourfold.transport.wire import dial
+from tests.cpu.transport.test_lifetime import STRANGER, TLS
 
 KEY = b"a secret of the whole service"
-FILES = Path(__file__).parents[1] / "transport" / "certificates"
-TLS = TlsFiles(
-    certificate=FILES / "worker.pem",
-    key=FILES / "worker-key.pem",
-    authority=FILES / "authority.pem",
-)
-STRANGER = TlsFiles(
-    certificate=FILES / "stranger.pem",
-    key=FILES / "stranger-key.pem",
-    authority=FILES / "other-authority.pem",
-)
 PATIENCE = 20.0
 
 

@@ -204,6 +204,20 @@ def test_a_first_token_that_is_the_last_leaves_nothing_where_pages_went(moves: b
     assert world.workers[last].inbox[-1] == Abort(request_id=part)
 
 
+def test_what_the_decoding_worker_says_of_pages_counts() -> None:
+    """The sender may take for delivered what the receiver could not put where it belongs."""
+    world = World()
+    first, last = world.join(), world.join()
+    world.routes.append((0, 1))
+    flight = world.request(1)
+    part = world.opened[-1].number
+    flight.moved(first, Moved(request_id=part))
+    flight.moved(last, Moved(request_id=part, error="no memory"))
+    assert part not in flight.parts
+    world.settle()
+    world.check_end()
+
+
 def test_a_request_that_kills_every_worker_fails_in_the_end() -> None:
     world = World(max_attempts=3)
     flight = world.request(2)

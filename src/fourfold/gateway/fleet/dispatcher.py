@@ -144,6 +144,7 @@ class Dispatcher:
     def lost(self, part: Part, why: str) -> None:
         """As `Post.lost`."""
         self.counts.lost += 1
+        logger.debug("part %d is given up: %s", part.number, why)
 
     def forget(self, worker: int) -> None:
         """A worker has gone."""

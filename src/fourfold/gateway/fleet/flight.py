@@ -147,8 +147,10 @@ class Flight:
     def moved(self, worker: int, message: Moved) -> None:
         """A prompt's pages have moved, or will not."""
         part = self.parts.get(message.request_id)
-        if part is None or part.route.whole or part.moved or worker not in part.route:
+        if part is None or part.route.whole or worker not in part.route:
             return
+        if part.moved and (message.error is None or worker == part.route.prefill):
+            return  # the decoding worker, who has them, knows better
         if message.error is not None:
             self._post.avoid(part.route, message.error)
             self.lose(part, f"its pages could not be moved: {message.error}")
