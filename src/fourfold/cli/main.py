@@ -32,6 +32,7 @@ COMMANDS = {
     "corpus packages": "gather real text from installed packages, with their licences",
     "corpus sample": "write text that a model draws, in order and resumable",
     "corpus grammar": "write made-up text whose entropy is known",
+    "law fit": "fit the sparsity law to a sweep's records",
     "inspect": "show what a checkpoint holds, needs, and whether it would be served",
     "calibrate": "time the kernels on this GPU, for plans and schedules that suit it",
     "bench serve": "load an OpenAI-compatible server and measure it",

@@ -1,0 +1,100 @@
+"""The options of `fourfold law`. Imports nothing heavy."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from fourfold.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SweepConfig:
+    """Trains every model of a grid that has no record yet; run it again to resume."""
+
+    grid: Annotated[Path, tyro.conf.Positional]
+    """A TOML file: `base` (a configuration of `fourfold train`), `out`, `tokens`, `ratios`,
+    `seeds`, and a [[model]] for each size."""
+    only: str = ""
+    """Train only those whose name holds this."""
+    list: bool = False
+    """Show the grid and what is done, and train nothing."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FitConfig:
+    """Fits the law to the records of a sweep."""
+
+    records: Annotated[Path, tyro.conf.Positional]
+    """The folder of records: `OUT/records` of a sweep."""
+    out: Path | None = None
+    """Where the fit goes, for `fourfold law plot` and `advise`. Default: fit.json beside the
+    folder of records."""
+    starts: int = 512
+    """Places that the search begins from."""
+    resamplings: int = 1000
+    """For the intervals."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.starts < 1 or self.resamplings < 1:
+            raise ConfigError("--starts and --resamplings must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlotConfig:
+    """Draws the law: losses, leverage, the fitted surface and residuals."""
+
+    fit: Annotated[Path, tyro.conf.Positional]
+    """What `fourfold law fit` wrote."""
+    records: Path | None = None
+    """The folder of records. Default: `records` beside the fit."""
+    out: Path | None = None
+    """The folder for the figures. Default: `plots` beside the fit."""
+    form: str = "svg"
+    """The figures' format: svg, png or pdf."""
+
+    def __post_init__(self) -> None:
+        if self.form not in ("svg", "png", "pdf"):
+            raise ConfigError(f"--form {self.form}: take svg, png or pdf")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdviseConfig:
+    """Says which sparsity has the least loss within budgets, of those given."""
+
+    fit: Annotated[Path, tyro.conf.Positional]
+    """What `fourfold law fit` wrote."""
+    flops: float
+    """Of training."""
+    records: Path | None = None
+    """The folder of records. Default: `records` beside the fit."""
+    memory_gib: float | None = None
+    """That served weights may take."""
+    weight_bits: float = 4.25
+    """Of a served weight."""
+    step_ms: float | None = None
+    """That decoding one token of each sequence may take; attention's reading of keys and values,
+    which all models of a size share, is not counted."""
+    batch: int = 32
+    """Sequences that are decoded together."""
+    hardware: str = "NVIDIA H100 80GB HBM3"
+    """The GPU that serves, as PyTorch names it: priced by its calibration where there is one."""
+    bandwidth: float | None = None
+    """Bytes per second of another device's memory, which then prices the bytes alone."""
+
+    def __post_init__(self) -> None:
+        given = {
+            "--flops": self.flops,
+            "--memory-gib": self.memory_gib,
+            "--weight-bits": self.weight_bits,
+            "--step-ms": self.step_ms,
+            "--batch": self.batch,
+            "--bandwidth": self.bandwidth,
+        }
+        for name, value in given.items():
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name} {value} must be above 0")
