@@ -139,7 +139,7 @@ def test_what_cannot_be_loaded_is_said_as_here(setup: Setup, tmp_path: Path) -> 
 
 def test_no_token_is_lost_or_repeated_whichever_worker_dies(setup: Setup) -> None:
     """Killed or paused, with prompts or answers: all goes on after what was delivered."""
-    options = GenerationOptions(sampling=GREEDY, max_tokens=100, n=2, ignore_eos=True)
+    options = GenerationOptions(sampling=GREEDY, max_tokens=60, n=2, ignore_eos=True)
 
     async def answers(gateway: Gateway, fault: Callable[[], None]) -> list[tuple[int, ...]]:
         prompts = ["the rain in spain " * (1 + number) for number in range(12)]

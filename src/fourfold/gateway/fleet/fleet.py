@@ -224,7 +224,7 @@ class Fleet:
                 self._welcome(member, message)
             case Leaving():
                 self._see_off(member)
-            case LoadFailed():
+            case LoadFailed() if not member.local:
                 logger.warning("worker %s could not load: %s", member.name, message.message)
         if isinstance(message, Progress | Ready | LoadFailed):
             self.on_event(member, message, "")
