@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fourfold.kernels.training import cross_entropy as chunk_loss
 from fourfold.models.decoder import Decoder
 from fourfold.quantize.weights import DenseWeight
 from fourfold.train.config import RouterSection
@@ -19,8 +20,8 @@ from fourfold.train.parallel import Parallel
 from fourfold.train.router import TrainedRouting
 from fourfold.train.step import TrainStep
 
-# Logits of a chunk, in float32.
-_CHUNK_BYTES = 64 << 20
+# Logits of a chunk: enough for full speed of the products, little beside everything else.
+_CHUNK_BYTES = 256 << 20
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -31,25 +32,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor, wanted: bool
     ) -> Tensor:
         vocabulary = len(weight_VD)
-        chunk = max(1, _CHUNK_BYTES // (4 * vocabulary))
+        chunk = max(1, _CHUNK_BYTES // (vocabulary * weight_VD.element_size()))
         loss = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         grad_TD = torch.empty_like(hidden_TD) if wanted else None
         grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted else None
         for begin in range(0, len(hidden_TD), chunk):
             part = slice(begin, begin + chunk)
-            logits_SV = F.linear(hidden_TD[part], weight_VD).float()
-            target_S = target_T[part]
-            live_S = target_S >= 0
-            target_S1 = target_S.clamp_min(0)[:, None]
-            norm_S = logits_SV.logsumexp(-1)
-            loss += ((norm_S - logits_SV.gather(1, target_S1)[:, 0]) * live_S).sum()
+            logits_SV = F.linear(hidden_TD[part], weight_VD)
+            loss += chunk_loss(logits_SV, target_T[part], gradient=wanted).sum()
             if grad_TD is None or grad_VD is None:
                 continue
-            grad_SV = (logits_SV - norm_S[:, None]).exp_()
-            grad_SV.scatter_add_(1, target_S1, grad_SV.new_full(target_S1.shape, -1.0))
-            grad_SV = (grad_SV * live_S[:, None]).to(hidden_TD.dtype)
-            grad_TD[part] = grad_SV @ weight_VD
-            grad_VD += grad_SV.T @ hidden_TD[part]
+            # The logits are their own gradients by now.
+            torch.mm(logits_SV, weight_VD, out=grad_TD[part])
+            grad_VD += logits_SV.T @ hidden_TD[part]
         if grad_TD is not None and grad_VD is not None:
             ctx.save_for_backward(grad_TD, grad_VD)
         ctx.weight_dtype = weight_VD.dtype

@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from fourfold.models.config import ModelConfig, MoEConfig, RopeConfig
 from fourfold.models.decoder import Decoder
 from fourfold.models.footprint import footprint
-from fourfold.models.layers import RMSNorm, SparseFFN
+from fourfold.models.layers import DenseFFN, Quadrants, RMSNorm, SparseFFN
 from fourfold.models.router import Router
 from fourfold.quadrants.experts import ExpertWeights
-from fourfold.quantize.weights import DenseWeight
+from fourfold.quantize.weights import Activations, DenseWeight
 from fourfold.train.config import ModelSection, RouterSection
 from fourfold.train.router import TrainedRouter
+from fourfold.train.rows import trained_swiglu
 
 _VOCABULARY_STEP = 64
 
@@ -65,6 +66,14 @@ def model_config(
     )
 
 
+class TrainedFFN(DenseFFN):
+    """A gated FFN whose gate has a gradient in one pass."""
+
+    def forward(self, x: Activations, quadrants: Quadrants) -> Tensor:
+        out_TD: Tensor = self.down(Activations(trained_swiglu(self.gate_up(x))))
+        return out_TD
+
+
 def build(
     config: ModelConfig,
     *,
@@ -83,6 +92,8 @@ def build(
         for block in model.blocks:
             if isinstance(block.ffn, SparseFFN):
                 _make_trainable(block.ffn, config, experts)
+            else:
+                block.ffn = TrainedFFN(config.width, config.ffn_width)
     if config.tied_embeddings:
         model.head.weight = _tied(model.embedding.weight)
     made: dict[int, nn.Parameter] = {}
@@ -102,6 +113,8 @@ def _make_trainable(ffn: SparseFFN, config: ModelConfig, experts: range | None) 
     moe = config.moe
     assert moe is not None
     ffn.router = TrainedRouter(moe, config.width)
+    if ffn.shared is not None:
+        ffn.shared = TrainedFFN(config.width, moe.shared_width)
     if experts is not None and len(experts) < moe.experts:
         ffn.experts = ExpertWeights(
             DenseWeight(torch.empty(len(experts), 2 * moe.expert_width, config.width)),

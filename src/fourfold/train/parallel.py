@@ -30,7 +30,7 @@ from fourfold.errors import ConfigError
 from fourfold.models.decoder import Decoder
 from fourfold.models.layers import SparseFFN
 from fourfold.train.config import ParallelSection
-from fourfold.train.rows import permuted
+from fourfold.train.rows import inverse_of, permuted
 
 
 class _AllToAll(torch.autograd.Function):
@@ -60,6 +60,8 @@ class Journey(NamedTuple):
     received: list[int]
     order_Q: Tensor
     """The received row at each place, sorted by expert."""
+    place_Q: Tensor
+    """Its inverse."""
     ends_E: Tensor
     """int32 [N]: where the rows of each expert of this process end."""
 
@@ -68,14 +70,13 @@ class Journey(NamedTuple):
         received: Tensor = _AllToAll.apply(  # type: ignore[no-untyped-call]
             rows, self.group, self.sent, self.received
         )
-        return permuted(received, self.order_Q)
+        return permuted(received, self.order_Q, self.place_Q)
 
     def back(self, rows: Tensor) -> Tensor:
         """What the experts made of them [Q, ..] to where they came from [R, ..]."""
-        place_Q = torch.empty_like(self.order_Q)
-        place_Q[self.order_Q] = torch.arange(len(place_Q), device=place_Q.device)
+        sorted_back = permuted(rows, self.place_Q, self.order_Q)
         returned: Tensor = _AllToAll.apply(  # type: ignore[no-untyped-call]
-            permuted(rows, place_Q), self.group, self.received, self.sent
+            sorted_back, self.group, self.received, self.sent
         )
         return returned
 
@@ -100,7 +101,7 @@ class ExpertExchange:
         expert_Q = local.flatten().repeat_interleave(count_PN.flatten(), output_size=sum(received))
         order_Q = expert_Q.argsort(stable=True)
         ends = count_PN.sum(0).cumsum(0).int()
-        return Journey(self._group, sent, received, order_Q, ends)
+        return Journey(self._group, sent, received, order_Q, inverse_of(order_Q), ends)
 
 
 @dataclasses.dataclass(frozen=True)

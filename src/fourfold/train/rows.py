@@ -1,9 +1,10 @@
-"""Routed rows and back, and the FFN's gate, with gradients that keep little and add in a fixed
-order.
+"""Routed rows and back, the FFN's gate, and heads turned by their positions: with gradients that
+keep little and are one pass over memory.
 
 Spreading tokens to rows and collecting rows to tokens are each other's gradient.
 
-Shapes: T tokens, D width, F expert width, K choices of a token, R = T K rows.
+Shapes: T tokens, D width, F FFN width, K choices of a token, R = T K rows, H query heads, G KV
+heads, C head width.
 """
 
 from __future__ import annotations
@@ -11,62 +12,120 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from fourfold.kernels.rope import norm_rope
+from fourfold.kernels.training import (
+    gated_swiglu,
+    gated_swiglu_backward,
+    norm_rope_backward,
+    sum_rows,
+)
+from fourfold.quadrants.projection import Projected
 
 
 class _Spread(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, order_R: Tensor, choices: int) -> Tensor:
-        ctx.save_for_backward(order_R)
-        ctx.choices = choices
-        return x_TD[order_R // choices]
+    def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(place_TK)
+        return x_TD.index_select(0, token_R)
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
-        (order_R,) = ctx.saved_tensors
-        return _summed(grad_RD, order_R, ctx.choices), None, None
+        (place_TK,) = ctx.saved_tensors
+        return sum_rows(grad_RD.contiguous(), place_TK), None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows_RD: Tensor, order_R: Tensor, choices: int) -> Tensor:
-        ctx.save_for_backward(order_R)
-        ctx.choices = choices
-        return _summed(rows_RD, order_R, choices)
+    def forward(ctx: Any, rows_RD: Tensor, token_R: Tensor, place_TK: Tensor) -> Tensor:
+        ctx.save_for_backward(token_R)
+        return sum_rows(rows_RD.contiguous(), place_TK)
 
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
-        (order_R,) = ctx.saved_tensors
-        return grad_TD[order_R // ctx.choices], None, None
+        (token_R,) = ctx.saved_tensors
+        return grad_TD.index_select(0, token_R), None, None
 
 
-def spread_rows(x_TD: Tensor, order_R: Tensor, choices: int) -> Tensor:
-    """Row r is token `order_R[r] // choices`: tokens to rows in sorted order, [R, D]."""
-    rows_RD: Tensor = _Spread.apply(x_TD, order_R, choices)  # type: ignore[no-untyped-call]
+def spread_rows(x_TD: Tensor, token_R: Tensor, place_TK: Tensor) -> Tensor:
+    """Row r is token `token_R[r]`, [R, D]; `place_TK` says where the rows of each token are."""
+    rows_RD: Tensor = _Spread.apply(x_TD, token_R, place_TK)  # type: ignore[no-untyped-call]
     return rows_RD
 
 
-def collect_rows(rows_RD: Tensor, order_R: Tensor, choices: int) -> Tensor:
+def collect_rows(rows_RD: Tensor, token_R: Tensor, place_TK: Tensor) -> Tensor:
     """The sum over each token's rows, in the order of its choices, [T, D]."""
-    x_TD: Tensor = _Collect.apply(rows_RD, order_R, choices)  # type: ignore[no-untyped-call]
+    x_TD: Tensor = _Collect.apply(rows_RD, token_R, place_TK)  # type: ignore[no-untyped-call]
     return x_TD
 
 
-def permuted(rows: Tensor, order_R: Tensor) -> Tensor:
-    """The rows in another order, each once."""
-    return spread_rows(rows, order_R, 1)
-
-
-def _summed(rows_RD: Tensor, order_R: Tensor, choices: int) -> Tensor:
+def inverse_of(order_R: Tensor) -> Tensor:
+    """Where each of the numbers in an order stands in it."""
     place_R = torch.empty_like(order_R)
     place_R[order_R] = torch.arange(len(order_R), device=order_R.device)
-    rows_TKD = rows_RD[place_R].view(-1, choices, rows_RD.shape[1])
-    return rows_TKD.sum(1) if choices > 1 else rows_TKD[:, 0]
+    return place_R
 
 
-def gated_swiglu(gate_up_RF: Tensor, gates_R: Tensor) -> Tensor:
+def permuted(rows: Tensor, order_R: Tensor, place_R: Tensor) -> Tensor:
+    """The rows in another order, each once; `place_R` is the order's inverse."""
+    return spread_rows(rows, order_R, place_R[:, None])
+
+
+class _GatedSwiglu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate_up_RF: Tensor, gates_R: Tensor | None) -> Tensor:
+        ctx.save_for_backward(gate_up_RF, gates_R)
+        return gated_swiglu(gate_up_RF, gates_R)
+
+    @staticmethod
+    def backward(ctx: Any, grad_RF: Tensor) -> tuple[Tensor, Tensor | None]:
+        return gated_swiglu_backward(grad_RF.contiguous(), *ctx.saved_tensors)
+
+
+def trained_swiglu(gate_up_RF: Tensor, gates_R: Tensor | None = None) -> Tensor:
     """`silu(gate) * up` times the row's gate, in the dtype of the rows; [R, 2F] -> [R, F]."""
-    gate, up = gate_up_RF.chunk(2, dim=-1)
-    hidden_RF = F.silu(gate.float()) * up.float() * gates_R[:, None]
-    return hidden_RF.to(gate_up_RF.dtype)
+    hidden_RF: Tensor = _GatedSwiglu.apply(  # type: ignore[no-untyped-call]
+        gate_up_RF.contiguous(), gates_R
+    )
+    return hidden_RF
+
+
+class _NormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        projected: Projected,
+        qkv_TA: Tensor,
+        q_weight: Tensor | None,
+        k_weight: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        cos_TC, sin_TC = projected.cos_TC, projected.sin_TC
+        ctx.save_for_backward(qkv_TA, cos_TC, sin_TC, q_weight, k_weight)
+        ctx.eps = projected.eps
+        q, k, v = norm_rope(*projected)
+        return q, k, v.contiguous()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[None, Tensor, Tensor | None, Tensor | None]:
+        q, k, v = (grad.contiguous() for grad in grads)
+        qkv_TA, cos_TC, sin_TC, q_weight, k_weight = ctx.saved_tensors
+        grad_TA, of_q, of_k = norm_rope_backward(
+            (q, k, v), qkv_TA, cos_TC, sin_TC, q_weight, k_weight, ctx.eps
+        )
+        return (
+            None,
+            grad_TA,
+            None if of_q is None else of_q.to(q_weight.dtype),
+            None if of_k is None else of_k.to(k_weight.dtype),
+        )
+
+
+def rotated(projected: Projected) -> tuple[Tensor, Tensor, Tensor]:
+    """q [T, H, C], k and v [T, G, C] of a projection whose keys have no offset."""
+    assert projected.k_offset_GC is None
+    weights = (projected.q_norm_weight, projected.k_norm_weight)
+    heads: tuple[Tensor, Tensor, Tensor] = _NormRope.apply(  # type: ignore[no-untyped-call]
+        projected, projected.qkv_TA, *weights
+    )
+    return heads

@@ -17,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourfold.kernels.grouped_gemm import grouped_gemm
-from fourfold.kernels.rope.reference import norm_rope
 from fourfold.kernels.routing import group_rows
 from fourfold.quadrants.experts import ExpertWeights, Routing
 from fourfold.quadrants.projection import Projected
@@ -25,7 +24,14 @@ from fourfold.quantize.weights import Activations, DenseWeight, Weight
 from fourfold.train.data.batches import Batch
 from fourfold.train.parallel import ExpertExchange
 from fourfold.train.router import TrainedRouting
-from fourfold.train.rows import collect_rows, gated_swiglu, permuted, spread_rows
+from fourfold.train.rows import (
+    collect_rows,
+    inverse_of,
+    permuted,
+    rotated,
+    spread_rows,
+    trained_swiglu,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +56,11 @@ class TrainStep:
         self.routings: list[TrainedRouting] = []
         self._exchange = exchange
 
+    # Left out of what is compiled: they are few kernels already, and their sizes vary.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attention(self, layer: int, projected: Projected, reader: Weight) -> Activations:
         """Causal attention of each token over its own document, [T, H C]."""
-        q_THC, k_TGC, v_TGC = norm_rope(*projected)
+        q_THC, k_TGC, v_TGC = rotated(projected)
         documents = self.documents
         if documents.starts_N is not None:
             out_THC = _varlen(q_THC, k_TGC, v_TGC, documents.starts_N, documents.length)
@@ -67,6 +75,7 @@ class TrainStep:
             out_THC = out.transpose(1, 2).flatten(0, 1)
         return Activations(out_THC.flatten(1))
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def experts(self, x: Activations, routing: Routing, weights: ExpertWeights) -> Tensor:
         """The routed FFN of every token, [T, D]."""
         assert isinstance(routing, TrainedRouting)
@@ -74,19 +83,21 @@ class TrainStep:
         assert isinstance(gate_up, DenseWeight)
         assert isinstance(down, DenseWeight)
         self.routings.append(routing)
-        experts = routing.logits_TE.shape[1]
-        groups = group_rows(routing.experts_TK, experts)
+        choices = routing.experts_TK.shape[1]
+        groups = group_rows(routing.experts_TK, routing.logits_TE.shape[1])
         order_R = groups.order_R.long()
-        rows_RD = spread_rows(x.kept, order_R, routing.experts_TK.shape[1])
-        gates_R = permuted(routing.gates_TK.flatten()[:, None], order_R)[:, 0]
+        place_R = inverse_of(order_R)
+        token_R, place_TK = order_R // choices, place_R.view(-1, choices)
+        rows_RD = spread_rows(x.kept, token_R, place_TK)
+        gates_R = permuted(routing.gates_TK.view(-1, 1), order_R, place_R)[:, 0]
+        matrices = gate_up.weight, down.weight
         if self._exchange is None:
-            out_RD = _expert_ffn(rows_RD, gates_R, gate_up.weight, down.weight, groups.ends_E)
+            out_RD = _expert_ffn(rows_RD, gates_R, *matrices, groups.ends_E)
         else:
             sent = self._exchange.plan(groups.ends_E)
-            rows_RD, gates_R = sent.forth(rows_RD), sent.forth(gates_R[:, None])[:, 0]
-            out_RD = _expert_ffn(rows_RD, gates_R, gate_up.weight, down.weight, sent.ends_E)
-            out_RD = sent.back(out_RD)
-        return collect_rows(out_RD, order_R, routing.experts_TK.shape[1])
+            rows_QD, gates_Q = sent.forth(rows_RD), sent.forth(gates_R[:, None])[:, 0]
+            out_RD = sent.back(_expert_ffn(rows_QD, gates_Q, *matrices, sent.ends_E))
+        return collect_rows(out_RD, token_R, place_TK)
 
 
 def _expert_ffn(
@@ -94,7 +105,7 @@ def _expert_ffn(
 ) -> Tensor:
     """Each expert's FFN over its own rows, times their gates. The gates are put before the last
     product, which is linear, so that what comes out of it need not be kept for their gradients."""
-    hidden_RF = gated_swiglu(grouped_gemm(rows_RD, gate_up_EFD, ends_E), gates_R)
+    hidden_RF = trained_swiglu(grouped_gemm(rows_RD, gate_up_EFD, ends_E), gates_R)
     return grouped_gemm(hidden_RF, down_EDF, ends_E)
 
 

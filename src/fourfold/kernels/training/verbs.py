@@ -1,0 +1,98 @@
+"""The verbs: checked, then Triton on a GPU and the reference anywhere else.
+
+All compute in float32 and round once to the dtype of their inputs. Sums are added in a fixed order,
+so the same inputs give the same bits in every run.
+
+Shapes: T tokens, K choices of a token, R rows, D width, F FFN width, V vocabulary, H query heads,
+G KV heads, C head width, A = (H + 2 G) C.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fourfold.kernels.training import reference
+
+
+def gated_swiglu(gate_up_RF: Tensor, gates_R: Tensor | None = None) -> Tensor:
+    """`silu(gate) * up`, times the row's gate where there is one; [R, 2F] -> [R, F].
+
+    `gate_up_RF` holds the gates' channels first and is contiguous; `gates_R` is float32.
+    """
+    _check_swiglu(gate_up_RF, gates_R)
+    if not gate_up_RF.is_cuda:
+        return reference.gated_swiglu(gate_up_RF, gates_R)
+    from fourfold.kernels.training.triton_swiglu import launch
+
+    return launch(gate_up_RF, gates_R)
+
+
+def gated_swiglu_backward(
+    grad_RF: Tensor, gate_up_RF: Tensor, gates_R: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of `gated_swiglu` for its inputs, [R, 2F] and float32 [R]."""
+    _check_swiglu(gate_up_RF, gates_R)
+    assert grad_RF.is_contiguous(), grad_RF.stride()
+    assert grad_RF.shape[1] * 2 == gate_up_RF.shape[1], (grad_RF.shape, gate_up_RF.shape)
+    if not gate_up_RF.is_cuda:
+        return reference.gated_swiglu_backward(grad_RF, gate_up_RF, gates_R)
+    from fourfold.kernels.training.triton_swiglu import launch_backward
+
+    return launch_backward(grad_RF, gate_up_RF, gates_R)
+
+
+def sum_rows(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
+    """Sum of rows `place_TK[t]` for every token, in the order of its choices; [T, D].
+
+    `place_TK` is int64, every entry in 0..R-1; both are contiguous.
+    """
+    assert rows_RD.is_contiguous(), rows_RD.stride()
+    assert place_TK.is_contiguous(), place_TK.stride()
+    if not rows_RD.is_cuda:
+        return reference.sum_rows(rows_RD, place_TK)
+    from fourfold.kernels.training.triton_sum_rows import launch
+
+    return launch(rows_RD, place_TK)
+
+
+def cross_entropy(logits_SV: Tensor, target_S: Tensor, *, gradient: bool) -> Tensor:
+    """Each row's cross-entropy, float32 [S], zero where its target (int64) is negative.
+
+    With `gradient` the logits, contiguous, are overwritten by the gradient of the rows' sum.
+    """
+    assert logits_SV.is_contiguous(), logits_SV.stride()
+    assert target_S.shape == logits_SV.shape[:1], (target_S.shape, logits_SV.shape)
+    if not logits_SV.is_cuda:
+        return reference.cross_entropy(logits_SV, target_S, gradient=gradient)
+    from fourfold.kernels.training.triton_cross_entropy import launch
+
+    return launch(logits_SV, target_S, gradient)
+
+
+def norm_rope_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    qkv_TA: Tensor,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    q_norm_weight: Tensor | None = None,
+    k_norm_weight: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of `kernels.rope.norm_rope` from those of q [T, H, C], k and v [T, G, C]: for the
+    projection, and float32 [C] for the norms' weights where there are such."""
+    assert all(grad.is_contiguous() for grad in grads), [grad.stride() for grad in grads]
+    assert qkv_TA.stride(1) == 1, "channels must be contiguous"
+    width = grads[0].shape[2]
+    assert qkv_TA.shape[1] == sum(grad.shape[1] for grad in grads) * width, qkv_TA.shape
+    arguments = (grads, qkv_TA, cos_TC, sin_TC, q_norm_weight, k_norm_weight, eps)
+    if not qkv_TA.is_cuda:
+        return reference.norm_rope_backward(*arguments)
+    from fourfold.kernels.training.triton_rope_backward import launch
+
+    return launch(*arguments)
+
+
+def _check_swiglu(gate_up_RF: Tensor, gates_R: Tensor | None) -> None:
+    assert gate_up_RF.is_contiguous(), gate_up_RF.stride()
+    assert gates_R is None or gates_R.shape == gate_up_RF.shape[:1], gates_R
+    assert gates_R is None or gates_R.is_contiguous(), gates_R
