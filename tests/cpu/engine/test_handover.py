@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -11,13 +13,14 @@ import pytest
 import torch
 
 from fourfold.engine.engine import Engine
-from fourfold.engine.messages import FinishReason, Granted, SamplingParams, Stage, Submit
+from fourfold.engine.messages import Abort, FinishReason, Granted, SamplingParams, Stage, Submit
 from fourfold.kernels import device_memory
 from fourfold.models.decoder import Decoder
 from fourfold.models.precision import PageFormat
 from fourfold.transport.peer import DeviceMemory, DevicePages
+from fourfold.transport.pieces import Part
 from tests.cpu.driving import GREEDY, load_tiny, make_engine, run, submit, tokens
-from tests.cpu.engine.couple import couple
+from tests.cpu.engine.couple import PATIENCE, couple
 
 Devices = tuple[DevicePages | None, ...]
 LENGTHS = (1, 2, 63, 64, 65, 128, 130, 300)
@@ -32,6 +35,13 @@ def model(checkpoint: Callable[[str], Path]) -> Decoder:
 def prompt_of(length: int, seed: int = 0) -> list[int]:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(3, 320, (length,), generator=generator).tolist()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
 def alone(engine: Engine, *requests: Submit) -> list[list[list[int]]]:
@@ -74,6 +84,32 @@ def test_a_last_token_that_is_a_chunk_of_its_own_is_sent_too(
     wanted = alone(make_engine(model, **options), request)
     with couple(make_engine(model, **options), make_engine(model, **options)) as pair:
         assert pair.answers(request) == wanted
+        pair.wait_until_free()
+
+
+@pytest.mark.parametrize("kv_pages", [PageFormat.FLOAT, PageFormat.INT8])
+def test_what_came_altered_spoils_nobody_who_has_the_pages_next(
+    model: Decoder, kv_pages: PageFormat
+) -> None:
+    options = {"pages": 5, "kv_pages": kv_pages, "max_running": 2, "prefix_cache": False}
+    request = submit(1, prompt_of(200), GREEDY)
+    wanted = alone(make_engine(model, **options), request)
+    with couple(make_engine(model, **options), make_engine(model, **options)) as pair:
+        peer = pair.first_node.peer
+        lost = msgspec.structs.replace(request, request_id=2, stage=Stage.DECODE, peer=peer)
+        pair.second.submit(lost)
+        wait_until(lambda: 2 in pair.granted)
+        handover = pair.second._handover
+        assert handover is not None
+        landing = handover._landings[2]
+        runs = [(Part.PAGES, landing.pages)] + [(Part.OPEN, 1)] * landing.open
+        for layer, (part, count) in itertools.product(range(landing.layers), runs):
+            for piece in landing.views(part, layer, 0, count):
+                piece[:] = b"\xff" * len(piece)
+        pair.second.abort(Abort(request_id=2))
+        pair.second.submit(request)
+        wait_until(lambda: pair.finished(request))
+        assert [[pair.tokens(1, 0)]] == wanted
         pair.wait_until_free()
 
 

@@ -127,7 +127,8 @@ class Handover:
         self._grants.pop(request_id, None)
         if sequence.stage is Stage.DECODE:
             self._node.forget(request_id)
-            self._landings.pop(request_id, None)
+            if self._landings.pop(request_id, None) is not None:
+                self._wipe(sequence)
             # Memory of a peer that has died without a link is let go of here.
             assert sequence.request.peer is not None
             self.detach(sequence.request.peer.epoch)
@@ -137,6 +138,16 @@ class Handover:
     def close(self) -> None:
         """Ends its thread; transfers end with the node."""
         self._courier.close()
+
+    def _wipe(self, sequence: Sequence) -> None:
+        """Clears pages that did not come as they were sent: what came may be NaN, which would spoil
+        the answers of their next owner even where it is masked."""
+        with torch.cuda.stream(self._stream):
+            self._paged.records_LPR[:, sequence.pages[sequence.computed // PAGE_TOKENS :]] = 0
+            if self._paged.open_LPR is not None:
+                self._paged.open_LPR[:, self._paged.open_of(sequence.slot)] = 0
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def _sending(self, sequence: Sequence) -> Sending:
         request_id = sequence.request.request_id
