@@ -8,6 +8,7 @@ socket what it holds. When a worker ends, a line says how; when the input ends, 
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import logging
 import os
 import select
@@ -31,6 +32,8 @@ from fourfold.engine.messages import Role
 from fourfold.transport.config import TransportPath
 from tests.cpu.chaos.oracle import ENGINE
 
+WHERE = signal.SIGUSR2
+"""The signal upon which a worker writes into its log where each of its threads is."""
 _LOOK_SECONDS = 0.02
 
 
@@ -57,14 +60,15 @@ class Born(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Holdings(msgspec.Struct, frozen=True, kw_only=True):
-    """What a worker holds of requests; all 0 where none is under way."""
+    """What a worker holds of requests; nothing where none is under way."""
 
-    leases: int = 0
-    landings: int = 0
-    sendings: int = 0
-    grants: int = 0
     moving: tuple[str, ...] = ()
     """Parts of requests that wait for pages, or for others to have them."""
+    leases: tuple[str, ...] = ()
+    sendings: tuple[str, ...] = ()
+    transfers: int = 0
+    landings: int = 0
+    grants: int = 0
 
 
 def main() -> None:
@@ -123,6 +127,7 @@ def _live(birth: Birth, folder: Path) -> None:
 
 def _serve(birth: Birth, folder: Path) -> None:
     torch.set_num_threads(1)
+    faulthandler.register(WHERE)
 
     class Watched(worker.Worker):
         """One that can be asked."""
@@ -169,15 +174,21 @@ def _holdings(watched: worker.Worker) -> Holdings:
         return Holdings()
     handover = engine._handover
     return Holdings(
-        leases=len(node._leases._leases),
-        landings=len(handover._landings),
-        sendings=len(handover._sendings),
-        grants=len(handover._grants),
         moving=tuple(
-            f"{number} {sequence.stage.value} computed {sequence.computed} of {sequence.given} "
-            f"next {sequence.proceeds is not None}"
+            f"{number} {sequence.stage.value}, {sequence.computed} of {sequence.given} computed"
             for number, sequence in list(engine.scheduler.moving.items())
         ),
+        leases=tuple(
+            f"{number}: {lease.missing} runs missing, over {lease.over}, {lease.problem}"
+            for number, lease in list(node._leases._leases.items())
+        ),
+        sendings=tuple(
+            f"{number}: {sending._stored} stored, {sending._sent} sent"
+            for number, sending in list(handover._sendings.items())
+        ),
+        transfers=sum(len(link._transfers._transfers) for link in list(node._links.values())),
+        landings=len(handover._landings),
+        grants=len(handover._grants),
     )
 
 

@@ -30,7 +30,7 @@ from fourfold.transport.config import TransportPath
 from tests.cpu.chaos.client import Client
 from tests.cpu.chaos.crew import Crew, until
 from tests.cpu.chaos.faults import Faults
-from tests.cpu.chaos.nursery import Holdings
+from tests.cpu.chaos.nursery import WHERE, Holdings
 from tests.cpu.chaos.oracle import ENGINE, Question, make_questions
 from tests.cpu.chaos.relay import Network, Trouble
 from tests.cpu.chaos.sizes import size_of
@@ -308,6 +308,11 @@ class Run:
             self.story.tell(held)
         for member in self.fleet.members:
             self.story.tell(f"worker {member.number} is {member.name}, {member.state}")
+        for joiner in self.crew.joiners.values():
+            self.crew.signal(joiner, WHERE)
+        await asyncio.sleep(1)
+        for name in self.crew.joiners:
+            self.story.tell(f"{name} wrote:\n{self.crew.log_of(name, 80)}")
 
     async def _quiet(self) -> None:
         """Waits until no fault goes on, then until nothing of any request is held."""
