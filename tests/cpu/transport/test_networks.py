@@ -3,6 +3,7 @@ and service goes on."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 
 import msgspec
@@ -12,18 +13,26 @@ from fourfold.transport import Node, Part
 from tests.cpu.transport.nodes import Memory, Outcome, make_node, send, until
 from tests.cpu.transport.proxy import Proxy
 
-QUICK = {"stall_seconds": 1.0}
+QUICK = {"stall_seconds": 2.0}
+
+Network = tuple[Node, Node, Proxy]
 
 
-@pytest.fixture
-def quick_pair() -> Iterator[tuple[Node, Node, Proxy]]:
-    """A sender and a receiver that give up soon, and the network between them."""
-    sender, receiver = make_node("prefill", 1, **QUICK), make_node("decode", 2, **QUICK)
+@contextlib.contextmanager
+def network(**options: object) -> Iterator[Network]:
+    """A sender, a receiver and what is between them."""
+    sender, receiver = make_node("prefill", 1, **options), make_node("decode", 2, **options)
     proxy = Proxy(receiver.peer)
     yield sender, receiver, proxy
     proxy.close()
     sender.close()
     receiver.close()
+
+
+@pytest.fixture
+def patient() -> Iterator[Network]:
+    with network() as made:
+        yield made
 
 
 def start(
@@ -35,12 +44,13 @@ def start(
     transfer = sender.link(proxy.peer).begin(1, sent)
     pieces = list(source.pieces(5))
     transfer.write(pieces[:-1])
-    until(lambda: any(target.buffer))
+    until(lambda: any(target.buffer) or sent.calls)
+    assert sent.calls == []
     return target, arrived, sent
 
 
-def test_a_connection_that_is_cut(quick_pair: tuple[Node, Node, Proxy]) -> None:
-    sender, receiver, proxy = quick_pair
+def test_a_connection_that_is_cut(patient: Network) -> None:
+    sender, receiver, proxy = patient
     _, arrived, sent = start(sender, receiver, proxy, Memory(2, 20, 5000).fill(1))
     proxy.cut()
     assert "link to decode broke" in sent.failure()
@@ -60,17 +70,17 @@ def test_a_connection_that_is_cut(quick_pair: tuple[Node, Node, Proxy]) -> None:
     assert [len(each.calls) for each in (arrived, sent, again, outcome)] == [1, 1, 1, 1]
 
 
-def test_a_peer_that_falls_silent(quick_pair: tuple[Node, Node, Proxy]) -> None:
+def test_a_peer_that_falls_silent() -> None:
     """Connections stay open and nothing comes: both sides find out without sending anything."""
-    sender, receiver, proxy = quick_pair
-    _, arrived, sent = start(sender, receiver, proxy, Memory(2, 20, 5000).fill(1))
-    proxy.freeze()
-    assert "silent for 1 s" in sent.failure()
-    assert "silent for 1 s" in arrived.failure()
+    with network(**QUICK) as (sender, receiver, proxy):
+        _, arrived, sent = start(sender, receiver, proxy, Memory(2, 20, 5000).fill(1))
+        proxy.freeze()
+        assert "silent for 2 s" in sent.failure()
+        assert "silent for 2 s" in arrived.failure()
 
 
-def test_bytes_that_change_on_their_way(quick_pair: tuple[Node, Node, Proxy]) -> None:
-    sender, receiver, proxy = quick_pair
+def test_bytes_that_change_on_their_way(patient: Network) -> None:
+    sender, receiver, proxy = patient
     marker = b"this is what the first page holds"
     source = Memory(2, 20, 5000).fill(1)
     source.page(0, 3)[: len(marker)] = marker
