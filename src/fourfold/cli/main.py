@@ -32,6 +32,7 @@ COMMANDS = {
     "corpus packages": "gather real text from installed packages, with their licences",
     "corpus sample": "write text that a model draws, in order and resumable",
     "corpus grammar": "write made-up text whose entropy is known",
+    "law sweep": "train a grid of sizes, sparsities and tokens, resumable",
     "law fit": "fit the sparsity law to a sweep's records",
     "inspect": "show what a checkpoint holds, needs, and whether it would be served",
     "calibrate": "time the kernels on this GPU, for plans and schedules that suit it",
@@ -40,6 +41,7 @@ COMMANDS = {
     "bench offline": "measure the engine alone, beside other engines",
     "bench kernels": "every kernel's speed beside this GPU's limits, and its error",
     "bench transport": "pages between processes, beside plain copies of as many bytes",
+    "bench train": "training steps beside plain PyTorch and torchtitan",
     "bench quality": "what a precision costs in perplexity and agreement on a text",
     "bench layers": "what each layer of a quantised model is off by",
 }

@@ -45,6 +45,8 @@ class RunRecord(
     """The same of the share of the devices' peak; absent where that is not known."""
     arguments: tuple[str, ...]
     """Of `fourfold train`, the configuration file first."""
+    config_sha256: str
+    """Of its whole configuration, but for folders."""
     hardware: str
     versions: dict[str, str]
 

@@ -74,6 +74,7 @@ def record(millions: int, ratio: int, tokens: int, loss: float) -> RunRecord:
         layers=8,
         width=64 * millions,
         arguments=("base.toml",),
+        config_sha256="",
         hardware="none",
         versions={},
     )

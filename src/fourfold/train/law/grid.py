@@ -1,0 +1,236 @@
+"""Which models a sweep trains, read from a TOML file:
+
+    base = "base.toml"                   # a configuration of `fourfold train`, beside this file
+    out = "runs"                         # takes the runs and OUT/records
+    tokens = [50_000_000, 200_000_000]   # that each model is trained on
+    ratios = [1, 4, 8, 16, 32]           # experts for each that a token chooses; 1: dense
+    seeds = [0]
+
+    [[model]]
+    name = "8M"
+    set = { "model.layers" = 8, "model.width" = 256, "optimizer.rate" = 2e-3 }
+
+A model may have `tokens`, `ratios` and `seeds` of its own. `[sparse]` and `[dense]` hold fields for
+all runs of a kind, `command` the words before the arguments of `fourfold train` where runs are not
+to be trained in this process.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import msgspec
+
+from fourfold.errors import ConfigError
+from fourfold.train.config import TrainConfig, read_config
+
+Value = str | int | float | bool
+Fields = dict[str, Value]
+
+
+class SizeSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A model size. `set` has fields of `fourfold train` by section.field; those it leaves out are
+    the base's."""
+
+    name: str
+    set: Fields
+    ratios: tuple[int, ...] | None = None
+    tokens: tuple[int, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+
+class GridFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The file as it is written."""
+
+    base: str
+    out: str
+    tokens: tuple[int, ...]
+    ratios: tuple[int, ...]
+    model: tuple[SizeSection, ...]
+    seeds: tuple[int, ...] = (0,)
+    sparse: Fields = {}
+    dense: Fields = {}
+    command: tuple[str, ...] = ()
+    timeout: float = 86400.0
+    """Seconds that a command may take."""
+    keep_checkpoints: bool = False
+    """Keep the checkpoints of models that have their records."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+    """One call of `fourfold train`: a run of the grid, or a stretch of the stable phase that runs
+    share."""
+
+    name: str
+    overrides: tuple[str, ...]
+    """For `--set`."""
+    config: TrainConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.config.run.folder)
+
+    @property
+    def checkpoint(self) -> Path:
+        """What it leaves at its end."""
+        return self.folder / "checkpoints" / f"step-{self.config.schedule.steps:08d}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Cell(Run):
+    """A run of the grid."""
+
+    chain: str
+    model: str
+    ratio: int
+    seed: int
+    tokens: int
+    """That were asked for: what is predicted is less by the first token of each document."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Chain:
+    """The runs of one model, ratio and seed, shortest first.
+
+    A warm-up and stable phase does not know when it ends, so it is trained once: `stretches[i]`
+    goes from where the decay of the run before begins to where that of `cells[i]` does, and
+    `cells[i]` goes on from there. That gives what each run would give by itself.
+    """
+
+    name: str
+    cells: tuple[Cell, ...]
+    stretches: tuple[Run, ...]
+    """Empty where there is one run only, which then is trained by itself."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Grid:
+    """A sweep."""
+
+    base: Path
+    records: Path
+    chains: tuple[Chain, ...]
+    command: tuple[str, ...]
+    timeout: float
+    keep_checkpoints: bool
+
+    @property
+    def cells(self) -> list[Cell]:
+        return [cell for chain in self.chains for cell in chain.cells]
+
+    def record(self, cell: Cell) -> Path:
+        """Where a run's record is, once it is finished."""
+        return self.records / f"{cell.name}.json"
+
+
+def read_grid(path: Path) -> Grid:
+    """Reads a grid and checks every run of it. ConfigError with the remedy."""
+    try:
+        file = msgspec.convert(tomllib.loads(path.read_text()), GridFile)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a grid: {error}") from error
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path}: {error}; correct that field") from error
+    base, out = path.parent / file.base, path.parent / file.out
+    names = [size.name for size in file.model]
+    if len(set(names)) < len(names) or not names:
+        raise ConfigError(f"{path}: give each [[model]] a name of its own, and at least one")
+    chains = [
+        _chain(file, base, out, size, ratio, seed)
+        for size in file.model
+        for ratio in size.ratios or file.ratios
+        for seed in size.seeds or file.seeds
+    ]
+    return Grid(
+        base=base,
+        records=out / "records",
+        chains=tuple(chains),
+        command=file.command,
+        timeout=file.timeout,
+        keep_checkpoints=file.keep_checkpoints,
+    )
+
+
+def _chain(
+    file: GridFile, base: Path, out: Path, size: SizeSection, ratio: int, seed: int
+) -> Chain:
+    if ratio < 1:
+        raise ConfigError(f"ratio {ratio}: a model has at least the experts that are chosen")
+    name = f"{size.name}-x{ratio}-s{seed}"
+    kind = file.dense if ratio == 1 else file.sparse
+    fields: Fields = {**kind, **size.set, "run.seed": seed, "run.export": False}
+    fields["model.form"] = "dense" if ratio == 1 else "sparse"
+    chosen = read_config(base, _overrides(fields)).model.experts_per_token
+    fields["model.experts"] = ratio * chosen
+    tokens = sorted(size.tokens or file.tokens)
+    cells: list[Cell] = []
+    stretches: list[Run] = []
+    for count in tokens:
+        cell = _cell(base, out, fields, size.name, ratio, seed, count)
+        schedule = cell.config.schedule
+        stable = schedule.steps - round(schedule.decay * schedule.steps)
+        if len(tokens) > 1:
+            before = stretches[-1] if stretches else None
+            stretches.append(_stretch(base, out, fields, name, stable, before))
+            start: Fields = {"run.start_from": str(stretches[-1].checkpoint)}
+            cell = _cell(base, out, fields | start, size.name, ratio, seed, count)
+        cells.append(cell)
+    return Chain(name=name, cells=tuple(cells), stretches=tuple(stretches))
+
+
+def _cell(
+    base: Path, out: Path, fields: Fields, model: str, ratio: int, seed: int, tokens: int
+) -> Cell:
+    name = f"{model}-x{ratio}-{_short(tokens)}-s{seed}"
+    data = read_config(base, _overrides(fields)).data
+    steps = max(1, round(tokens / (data.rows * data.length)))
+    own: Fields = {"schedule.steps": steps, "run.folder": str(out / name)}
+    own |= {"run.evaluate_every": steps}
+    overrides = _overrides(fields | own)
+    return Cell(
+        name=name,
+        chain=f"{model}-x{ratio}-s{seed}",
+        model=model,
+        ratio=ratio,
+        seed=seed,
+        tokens=tokens,
+        overrides=overrides,
+        config=read_config(base, overrides),
+    )
+
+
+def _stretch(
+    base: Path, out: Path, fields: Fields, chain: str, steps: int, before: Run | None
+) -> Run:
+    """The stable phase up to `steps`. Selection biases move all the time: that they rest at a run's
+    end is its decay's affair."""
+    name = f"{chain}-stable-{steps}"
+    own: Fields = {"schedule.steps": steps, "schedule.decay": 0.0, "router.bias_frozen": 0.0}
+    own |= {"run.folder": str(out / name), "run.evaluate_every": steps}
+    if before is not None:
+        own["run.start_from"] = str(before.checkpoint)
+    overrides = _overrides(fields | own)
+    return Run(name=name, overrides=overrides, config=read_config(base, overrides))
+
+
+def _overrides(fields: Mapping[str, Value]) -> tuple[str, ...]:
+    """For `--set`, values as TOML has them: JSON's numbers, words and truths are TOML's too."""
+    return tuple(f"{name}={json.dumps(value)}" for name, value in fields.items())
+
+
+def _short(tokens: int) -> str:
+    """50_000_000 is 50M."""
+    for unit, size in (("G", 10**9), ("M", 10**6), ("k", 10**3)):
+        if tokens >= size and tokens % size == 0:
+            return f"{tokens // size}{unit}"
+    return str(tokens)
+
+
+def arguments(grid: Grid, run: Run) -> Sequence[str]:
+    """Of `fourfold train`."""
+    return [str(grid.base), "--set", *run.overrides]

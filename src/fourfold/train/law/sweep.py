@@ -1,0 +1,142 @@
+"""Trains what a grid says and has no record yet, one run after the other.
+
+A run has its record once it is finished, written last and whole, so a sweep that was killed
+goes on where it was: `fourfold train` continues the run it was in. A run that fails has no record;
+the sweep goes on with those that do not need it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import shutil
+import statistics
+from collections.abc import Callable
+
+import msgspec
+import torch
+from msgspec import UNSET, UnsetType
+
+from fourfold.errors import ConfigError, FourfoldError
+from fourfold.train.data.shards import Shards
+from fourfold.train.law.grid import Cell, Chain, Grid, Run, arguments
+from fourfold.train.law.records import RunRecord, read_record, write_record
+from fourfold.train.metrics import EvaluationRecord, StepRecord, read_records
+from fourfold.train.model import count, model_config
+
+Launch = Callable[[Run], None]
+"""Trains a run to its end. RunFailedError where that cannot be."""
+Tell = Callable[[str], None]
+_WARM_UP_RECORDS = 1
+
+
+class RunFailedError(FourfoldError):
+    """A run that came to no end; the sweep can go on with others."""
+
+
+def is_done(grid: Grid, cell: Cell) -> bool:
+    """Whether a run has its record. ConfigError where that is of another configuration."""
+    path = grid.record(cell)
+    if not path.exists():
+        return False
+    if read_record(path).config_sha256 != _fingerprint(cell):
+        raise ConfigError(
+            f"{path} is of a run with another configuration; delete it and {cell.folder} to train "
+            "that again, or name another `out`"
+        )
+    return True
+
+
+def sweep(grid: Grid, launch: Launch, tell: Tell, *, only: str = "") -> dict[str, str]:
+    """Trains the runs whose name holds `only`; returns those without a record, and why."""
+    wanted = {cell.name for cell in grid.cells if only in cell.name and not is_done(grid, cell)}
+    missing: dict[str, str] = {}
+    for chain in grid.chains:
+        for number, cell in enumerate(chain.cells):
+            if cell.name not in wanted:
+                continue
+            try:
+                if chain.stretches:
+                    _train_stretch(chain, number, launch, tell)
+                tell(f"training {cell.name}")
+                launch(cell)
+                record = record_of(grid, cell)
+            except RunFailedError as error:
+                missing[cell.name] = str(error)
+                tell(f"{cell.name} is missing: {error}")
+                continue
+            write_record(record, grid.record(cell))
+            tell(f"{cell.name}: held-out loss {record.loss:.4f}")
+        if not grid.keep_checkpoints and all(is_done(grid, cell) for cell in chain.cells):
+            for run in (*chain.cells, *chain.stretches):
+                shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+    return missing
+
+
+def _train_stretch(chain: Chain, number: int, launch: Launch, tell: Tell) -> None:
+    """The stable phase up to where a run begins its decay, and what it needs itself."""
+    stretch = chain.stretches[number]
+    if stretch.checkpoint.is_dir():
+        return
+    if number:
+        _train_stretch(chain, number - 1, launch, tell)
+    tell(f"training {stretch.name}")
+    launch(stretch)
+
+
+def record_of(grid: Grid, cell: Cell) -> RunRecord:
+    """What a run that was trained gave. RunFailedError where it has no held-out loss."""
+    found = read_records(cell.folder / "metrics.jsonl")
+    evaluations = [r for r in found if isinstance(r, EvaluationRecord)]
+    if not evaluations or evaluations[-1].step != cell.config.schedule.steps:
+        raise RunFailedError("it has no held-out loss at its last step; set data.held_out")
+    last = evaluations[-1]
+    steps = [r for r in found if isinstance(r, StepRecord)][_WARM_UP_RECORDS:]
+    mfu = [r.mfu for r in steps if not isinstance(r.mfu, UnsetType)]
+    config = cell.config
+    vocabulary = Shards(config.data.train).meta.vocabulary
+    decoder = model_config(config.model, config.router, vocabulary.tokens, vocabulary.end_of_text)
+    counts = count(decoder, config.data.length)
+    assert config.data.held_out is not None
+    held_out = Shards(config.data.held_out).meta
+    try:
+        return RunRecord(
+            name=cell.name,
+            chain=cell.chain,
+            model=cell.model,
+            ratio=cell.ratio,
+            seed=cell.seed,
+            active=counts.active_non_embedding,
+            total=counts.non_embedding,
+            tokens=last.tokens,
+            loss=last.held_out_loss,
+            evaluated_tokens=last.evaluated_tokens,
+            bytes_per_token=held_out.text_bytes / held_out.tokens,
+            flops_per_token=counts.flops_per_token,
+            layers=config.model.layers,
+            width=config.model.width,
+            tokens_per_second=(
+                statistics.median(r.tokens_per_second for r in steps) if steps else UNSET
+            ),
+            mfu=statistics.median(mfu) if mfu else UNSET,
+            arguments=tuple(arguments(grid, cell)),
+            config_sha256=_fingerprint(cell),
+            hardware=_hardware(),
+            versions={name: importlib.metadata.version(name) for name in ("fourfold", "torch")},
+        )
+    except ValueError as error:
+        raise RunFailedError(f"it is no run to learn from: {error}") from error
+
+
+def _fingerprint(cell: Cell) -> str:
+    """What makes two runs the same but for where they are kept."""
+    run = msgspec.structs.replace(cell.config.run, folder="", start_from=None)
+    config = msgspec.structs.replace(cell.config, run=run)
+    return hashlib.sha256(msgspec.json.encode(config)).hexdigest()
+
+
+def _hardware() -> str:
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return platform.processor() or platform.machine()
