@@ -92,6 +92,7 @@ class Engine:
         self._under_way: deque[tuple[StepPlan, Launched, float]] = deque()
         self._failed: list[TokenOutput] = []
         self._ended = 0.0
+        self._turn_began: float | None = None
 
     @property
     def max_context(self) -> int:
@@ -101,6 +102,12 @@ class Engine:
     def stats(self) -> EngineStats:
         """Counters and gauges as of the last step."""
         return self._totals
+
+    @property
+    def turn_seconds(self) -> float:
+        """For how long the thread has been at one step; 0 while it waits for work."""
+        began = self._turn_began
+        return 0.0 if began is None else time.perf_counter() - began
 
     @property
     def page_format(self) -> PageFormat:
@@ -299,7 +306,9 @@ class Engine:
     def _run(self, emit: Emit) -> None:
         worked = True
         while (ended := self.receive(wait=not worked)) is not None:
+            self._turn_began = time.perf_counter()
             outputs = self.step()
+            self._turn_began = None
             worked = outputs is not None
             if news := [*ended, *(outputs or ())]:
                 try:

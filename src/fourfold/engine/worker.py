@@ -71,8 +71,10 @@ _PROGRESS_SECONDS = 0.05
 """Between two reports of progress."""
 _STATS_SECONDS = 0.1
 """After which numbers are sent that changed without other news."""
+_STEP_SECONDS = 300.0
+"""A step that takes longer hangs; better to end, and be started again."""
 _LOST = 1
-"""Exit code when the gateway or the engine's own thread has gone."""
+"""Exit code when the gateway or the engine's own thread has gone, or hangs."""
 
 
 class End(enum.Enum):
@@ -258,6 +260,9 @@ class Worker:
                     case (float() as time_had, said):
                         since = min(since, time_had)
                         handover.append(said)
+            if engine.turn_seconds > _STEP_SECONDS:
+                logger.critical("a step takes over %g seconds: the worker ends", _STEP_SECONDS)
+                os._exit(_LOST)
             stats, now = engine.stats, time.monotonic()
             due = now - told_at >= ALIVE_SECONDS
             if outputs or handover or stats != told or due:

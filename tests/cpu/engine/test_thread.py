@@ -9,8 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 from random import Random
 
+import pytest
+
+from fourfold.engine import worker
+from fourfold.engine.channel import Hello
 from fourfold.engine.engine import Engine
-from fourfold.engine.messages import Abort, FinishReason, SamplingParams, TokenOutput
+from fourfold.engine.messages import (
+    Abort,
+    EngineStats,
+    FinishReason,
+    Role,
+    SamplingParams,
+    TokenOutput,
+)
 from tests.cpu.driving import load_tiny, make_engine, submit
 
 Find = Callable[[str], Path]
@@ -104,3 +115,40 @@ def test_stop_ends_the_thread_while_requests_run(checkpoint: Find) -> None:
     heard.clear()
     assert not heard.wait(0.05)
     assert "engine" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_step_that_hangs_shows(checkpoint: Find, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = make_engine(load_tiny(checkpoint("mixtral")), pages=8)
+    begun, release = threading.Event(), threading.Event()
+
+    def hang() -> None:
+        begun.set()
+        release.wait(60)
+
+    monkeypatch.setattr(engine, "step", hang)
+    assert engine.turn_seconds == 0
+    engine.start(lambda outputs: None)
+    assert begun.wait(60)
+    time.sleep(0.02)
+    assert engine.turn_seconds >= 0.02
+    release.set()
+    deadline = time.monotonic() + 10
+    while engine.turn_seconds:
+        assert time.monotonic() < deadline
+    engine.stop()
+
+
+def test_a_worker_whose_engine_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hanging:
+        stats = EngineStats()
+        turn_seconds = 1e9
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(worker.os, "_exit", leave)
+    hello = Hello("w", Role.BOTH, 1)
+    told = worker.Worker(hello, None)
+    told._engine = Hanging()  # type: ignore[assignment]
+    with pytest.raises(SystemExit):
+        told._tell(None)  # type: ignore[arg-type]
