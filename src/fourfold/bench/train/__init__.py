@@ -1,0 +1,1 @@
+"""Training steps timed beside plain PyTorch and torchtitan on the same shapes."""

@@ -1,0 +1,50 @@
+"""The options of `fourfold bench train`. Imports nothing heavy: the CLI is built from it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from fourfold.errors import ConfigError
+
+Peer = Literal["plain", "compiled", "torchtitan"]
+Form = Literal["sparse", "dense"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainBenchConfig:
+    """Measures whole training steps of a configuration's sparse and dense forms, beside others that
+    take the same steps: rows of one document of random tokens, AdamW, clipping.
+
+    Each is built, warmed up and timed on its own, one after the other. Speeds are medians over the
+    rounds. Only models with a softmax router have peers.
+    """
+
+    config: Annotated[Path, tyro.conf.Positional]
+    """What `fourfold train` would read; its data is not."""
+    set: tuple[str, ...] = ()
+    """section.field=value, instead of what the file says."""
+    forms: tuple[Form, ...] = ("sparse", "dense")
+    """Which forms of the model."""
+    peers: tuple[Peer, ...] = ()
+    """plain: modules of torch, sorted rows and grouped products. compiled: the same under
+    torch.compile. torchtitan: its Qwen3, its layers compiled; must be installed."""
+    vocabulary: int = 32768
+    """Where the configuration names none."""
+    warmup: int = 4
+    """Steps before the first round."""
+    steps: int = 5
+    """Of a round."""
+    rounds: int = 5
+    """Turns of each."""
+    name: str = "train"
+    """The record's name."""
+    out: Path | None = None
+    """Where the JSON record goes."""
+
+    def __post_init__(self) -> None:
+        if min(self.steps, self.rounds, self.vocabulary) < 1 or not self.forms or self.warmup < 0:
+            raise ConfigError("--steps, --rounds, --vocabulary and --forms must be at least one")

@@ -1,0 +1,184 @@
+"""What takes steps in the benchmark: our trainer, plain PyTorch, torchtitan."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fourfold.bench.train.config import Peer
+from fourfold.bench.train.plain import PlainDecoder
+from fourfold.errors import ConfigError
+from fourfold.models.config import ModelConfig
+from fourfold.train.config import TrainConfig
+from fourfold.train.data.batches import Batch
+from fourfold.train.loop import Trainer
+from fourfold.train.parallel import Parallel
+
+_DIFFERENT_BATCHES = 4
+
+
+class Engine(Protocol):
+    """Takes training steps, one whole global batch each."""
+
+    def step(self) -> None:
+        """Launches one step; whoever times it waits for the device."""
+        ...
+
+
+class RandomBatches:
+    """Few batches of random tokens, every row one document, again and again."""
+
+    def __init__(self, rows: int, length: int, vocabulary: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        shape = (_DIFFERENT_BATCHES, rows, length + 1)
+        self._tokens = torch.randint(vocabulary, shape, generator=generator)
+        self._document = torch.zeros(shape[1:], dtype=torch.int32)
+
+    def batch(self, index: int) -> Batch:
+        """See `Batches`."""
+        return Batch(self._tokens[index % _DIFFERENT_BATCHES], self._document)
+
+
+class Ours:
+    """`fourfold train` without its loop's records."""
+
+    def __init__(self, config: TrainConfig, model: ModelConfig, device: torch.device) -> None:
+        batches = RandomBatches(config.data.rows, config.data.length, model.vocabulary)
+        self.trainer = Trainer(config, model, batches, Parallel(0, 1, device))
+
+    def step(self) -> None:
+        self.trainer.launch()
+
+
+class Theirs:
+    """A module from tokens [B, L] to logits [B, L, V], trained as is usual: autocast on a GPU,
+    AdamW in one kernel, gradients of micro-batches added up."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: nn.Module,
+        vocabulary: int,
+        device: torch.device,
+        forward: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._config, self._device = config, device
+        self.model = model
+        self._forward = forward or model
+        self._batches = RandomBatches(config.data.rows, config.data.length, vocabulary)
+        optimizer = config.optimizer
+        self._optimizer = torch.optim.AdamW(
+            model.parameters(),
+            lr=optimizer.rate,
+            betas=(optimizer.beta1, optimizer.beta2),
+            eps=optimizer.eps,
+            weight_decay=optimizer.weight_decay,
+            fused=device.type == "cuda",
+        )
+        self._steps = 0
+
+    def step(self) -> None:
+        batch = self._batches.batch(self._steps)
+        micro = self._config.run.micro_rows or self._config.data.rows
+        for tokens in torch.split(batch.tokens, micro):
+            self.loss(tokens.to(self._device, non_blocking=True)).backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimizer.clip)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+        self._steps += 1
+
+    def loss(self, tokens: Tensor) -> Tensor:
+        """Of one micro-batch, as its share of the step's mean."""
+        cast = contextlib.nullcontext()
+        with torch.autocast("cuda", torch.bfloat16) if self._device.type == "cuda" else cast:
+            logits = self._forward(tokens[:, :-1])
+        tokens_in_step = self._config.data.rows * self._config.data.length
+        loss = F.cross_entropy(
+            logits.flatten(0, 1).float(), tokens[:, 1:].flatten(), reduction="sum"
+        )
+        return loss / tokens_in_step
+
+
+def make_peer(peer: Peer, config: TrainConfig, model: ModelConfig, device: torch.device) -> Engine:
+    """A peer of our trainer. ConfigError where it is not installed or has no such model."""
+    if model.family == "glm4_moe":
+        raise ConfigError(
+            f'{peer} has no sigmoid router with shared experts; use router.score = "softmax"'
+        )
+    if peer == "torchtitan":
+        return _torchtitan(config, model, device)
+    with device:
+        plain = PlainDecoder(model)
+    forward = torch.compile(plain) if peer == "compiled" else None
+    return Theirs(config, plain, model.vocabulary, device, forward)
+
+
+def _torchtitan(config: TrainConfig, model: ModelConfig, device: torch.device) -> Engine:
+    """torchtitan's Qwen3 on one device; its builders are not public, and of version 0.3."""
+    try:
+        from torchtitan.models import qwen3
+        from torchtitan.models.common import CosSinRoPE, Embedding, Linear
+    except ImportError as error:
+        raise ConfigError(f"torchtitan cannot be used here ({error}); leave it out") from None
+    if model.dense_layers:
+        raise ConfigError("torchtitan's Qwen3 has no dense first layers; use model.dense_layers=0")
+    drawn = {"weight": partial(nn.init.normal_, std=0.02)}
+    shared: dict[str, Any] = {
+        "n_layers": model.layers,
+        "dim": model.width,
+        "n_heads": model.query_heads,
+        "n_kv_heads": model.kv_heads,
+        "head_dim": model.head_width,
+        "attn_backend": "varlen" if device.type == "cuda" else "flex",
+        "rope": CosSinRoPE.Config(
+            dim=model.head_width, max_seq_len=config.data.length, theta=model.rope.theta
+        ),
+    }
+    moe = model.moe
+    layers = (
+        qwen3._build_qwen3_layers(**shared, hidden_dim=model.ffn_width)
+        if moe is None
+        else qwen3._build_qwen3_moe_layers(
+            **shared,
+            moe_hidden_dim=moe.expert_width,
+            num_experts=moe.experts,
+            top_k=moe.experts_per_token,
+            moe_comm_backend="standard",
+        )
+    )
+    made = qwen3.Qwen3Model.Config(
+        vocab_size=model.vocabulary,
+        dim=model.width,
+        norm=qwen3._qwen3_norm(model.width),
+        tok_embeddings=Embedding.Config(
+            num_embeddings=model.vocabulary, embedding_dim=model.width, param_init=drawn
+        ),
+        lm_head=Linear.Config(
+            in_features=model.width, out_features=model.vocabulary, param_init=drawn
+        ),
+        layers=layers,
+    ).build()
+    theirs: nn.Module = made.to(device)
+    for parameter in theirs.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.02)
+        else:
+            nn.init.ones_(parameter)
+    rows = config.run.micro_rows or config.data.rows
+    positions = torch.arange(config.data.length, device=device).expand(rows, -1)
+    masks = made.get_attention_masks(positions)
+    if device.type == "cuda":
+        for layer in made.layers.values():
+            layer.compile()
+
+    def forward(tokens: Tensor) -> Tensor:
+        logits: Tensor = theirs(tokens, positions=positions, attention_masks=masks)
+        return logits
+
+    return Theirs(config, theirs, model.vocabulary, device, forward)

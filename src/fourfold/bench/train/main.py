@@ -1,0 +1,150 @@
+"""Builds, warms up and times each engine, and records tokens/s, MFU and memory."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import sys
+import time
+from collections.abc import Callable
+
+import msgspec
+import torch
+
+from fourfold.bench.command_line import command_line
+from fourfold.bench.figures import format_figure
+from fourfold.bench.record import DEFAULT_PACKAGES, Result, new_record, write
+from fourfold.bench.train.config import Form, TrainBenchConfig
+from fourfold.bench.train.engines import Engine, Ours, make_peer
+from fourfold.models.config import ModelConfig
+from fourfold.models.loading import resolve_device
+from fourfold.train.config import TrainConfig, read_config
+from fourfold.train.metrics import peak_flops
+from fourfold.train.model import count, model_config
+
+_GIB = 1 << 30
+_MFU_MARK = 40.0
+_SPEED_MARK = 1.3
+"""Of the faster peer."""
+
+
+def main(options: TrainBenchConfig) -> int:
+    """Runs the benchmark, prints its figures and writes its record."""
+    config = read_config(options.config, options.set)
+    device = resolve_device(config.run.device)
+    results = []
+    for form in options.forms:
+        for result in _measure_form(options, config, form, device):
+            print(_line(result), flush=True)
+            results.append(result)
+    if options.out is not None:
+        command = command_line("fourfold bench train", options, positional="config")
+        packages = (*DEFAULT_PACKAGES, "torchtitan")
+        write(new_record(options.name, command, results, packages=packages), options.out)
+    return 0
+
+
+def _measure_form(
+    options: TrainBenchConfig, config: TrainConfig, form: Form, device: torch.device
+) -> list[Result]:
+    section = msgspec.structs.replace(config.model, form=form)
+    # No checkpoint of an earlier run may be continued.
+    run = msgspec.structs.replace(config.run, folder="/nonexistent", start_from=None)
+    config = msgspec.structs.replace(config, model=section, run=run)
+    model = model_config(section, config.router, options.vocabulary, None)
+    counts = count(model, config.data.length)
+    case = (
+        f"{form}, {counts.active / 1e6:.0f}M of {counts.total / 1e6:.0f}M active, rows of "
+        f"{config.data.length}"
+    )
+    speeds: dict[str, float] = {}
+    memory: dict[str, float] = {}
+    makers: dict[str, Callable[[], Engine]] = {"fourfold": lambda: Ours(config, model, device)}
+    for peer in options.peers:
+        makers[peer] = _maker(peer, config, model, device)
+    for name, make in makers.items():
+        print(f"{case}: {name}", file=sys.stderr)
+        tokens = config.data.rows * config.data.length
+        speeds[name], memory[name] = _measure(make, options, tokens, device)
+    return _results(case, speeds, memory, counts.flops_per_token, peak_flops(device))
+
+
+def _maker(
+    peer: str, config: TrainConfig, model: ModelConfig, device: torch.device
+) -> Callable[[], Engine]:
+    return lambda: make_peer(peer, config, model, device)  # type: ignore[arg-type]
+
+
+def _measure(
+    make: Callable[[], Engine], options: TrainBenchConfig, tokens: int, device: torch.device
+) -> tuple[float, float]:
+    """Tokens per second, the median over the rounds, and the most memory in GiB."""
+    on_gpu = device.type == "cuda"
+
+    def wait() -> None:
+        if on_gpu:
+            torch.cuda.synchronize(device)
+
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(device)
+    engine = make()
+    for _ in range(options.warmup):
+        engine.step()
+    speeds = []
+    for _ in range(options.rounds):
+        wait()
+        begin = time.perf_counter()
+        for _ in range(options.steps):
+            engine.step()
+        wait()
+        speeds.append(tokens * options.steps / (time.perf_counter() - begin))
+    most = torch.cuda.max_memory_allocated(device) / _GIB if on_gpu else 0.0
+    del engine
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return statistics.median(speeds), most
+
+
+def _results(
+    case: str,
+    speeds: dict[str, float],
+    memory: dict[str, float],
+    flops_per_token: float,
+    peak: float | None,
+) -> list[Result]:
+    ours = speeds["fourfold"]
+    peers = {name: speed for name, speed in speeds.items() if name != "fourfold"}
+    results = [Result(case=case, metric="tokens_per_second", value=ours, unit="tok/s")]
+    if peers:
+        mark = _SPEED_MARK * max(peers.values())
+        results = [
+            Result(
+                case=case,
+                metric="tokens_per_second",
+                value=ours,
+                unit="tok/s",
+                mark=mark,
+                peer=name,
+                peer_value=speed,
+            )
+            for name, speed in peers.items()
+        ]
+    if peak is not None:
+        mfu = 100 * ours * flops_per_token / peak
+        results.append(Result(case=case, metric="mfu", value=mfu, unit="%", mark=_MFU_MARK))
+    results += [
+        Result(case=case, metric=f"memory of {name}", value=most, unit="GiB")
+        for name, most in memory.items()
+        if most
+    ]
+    return results
+
+
+def _line(result: Result) -> str:
+    peer = ""
+    if isinstance(result.peer_value, float):
+        share = result.value / result.peer_value
+        peer = f"  {share:.2f} of {format_figure(result.peer_value, result.unit)} ({result.peer})"
+    value = format_figure(result.value, result.unit)
+    return f"{result.case}  {result.metric:<24}{value:>12}{peer}"
