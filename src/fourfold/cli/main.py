@@ -34,6 +34,8 @@ COMMANDS = {
     "corpus grammar": "write made-up text whose entropy is known",
     "law sweep": "train a grid of sizes, sparsities and tokens, resumable",
     "law fit": "fit the sparsity law to a sweep's records",
+    "law plot": "draw losses, leverage, the fitted surface and residuals",
+    "law advise": "the best sparsity for budgets of training and serving",
     "inspect": "show what a checkpoint holds, needs, and whether it would be served",
     "calibrate": "time the kernels on this GPU, for plans and schedules that suit it",
     "bench serve": "load an OpenAI-compatible server and measure it",

@@ -82,9 +82,10 @@ class AdviseConfig:
     batch: int = 32
     """Sequences that are decoded together."""
     hardware: str = "NVIDIA H100 80GB HBM3"
-    """The GPU that serves, as PyTorch names it: priced by its calibration where there is one."""
+    """The GPU that serves, as PyTorch names it; its calibration prices a step."""
     bandwidth: float | None = None
-    """Bytes per second of another device's memory, which then prices the bytes alone."""
+    """Bytes per second of its memory, where it was not calibrated: the nearest GPU's calibration is
+    scaled to it."""
 
     def __post_init__(self) -> None:
         given = {

@@ -42,13 +42,13 @@ class Leverage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ratio: int
     tokens: int
     forms: dict[str, Estimate]
-    """By the name of the form."""
+    """By the name of the form, the one that fits best first."""
     direct: float | UnsetType = UNSET
     """Between dense runs on as many tokens; absent where no two enclose the loss."""
     compute: float | UnsetType = UNSET
-    """Training FLOPs of the dense model over those of the sparse one, by the first form."""
+    """Training FLOPs of the dense model over those of the sparse one, by the best form."""
     interpolated: bool
-    """Whether the dense model, by the first form, is no larger than the largest that was run on as
+    """Whether the dense model, by the best form, is no larger than the largest that was run on as
     many tokens."""
 
 
@@ -107,7 +107,8 @@ def _dense_curve(records: Sequence[RunRecord], tokens: int) -> tuple[list[int], 
 
 
 def leverages(records: Sequence[RunRecord], fits: Sequence[Fit]) -> list[Leverage]:
-    """Of every size and ratio that was run, on the most tokens that it was run on."""
+    """Of every size and ratio that was run, on the most tokens that it was run on. The first fit
+    says what that is in compute, and whether it is interpolated."""
     cells: dict[tuple[int, int], list[RunRecord]] = {}
     for record in records:
         if record.ratio > 1:
@@ -166,7 +167,7 @@ def _compute(records: Iterable[RunRecord], sparse: RunRecord, leverage: float) -
 
 def claims(found: Sequence[Leverage], joint: Fit, *, most_ratio: float = 256.0) -> list[Claim]:
     """Whether the sparse models of each size reach `CLAIMED`: at a ratio that was tried, by the
-    first form, or at a larger one, by the joint form."""
+    form that fits best, or at a larger one, by the joint form."""
     claimed = []
     for active in sorted({leverage.active for leverage in found}):
         own = [leverage for leverage in found if leverage.active == active]

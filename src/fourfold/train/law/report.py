@@ -60,6 +60,8 @@ class LawReport(msgspec.Struct, frozen=True, kw_only=True):
     resamplings: int
     seed: int
     delta: float
+    best: str
+    """The form that fits best: by it dense models are called interpolated or extrapolated."""
     forms: dict[str, FormReport]
     leverages: tuple[Leverage, ...]
     claims: tuple[Claim, ...]
@@ -70,7 +72,9 @@ def make_report(
 ) -> LawReport:
     """Fits all forms. ConfigError for too few runs."""
     fits = [fit(records, form, starts=starts, resamplings=resamplings, seed=seed) for form in FORMS]
-    found = leverages(records, fits)
+    # What is said of leverages is said by the form that fits best.
+    best = sorted(fits, key=lambda each: float(np.square(each.residual_N).sum()))
+    found = leverages(records, best)
     reports = {}
     for fitted in fits:
         held_out = hold_out(records, fitted.form.name, starts=starts, seed=seed)
@@ -80,6 +84,7 @@ def make_report(
         resamplings=resamplings,
         seed=seed,
         delta=DELTA,
+        best=best[0].form.name,
         forms=reports,
         leverages=tuple(found),
         claims=tuple(claims(found, fits[-1])),
@@ -166,13 +171,13 @@ def lines_of(report: LawReport) -> Iterator[str]:
         for held in form.held_out:
             yield f"- without {held.what}: off by {held.error:.4f} nats on {len(held.runs)} runs"
         yield ""
-    yield "## Leverage at equal tokens"
+    yield f"## Leverage at equal tokens (the {report.best} form fits best)"
     yield ""
     names = " | ".join(report.forms)
     yield f"| active | ratio | tokens | {names} | between dense runs | in compute | dense model |"
     yield "|" + "---|" * (6 + len(report.forms))
     for row in report.leverages:
-        shown = " | ".join(_shown(estimate) for estimate in row.forms.values())
+        shown = " | ".join(_shown(row.forms[name]) for name in report.forms)
         how = "interpolated" if row.interpolated else "extrapolated"
         yield (
             f"| {row.active:,} | {row.ratio} | {row.tokens:,} | {shown} | {_figure(row.direct)} | "

@@ -1,0 +1,230 @@
+"""The sparsity for a budget: which model, of those that may be trained and served, loses least.
+
+For each ratio, training FLOPs buy a small model many tokens or a large one few; memory bounds all
+its parameters, and the time of a decoding step those that a batch touches. The best of what is left
+is found on a fine grid of sizes.
+
+A size's shape is that of the models that were run: as wide for its depth, experts as large a part.
+
+Shapes: N sizes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fourfold.errors import ConfigError
+from fourfold.quadrants.costs import (
+    ExpertsShape,
+    QuadrantCosts,
+    calibration_path,
+    ffn_work,
+    find_costs,
+    projection_work,
+    shipped_costs,
+)
+from fourfold.train.law.config import AdviseConfig
+from fourfold.train.law.fitting import Fit, interval
+from fourfold.train.law.forms import Points
+from fourfold.train.law.leverage import dense_equivalent
+from fourfold.train.law.records import RunRecord
+
+Floats = NDArray[np.float64]
+_SIZES = 400
+_REACH = 64.0
+"""How many times smaller or larger than those that were run a model may be."""
+_CHOSEN = 8
+"""Experts that a token of a sparse model chooses."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Shapes:
+    """What models of other sizes look like, by those that were run."""
+
+    expert_share: float
+    """Of active parameters, those in experts."""
+    aspect: float
+    """Width over layers."""
+    block: float
+    """Active parameters of a layer over its squared width."""
+    overhead: float
+    growth: float
+    """Training FLOPs of a token beyond 6 times active parameters, for the head and attention, are
+    `overhead * active ** growth`."""
+
+    def total(self, active: float, ratio: float) -> float:
+        return active * (1.0 + self.expert_share * (ratio - 1.0))
+
+    def flops_per_token(self, active: float) -> float:
+        """Of training."""
+        return 6.0 * active + float(self.overhead * active**self.growth)
+
+    def layer(self, active: float) -> tuple[float, float, float]:
+        """Layers, width, and what a token passes of a layer's experts, in channels."""
+        width = (active * self.aspect / self.block) ** (1 / 3)
+        layers = max(1.0, width / self.aspect)
+        return layers, width, self.expert_share * active / (layers * 3 * width)
+
+
+def shapes_of(records: Sequence[RunRecord]) -> Shapes:
+    """ConfigError where no sparse model was run."""
+    sparse = [record for record in records if record.ratio > 1]
+    if not sparse:
+        raise ConfigError("no record is of a sparse model, so there is nothing to advise")
+    shares = [(r.total - r.active) / ((r.ratio - 1) * r.active) for r in sparse]
+    log_active = np.log([record.active for record in records])
+    beyond = [max(1.0, record.flops_per_token - 6.0 * record.active) for record in records]
+    growth, height = np.polyfit(log_active, np.log(beyond), 1)
+    return Shapes(
+        expert_share=float(np.median(shares)),
+        aspect=float(np.median([r.width / r.layers for r in sparse])),
+        block=float(np.median([r.active / (r.layers * r.width**2) for r in sparse])),
+        overhead=float(np.exp(height)),
+        growth=float(growth),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Advice:
+    """The best model of one ratio within the budgets."""
+
+    ratio: float
+    active: float
+    total: float
+    tokens: float
+    loss: float
+    low: float
+    high: float
+    """The middle 95 % of what resampled laws say."""
+    dense: float
+    """Active parameters of a dense model that is as good on as many tokens."""
+    memory: float
+    """Bytes of served weights."""
+    step: float
+    """Seconds of a decoding step, attention's reading of keys and values left out."""
+    bound: str
+    """Which budget bounds its size: "training", "memory" or "step"."""
+    beyond: tuple[str, ...]
+    """What of it is outside the runs that the law was fitted to: "active", "ratio", "tokens"."""
+
+
+def costs_for(config: AdviseConfig) -> QuadrantCosts:
+    """What serving costs on the hardware: by its calibration, or by that of the GPU with the
+    nearest bandwidth, scaled. ConfigError where neither is known."""
+    calibrated = calibration_path(config.hardware).exists()
+    shipped = [each.hardware for each in shipped_costs()]
+    if config.bandwidth is None and not calibrated and config.hardware not in shipped:
+        raise ConfigError(
+            f"--hardware {config.hardware}: calibrated are {', '.join(shipped)}; run `fourfold "
+            "calibrate` on it, or give its --bandwidth"
+        )
+    return find_costs(config.hardware, config.bandwidth or 0.0)
+
+
+def _step_seconds(
+    costs: QuadrantCosts, shapes: Shapes, active: float, ratio: float, config: AdviseConfig
+) -> float:
+    """A layer's experts as `decode_ffn` is priced, its projections as two dense products."""
+    layers, width, hidden = shapes.layer(active)
+    chosen = _chosen(ratio)
+    ffn = ffn_work(
+        config.batch,
+        ExpertsShape(
+            width=round(width),
+            hidden=max(1, round(hidden / chosen)),
+            experts=round(ratio * chosen),
+            chosen=chosen,
+            weight_bits=config.weight_bits,
+        ),
+    )
+    projected = (1.0 - shapes.expert_share) * active / layers / width
+    projections = sum(
+        costs.projection.seconds(
+            projection_work(
+                config.batch,
+                inputs=round(width),
+                outputs=max(1, round(projected / 2)),
+                weight_bits=config.weight_bits,
+            )
+        )
+        for _ in range(2)
+    )
+    return layers * (costs.decode_ffn.seconds(ffn) + projections)
+
+
+def _chosen(ratio: float) -> int:
+    """Experts of a token; a dense model has one, as wide."""
+    return 1 if ratio == 1 else _CHOSEN
+
+
+def ratios_for(records: Sequence[RunRecord]) -> list[int]:
+    """Powers of two, up to twice the largest ratio that was run."""
+    most = max(record.ratio for record in records)
+    return [1 << power for power in range(16) if 1 << power <= 2 * most]
+
+
+def advise(
+    config: AdviseConfig, fit: Fit, records: Sequence[RunRecord], ratios: Sequence[int]
+) -> list[Advice]:
+    """The best model of each ratio, best first; ratios that no size of fits are left out."""
+    shapes, costs = shapes_of(records), costs_for(config)
+    found = [_best(config, fit, records, shapes, costs, float(ratio)) for ratio in ratios]
+    return sorted((advice for advice in found if advice is not None), key=lambda each: each.loss)
+
+
+def _best(
+    config: AdviseConfig,
+    fit: Fit,
+    records: Sequence[RunRecord],
+    shapes: Shapes,
+    costs: QuadrantCosts,
+    ratio: float,
+) -> Advice | None:
+    run = [record.active for record in records]
+    sizes_N = np.geomspace(min(run) / _REACH, max(run) * _REACH, _SIZES)
+    tokens_N = np.array([config.flops / shapes.flops_per_token(size) for size in sizes_N])
+    loss_N = fit.loss(Points(sizes_N, np.full(_SIZES, ratio), tokens_N))
+    memory_N = np.array([shapes.total(s, ratio) * config.weight_bits / 8 for s in sizes_N])
+    step_N = np.array([_step_seconds(costs, shapes, size, ratio, config) for size in sizes_N])
+    within = {"training": np.ones(_SIZES, bool)}
+    if config.memory_gib is not None:
+        within["memory"] = memory_N <= config.memory_gib * 2**30
+    if config.step_ms is not None:
+        within["step"] = step_N <= config.step_ms * 1e-3
+    allowed = np.logical_and.reduce(list(within.values()))
+    if not allowed.any():
+        return None
+    best = int(np.where(allowed, loss_N, np.inf).argmin())
+    # Were a budget not there, would the next larger size be better?
+    bounding = [name for name, fits in within.items() if best + 1 < _SIZES and not fits[best + 1]]
+    place = Points(sizes_N[[best]], np.array([ratio]), tokens_N[[best]])
+    low, high = interval(fit.sampled_loss(place)[:, 0])
+    active, tokens = float(sizes_N[best]), float(tokens_N[best])
+    times = dense_equivalent(fit.form, fit.theta_P[None], active=active, ratio=ratio, tokens=tokens)
+    return Advice(
+        ratio=ratio,
+        active=active,
+        total=shapes.total(active, ratio),
+        tokens=tokens,
+        loss=float(loss_N[best]),
+        low=low,
+        high=high,
+        dense=active * float(times[0]),
+        memory=float(memory_N[best]),
+        step=float(step_N[best]),
+        bound=bounding[0] if bounding else "training",
+        beyond=_beyond(records, active=active, ratio=ratio, tokens=tokens),
+    )
+
+
+def _beyond(records: Sequence[RunRecord], **place: float) -> tuple[str, ...]:
+    outside = []
+    for name, value in place.items():
+        run = [getattr(record, name) for record in records]
+        if not min(run) <= value <= max(run):
+            outside.append(name)
+    return tuple(outside)

@@ -1,0 +1,142 @@
+"""Advice keeps to its budgets, and nothing within them is better."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fourfold.cli.main import run
+from fourfold.errors import ConfigError
+from fourfold.train.law.advise import Advice, advise, costs_for, ratios_for, shapes_of
+from fourfold.train.law.config import AdviseConfig
+from fourfold.train.law.fitting import Fit, fit
+from fourfold.train.law.forms import Points
+from fourfold.train.law.records import RunRecord, write_record
+from fourfold.train.law.report import fit_of, make_report, write_report
+from tests.cpu.train.law.known import RATIOS, Known, grid
+
+GPU = "NVIDIA H100 80GB HBM3"
+
+
+@pytest.fixture(scope="module")
+def records() -> list[RunRecord]:
+    return grid(Known())
+
+
+@pytest.fixture(scope="module")
+def joint(records: list[RunRecord]) -> Fit:
+    return fit(records, "joint", starts=16, resamplings=20, seed=0)
+
+
+def options(**fields: Any) -> AdviseConfig:
+    return AdviseConfig(fit=Path("fit.json"), hardware=GPU, **{"flops": 3e16} | fields)
+
+
+def advised(joint: Fit, records: list[RunRecord], **fields: Any) -> dict[int, Advice]:
+    found = advise(options(**fields), joint, records, ratios_for(records))
+    losses = [advice.loss for advice in found]
+    assert losses == sorted(losses)
+    return {int(advice.ratio): advice for advice in found}
+
+
+def test_shapes_are_those_of_the_runs(records: list[RunRecord]) -> None:
+    shapes = shapes_of(records)
+    assert shapes.expert_share == pytest.approx(0.5)
+    for record in records:
+        assert shapes.total(record.active, record.ratio) == pytest.approx(record.total)
+        flops = shapes.flops_per_token(record.active)
+        assert flops == pytest.approx(record.flops_per_token)
+    layers, width, hidden = shapes.layer(4e6)
+    assert layers * 3 * width * hidden == pytest.approx(0.5 * 4e6)
+    with pytest.raises(ConfigError, match="no record is of a sparse model"):
+        shapes_of([record for record in records if record.ratio == 1])
+
+
+def test_no_other_size_is_better(joint: Fit, records: list[RunRecord]) -> None:
+    shapes = shapes_of(records)
+    found = advised(joint, records)
+    assert list(found) == [64, 32, 16, 8, 4, 2, 1]
+    for ratio, advice in found.items():
+        assert advice.bound == "training"
+        spent = advice.tokens * shapes.flops_per_token(advice.active)
+        assert spent == pytest.approx(3e16)
+        for factor in (0.8, 1.25):
+            size = np.array([factor * advice.active])
+            tokens = np.array([3e16 / shapes.flops_per_token(float(size[0]))])
+            [other] = joint.loss(Points(size, np.array([float(ratio)]), tokens))
+            assert other > advice.loss
+        assert ("ratio" in advice.beyond) == (ratio > max(RATIOS))
+    assert found[32].dense / found[32].active > found[4].dense / found[4].active > 1
+
+
+@pytest.mark.parametrize(
+    ("budget", "spent"), [({"memory_gib": 0.05}, "memory"), ({"step_ms": 0.35}, "step")]
+)
+def test_budgets_are_kept(
+    joint: Fit, records: list[RunRecord], budget: dict[str, float], spent: str
+) -> None:
+    free, bound = advised(joint, records), advised(joint, records, **budget)
+    limit = 0.05 * 2**30 if spent == "memory" else 0.35e-3
+    kinds = set()
+    for ratio, advice in bound.items():
+        assert getattr(advice, spent) <= limit
+        assert advice.loss >= free[ratio].loss
+        kinds.add(advice.bound)
+        if advice.bound == spent:
+            assert getattr(advice, spent) > 0.8 * limit
+            assert advice.loss > free[ratio].loss
+    assert spent in kinds
+
+
+def test_little_memory_wants_less_sparsity(joint: Fit, records: list[RunRecord]) -> None:
+    """Of many training FLOPs and little memory a dense model makes the most."""
+    little = advised(joint, records, flops=1e20, memory_gib=0.02)
+    much = advised(joint, records, flops=1e16, memory_gib=1.0)
+    assert next(iter(little)) < next(iter(much))
+
+
+def test_another_device_is_priced_by_its_bandwidth(
+    joint: Fit, records: list[RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    other = dataclasses.replace(options(), hardware="Some GPU")
+    with pytest.raises(ConfigError, match="give its --bandwidth"):
+        costs_for(other)
+    slow = costs_for(dataclasses.replace(other, bandwidth=5e11))
+    assert "scaled from" in slow.origin
+    assert slow.decode_ffn.per_byte > 2 * costs_for(options()).decode_ffn.per_byte
+
+
+def test_the_commands_advise_and_draw(
+    records: list[RunRecord], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for record in records:
+        write_record(record, tmp_path / "records" / f"{record.name}.json")
+    report = make_report(records, starts=8, resamplings=10, seed=0)
+    assert report.best == "joint"
+    write_report(report, tmp_path / "fit.json")
+    path = str(tmp_path / "fit.json")
+    assert run(["law", "advise", path, "--flops", "3e16", "--memory-gib", "0.05"]) == 0
+    said = capsys.readouterr()
+    given = options(flops=3e16, memory_gib=0.05)
+    best = advise(given, fit_of(report, "joint"), records, ratios_for(records))[0]
+    assert f"take ratio {best.ratio:g}: {best.active / 1e6:.3g}M active" in said.out
+    assert f"priced by {GPU}" in said.err
+    assert run(["law", "advise", path, "--flops", "3e16", "--step-ms", "1e-6"]) == 2
+    assert "no model is within these budgets" in capsys.readouterr().err
+    assert run(["law", "plot", path]) == 0
+    figures = [Path(line) for line in capsys.readouterr().out.splitlines()]
+    assert [figure.name for figure in figures] == [
+        f"{name}.svg" for name in ("losses", "leverage", "surface", "residuals")
+    ]
+    drawn = [figure.read_bytes() for figure in figures]
+    assert run(["law", "plot", path]) == 0
+    assert [figure.read_bytes() for figure in figures] == drawn
+    (tmp_path / "records" / f"{records[0].name}.json").unlink()
+    capsys.readouterr()
+    assert run(["law", "plot", path]) == 2
+    assert "the fit is of other records" in capsys.readouterr().err
