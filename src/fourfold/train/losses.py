@@ -71,10 +71,9 @@ def loads_of(routings: Sequence[TrainedRouting]) -> Tensor:
 
 def _choices(routing: TrainedRouting, rows: int) -> Tensor:
     """The choices of each row that fell on each expert, float32 [B, E]."""
-    experts_BR = routing.experts_TK.view(rows, -1)
-    count_BE = torch.zeros(rows, routing.logits_TE.shape[1], device=experts_BR.device)
-    ones = torch.ones((), device=experts_BR.device).expand_as(experts_BR)
-    return count_BE.scatter_add_(1, experts_BR, ones)
+    # A token chooses an expert once, so no two writes meet.
+    chosen_TE = torch.zeros_like(routing.logits_TE).scatter_(1, routing.experts_TK, 1.0)
+    return chosen_TE.view(rows, -1, chosen_TE.shape[1]).sum(1)
 
 
 def balance_loss(routing: TrainedRouting, choices_BE: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""One of several processes of the toy runs: `python -m tests.cpu.train.ranks FOLDER`.
+"""One of several processes of the toy runs: `python -m tests.cpu.train.ranks FOLDER DEVICE`.
 
 The processes are started together with `RANK`, `WORLD_SIZE` and where to meet in the environment,
 as torchrun does, and run every case one after the other.
@@ -7,6 +7,9 @@ as torchrun does, and run every case one after the other.
 from __future__ import annotations
 
 import dataclasses
+import os
+import socket
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,7 +33,7 @@ CASES: dict[str, tuple[dict[str, Any], ...]] = {
     ),
     "dense": (toy.DENSE,),
 }
-STEPS = 4
+STEPS = 3
 
 
 def config_of(case: str, folder: Path, *changes: dict[str, Any]) -> TrainConfig:
@@ -43,18 +46,43 @@ def config_of(case: str, folder: Path, *changes: dict[str, Any]) -> TrainConfig:
     )
 
 
-def main(folder: Path) -> None:
+def run_two(folder: Path, device: str) -> Path:
+    """Has two processes run every case; returns the folder that has what they left."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "tests.cpu.train.ranks", str(folder), device],
+            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    said = []
+    try:
+        said = [process.communicate(timeout=110)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], said
+    return folder
+
+
+def main(folder: Path, device: str) -> None:
     torch.set_num_threads(1)
     section = toy.config(folder).parallel
-    with joined(section, torch.device("cpu")) as parallel:
+    with joined(section, torch.device(device)) as parallel:
         for case in CASES:
             config = config_of(case, folder)
             size = config.parallel.experts
-            mesh = init_device_mesh("cpu", (parallel.world // size, size))
+            mesh = init_device_mesh(device, (parallel.world // size, size))
             trainer = toy.trainer(config, parallel=dataclasses.replace(parallel, mesh=mesh))
             trainer.run(held_out=toy.chain(config, seed=1))
             trainer.export(Path(config.run.folder) / "model")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

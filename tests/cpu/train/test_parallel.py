@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,29 +21,7 @@ ALONE: dict[str, Any] = {"parallel": {"experts": 1}}
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left of every case."""
-    folder = tmp_path_factory.mktemp("together")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    command = [sys.executable, "-m", "tests.cpu.train.ranks", str(folder)]
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = []
-    try:
-        said = [process.communicate(timeout=100)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
-    return folder
+    return ranks.run_two(tmp_path_factory.mktemp("together"), "cpu")
 
 
 @pytest.mark.parametrize("case", sorted(ranks.CASES))
@@ -72,7 +46,7 @@ def test_two_processes_take_the_steps_of_one(case: str, together: Path, tmp_path
             if wanted is not msgspec.UNSET:
                 assert got == pytest.approx(wanted, rel=1e-3), name
     files = (
-        "checkpoints/step-00000004/state.safetensors",
+        "checkpoints/step-00000003/state.safetensors",
         "model/model-00001-of-00001.safetensors",
     )
     for file in files:
@@ -84,20 +58,20 @@ def test_two_processes_take_the_steps_of_one(case: str, together: Path, tmp_path
 
 def test_one_process_goes_on_where_two_were(together: Path, tmp_path: Path) -> None:
     case = "experts apart, sigmoid, muon"
-    theirs = Path(ranks.config_of(case, together).run.folder) / "checkpoints" / "step-00000004"
-    more = {"schedule": {"steps": 6}, "run": {"start_from": str(theirs)}}
+    theirs = Path(ranks.config_of(case, together).run.folder) / "checkpoints" / "step-00000003"
+    more = {"schedule": {"steps": 5}, "run": {"start_from": str(theirs)}}
     trainer = toy.trainer(ranks.config_of(case, tmp_path, ALONE, more))
-    assert trainer.steps == 4
+    assert trainer.steps == 3
     trainer.run()
     whole = toy.trainer(
-        ranks.config_of(case, tmp_path / "whole", ALONE, {"schedule": {"steps": 6}})
+        ranks.config_of(case, tmp_path / "whole", ALONE, {"schedule": {"steps": 5}})
     )
     whole.run()
     losses = [
         record.loss
         for folder in (tmp_path, tmp_path / "whole")
         for record in read_records(next(folder.glob("experts*")) / "metrics.jsonl")
-        if isinstance(record, StepRecord) and record.step > 4
+        if isinstance(record, StepRecord) and record.step > 3
     ]
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-3)
 

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
+import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fourfold.errors import CheckpointError
 from fourfold.train import checkpoint
@@ -90,40 +88,51 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
             toy.trainer(toy.config(tmp_path, other))
 
 
-_SAVING = """
-import sys
-from pathlib import Path
-from tests.cpu.train import toy
-config = toy.config(Path(sys.argv[1]), {"run": {"save_every": 1}, "schedule": {"steps": 100000}})
-print("saving", flush=True)
-toy.trainer(config).run()
-"""
+def half_a_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Writes as `save_file` does, and is killed before it is done."""
+    save_file(tensors, path)
+    os.truncate(path, path.stat().st_size // 2)
+    die()
 
 
-def test_a_kill_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
-    """The process is killed as soon as a checkpoint is being written."""
-    run = [sys.executable, "-c", _SAVING, str(tmp_path)]
+def die(*_: Any, **__: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("where", "instead", "left"),
+    [
+        ("fourfold.train.checkpoint.save_file", half_a_file, [1, 2]),
+        ("fourfold.train.checkpoint._flush", die, [1, 2]),
+        ("pathlib.Path.rename", die, [1, 2]),
+        ("fourfold.train.checkpoint._remove", die, [1, 2, 3]),
+        ("shutil.rmtree", die, [2, 3]),
+    ],
+)
+def test_a_kill_at_any_point_of_saving_leaves_whole_checkpoints(
+    where: str, instead: Any, left: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: dict[str, Any] = {"run": {"save_every": 1, "keep": 2}}
+    first = toy.config(tmp_path, changes, {"schedule": {"steps": 2, "decay": 0.0}})
+    trainer = toy.trainer(first)
+    trainer.run()
+    trainer.launch()
+    with monkeypatch.context() as patch:
+        patch.setattr(where, instead)
+        child = os.fork()
+        if child == 0:  # it saves, is killed while it does, and never gets further
+            trainer.save()
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+    assert os.WTERMSIG(status) == signal.SIGKILL
     folder = tmp_path / "checkpoints"
-    with subprocess.Popen(run, stdout=subprocess.PIPE) as process:
-        deadline = time.monotonic() + 100
-        try:
-            while len(checkpoint.checkpoints(folder)) < 2 or not list(folder.glob(".unf*")):
-                assert time.monotonic() < deadline
-                assert process.poll() is None
-        finally:
-            process.send_signal(signal.SIGKILL)
-    kept = checkpoint.checkpoints(folder)
-    config = toy.config(tmp_path, {"schedule": {"steps": 100_000}})
-    trainer = toy.trainer(config)
-    assert trainer.steps == int(kept[-1].name.removeprefix("step-"))
-    fresh = tmp_path / "fresh"
-    changes: dict[str, Any] = {"schedule": {"steps": 100_000}, "run": {"save_every": 1}}
-    again = toy.trainer(toy.config(fresh, changes))
-    for _ in range(trainer.steps):
-        again.launch()
-    for mine, theirs in zip(trainer.optimizer.state(), again.optimizer.state(), strict=True):
-        assert mine[0] == theirs[0]
-        assert torch.equal(mine[1], theirs[1]), mine[0]
+    found = checkpoint.checkpoints(folder)
+    assert [int(path.name.removeprefix("step-")) for path in found] == left
+    for path in found:
+        fresh = toy.trainer(toy.config(tmp_path / "fresh", {"run": {"start_from": str(path)}}))
+        assert fresh.steps == int(path.name.removeprefix("step-"))
+    if left[-1] == 3:
+        for mine, theirs in zip(trainer.optimizer.state(), fresh.optimizer.state(), strict=True):
+            assert torch.equal(mine[1], theirs[1]), mine[0]
     trainer.save()
-    assert not list(folder.glob(".unf*"))
-    shutil.rmtree(tmp_path)
+    assert sorted(path.name for path in folder.iterdir()) == ["step-00000002", "step-00000003"]

@@ -14,10 +14,14 @@ from fourfold.models.config import ModelConfig
 from fourfold.train.config import TrainConfig, make_config
 from fourfold.train.data.batches import Batch
 from fourfold.train.loop import Trainer
+from fourfold.train.losses import Scale
 from fourfold.train.model import model_config
 from fourfold.train.parallel import Parallel
 
 VOCABULARY = 24
+ALONE = Parallel(0, 1, torch.device("cpu"))
+WHOLE = Scale(1.0, 1.0)
+"""Counts a batch by its sum."""
 
 FIELDS: dict[str, Any] = {
     "model": {
@@ -114,7 +118,6 @@ def chain(config: TrainConfig, *, seed: int = 0) -> Chain:
     return Chain(config.data.rows, config.data.length, seed=seed)
 
 
-def trainer(config: TrainConfig, batches: Any = None, parallel: Parallel | None = None) -> Trainer:
+def trainer(config: TrainConfig, batches: Any = None, parallel: Parallel = ALONE) -> Trainer:
     """A run of the toy source, or of other batches."""
-    alone = Parallel(0, 1, torch.device("cpu"))
-    return Trainer(config, decoder_config(config), batches or chain(config), parallel or alone)
+    return Trainer(config, decoder_config(config), batches or chain(config), parallel)
