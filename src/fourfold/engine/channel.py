@@ -1,6 +1,6 @@
 """The wire between a gateway and an engine in another process: typed messages over a socket.
 
-A message is msgpack behind its length in four bytes. A worker says `Hello`, the gateway `Load`, and
+A message is msgpack behind its length and checksums. A worker says `Hello`, the gateway `Load`, and
 the worker answers with `Progress` until it says `Ready` or `LoadFailed`; then requests and aborts
 go one way, and what each step brought goes the other. Both say something at least every
 `ALIVE_SECONDS`. Whoever finds the socket closed, or hears nothing for long, takes the other process
@@ -10,6 +10,8 @@ for dead.
 from __future__ import annotations
 
 import socket
+import struct
+import zlib
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -32,7 +34,9 @@ from fourfold.transport.stats import PathStats
 
 ALIVE_SECONDS = 0.5
 
-_LENGTH_BYTES = 4
+_HEAD = struct.Struct(">III")
+"""Length of a message, CRC-32 of it, and CRC-32 of these two."""
+_SUMMED = slice(0, 8)
 _LONGEST = 1 << 28
 """Bytes of a message at most: what claims to be longer is no message."""
 _READ_BYTES = 1 << 18
@@ -156,14 +160,18 @@ class Channel(Generic[Incoming]):
         self._arrived += data
         messages, start = [], 0
         with memoryview(self._arrived) as view:
-            while len(view) - start >= _LENGTH_BYTES:
-                begin = start + _LENGTH_BYTES
-                length = int.from_bytes(view[start:begin])
+            while len(view) - start >= _HEAD.size:
+                begin = start + _HEAD.size
+                length, checksum, head_checksum = _HEAD.unpack(view[start:begin])
+                if zlib.crc32(view[start:begin][_SUMMED]) != head_checksum:
+                    raise ValueError("its head is not what was sent")
                 if length > _LONGEST:
                     raise ValueError(f"a message of {length} bytes")
                 end = begin + length
                 if end > len(view):
                     break
+                if zlib.crc32(view[begin:end]) != checksum:
+                    raise ValueError("it is not what was sent")
                 messages.append(self._decoder.decode(view[begin:end]))
                 start = end
         del self._arrived[:start]
@@ -173,7 +181,8 @@ class Channel(Generic[Incoming]):
 def encode(message: ToEngine | FromEngine) -> bytes:
     """A message as it goes over the wire."""
     body = _encoder.encode(message)
-    return len(body).to_bytes(_LENGTH_BYTES) + body
+    head = _HEAD.pack(len(body), zlib.crc32(body), 0)[_SUMMED]
+    return head + zlib.crc32(head).to_bytes(4) + body
 
 
 def _decode_other(kind: type[Any], value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import socket
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -135,9 +136,23 @@ def test_what_claims_to_be_too_long_is_no_message(
     wire: tuple[socket.socket, socket.socket],
 ) -> None:
     ours, theirs = wire
-    ours.sendall(b"\xff\xff\xff\xff{}")
-    with pytest.raises(ValueError, match="4294967295 bytes"):
+    head = bytes(range(255, 251, -1)) + bytes(4)
+    ours.sendall(head + zlib.crc32(head).to_bytes(4) + b"{}")
+    with pytest.raises(ValueError, match="4294901244 bytes"):
         Channel[ToEngine](theirs, ToEngine).receive()
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_what_is_altered_on_its_way_is_no_message(bit: int) -> None:
+    data = encode(TO_ENGINE[2])
+    for place in range(len(data)):
+        ours, theirs = socket.socketpair()
+        altered = bytearray(data)
+        altered[place] ^= 1 << bit
+        with ours, theirs:
+            ours.sendall(altered)
+            with pytest.raises(ValueError, match="not what was sent"):
+                Channel[ToEngine](theirs, ToEngine).receive()
 
 
 def test_a_part_of_a_message_is_none_yet_and_an_end_is_noticed(
