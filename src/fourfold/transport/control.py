@@ -71,9 +71,10 @@ class Cancel(msgspec.Struct, frozen=True, tag=True):
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """The first message of a receiver: how many bytes may be under way."""
+    """The first message of a receiver: how many bytes may be under way, and be in one frame."""
 
     window: int
+    max_payload: int
 
 
 class Mapped(msgspec.Struct, frozen=True, tag=True):

@@ -13,6 +13,7 @@ from fourfold.transport.pieces import Part, Piece
 if TYPE_CHECKING:
     from fourfold.transport.transfers import Transfer
 
+_MAX_LAYERS, _MAX_PAGES = 1 << 16, 1 << 32
 SPLIT_BYTES = 1 << 20
 """A page of more is sent in parts."""
 
@@ -46,6 +47,8 @@ class _Run:
         count = piece.count
         if count < 1 or not self.bytes or self.bytes % count:
             raise ValueError(f"{self.bytes} bytes are not {count} pages of one size")
+        if not 0 <= piece.layer < _MAX_LAYERS or not 0 <= piece.first <= _MAX_PAGES - count:
+            raise ValueError(f"layer {piece.layer}, page {piece.first} cannot be in a frame")
         if piece.part is Part.OPEN and (piece.first, count) != (0, 1):
             raise ValueError("open rows are one run a layer")
         self.page_bytes = self.bytes // count
@@ -83,7 +86,7 @@ class Cutter:
     """Runs that wait, in order, and the frames they are cut into. For one thread at a time."""
 
     def __init__(self, slice_bytes: int) -> None:
-        self._slice_bytes = slice_bytes
+        self.slice_bytes = slice_bytes
         self._runs: collections.deque[_Run] = collections.deque()
 
     def __bool__(self) -> bool:
@@ -105,7 +108,7 @@ class Cutter:
         if run.page_bytes > SPLIT_BYTES:
             return self._cut_page(run)
         piece = run.piece
-        fit = max(1, self._slice_bytes // run.page_bytes)
+        fit = max(1, self.slice_bytes // run.page_bytes)
         count = min(fit, piece.count - run.pages)
         views = run.take(count * run.page_bytes)
         first, layers = piece.first + run.pages, 1
@@ -136,7 +139,7 @@ class Cutter:
                 or (more.part, more.first, more.count) != (piece.part, piece.first, piece.count)
                 or more.layer != piece.layer + joined + 1
                 or other.bytes != run.bytes
-                or (joined + 2) * run.bytes > self._slice_bytes
+                or (joined + 2) * run.bytes > self.slice_bytes
             ):
                 break
             views += other.take(other.bytes)
@@ -147,7 +150,7 @@ class Cutter:
     def _cut_page(self, run: _Run) -> Slice:
         """A part of a page that is too large for one frame."""
         piece, offset = run.piece, run.offset
-        length = min(self._slice_bytes, run.page_bytes - offset)
+        length = min(self.slice_bytes, run.page_bytes - offset)
         views = run.take(length)
         page = piece.first + run.pages
         run.offset += length

@@ -74,6 +74,7 @@ class Link:
         """Regions that the peer has mapped."""
         self._opened = False
         self._window = 0
+        self._slice_bytes = config.slice_bytes
         self._round_trips: RoundTrips | None = None
         self._probe: Probe | None = None
         self._thread = threading.Thread(target=self._run, name=f"link {peer.name}", daemon=True)
@@ -87,7 +88,7 @@ class Link:
     def begin(self, lease: int, done: Done) -> Transfer:
         """A transfer into a lease of the peer; on a broken link it fails at once.
 
-        Raises `ValueError` where one into the same lease is under way.
+        Raises `ValueError` where one into the same lease is under way, or the number is no lease.
         """
         return self._transfers.begin(lease, done)
 
@@ -192,8 +193,12 @@ class Link:
                 self._counters.round_trip = (time.monotonic_ns() - sent) / 1e9
                 if self._round_trips and (again := self._round_trips.returned(sent)):
                     self._control.post(again)
-            case Welcome(window):
+            case Welcome(window, max_payload):
+                if self._window:
+                    self._control.end("it was welcomed twice")
+                    return
                 self._window = window
+                self._slice_bytes = min(self._slice_bytes, max_payload)
                 self._choose()
             case Mapped(regions, refusal):
                 self._mapped(regions, refusal)
@@ -237,8 +242,8 @@ class Link:
 
     def _mapped(self, regions: list[int], refusal: str) -> None:
         """The peer has mapped what it could."""
-        self._shared = frozenset(regions)
-        if not regions and self._config.path is TransportPath.SHARED_MEMORY:
+        self._shared = frozenset(regions) & {each.number for each in self._regions.offers()}
+        if not self._shared and self._config.path is TransportPath.SHARED_MEMORY:
             self._break(f"shared memory was asked for, but {refusal}")
             return
         if refusal:
@@ -279,10 +284,10 @@ class Link:
 
     def _start_probe(self, round_trips: list[float]) -> None:
         """The second half of the test: payloads on all streams, which then stay open."""
-        payload, extents = memoryview(bytes(self._config.slice_bytes)), []
+        payload, extents = memoryview(bytes(self._slice_bytes)), []
         if self._shared:
             number = max(self._shared, key=lambda number: self._regions[number].size)
-            payload = self._regions[number].buffer[: self._config.slice_bytes]
+            payload = self._regions[number].buffer[: self._slice_bytes]
             extents = [Extent(region=number, length=len(payload), offset=0)]
         self._probe = Probe(
             payload=payload,
@@ -320,7 +325,7 @@ class Link:
             rate / 1e9,
             1e6 * probe.round_trip,
         )
-        self._transfers.open(self._window)
+        self._transfers.open(self._window, self._slice_bytes)
 
     def _serve(self, wire: Wire, probe: Probe) -> None:
         """Sends frames on one stream until the link breaks."""

@@ -30,7 +30,7 @@ class RoundTrips:
 
     def returned(self, sent: int) -> Ping | None:
         """An answer came; the message to send for it, if it was ours and not the last."""
-        if sent != self._sent:
+        if not self._sent or sent != self._sent:
             return None
         self._seconds.append((time.monotonic_ns() - sent) / 1e9)
         if len(self._seconds) < self._count:

@@ -92,7 +92,7 @@ class Session:
         """Serves the control stream until the link ends, then ends all of it."""
         self._counters.connected = True
         self._counters.add("links")
-        self._control.post(Welcome(self._config.window_bytes))
+        self._control.post(Welcome(self._config.window_bytes, self._config.max_payload))
         reason = "its thread failed"
         try:
             reason = self._control.run()

@@ -86,6 +86,8 @@ class Transfers:
 
     def begin(self, lease: int, done: Done) -> Transfer:
         """See `Link.begin`."""
+        if not 0 <= lease < 1 << 64:
+            raise ValueError(f"{lease} is no number of a lease")
         transfer = Transfer(self, lease, done)
         with self._changed:
             if lease in self._transfers:
@@ -121,10 +123,11 @@ class Transfers:
             if not self._changed.wait_for(lambda: not transfer.sending, _LEAVE_SECONDS):
                 raise RuntimeError(f"a thread still reads the pages for lease {transfer.lease}")
 
-    def open(self, window: int) -> None:
-        """Frames may be sent from now on, with so many bytes under way."""
+    def open(self, window: int, slice_bytes: int) -> None:
+        """Frames may be sent from now on, with so many bytes under way, and so many in each."""
         with self._changed:
             self._open = True
+            self._cutter.slice_bytes = slice_bytes
             self._credit += window
             self._moved = time.monotonic()
             for transfer in self._transfers.values():

@@ -257,11 +257,13 @@ def test_written_in_parts_while_it_is_computed(pair: Pair) -> None:
         Piece(Part.PAGES, 0, 0, 1, []),
         Piece(Part.PAGES, 0, 0, 0, [memoryview(b"1234")]),
         Piece(Part.OPEN, 0, 1, 1, [memoryview(b"1234")]),
+        Piece(Part.PAGES, -1, 0, 1, [memoryview(b"1234")]),
+        Piece(Part.PAGES, 0, 1 << 32, 1, [memoryview(b"1234")]),
     ],
 )
 def test_a_piece_that_makes_no_sense_is_refused(pair: Pair, piece: Piece) -> None:
     transfer = pair.sender.link(pair.receiver.peer).begin(5, Outcome())
-    with pytest.raises(ValueError, match=r"pages of one size|one run a layer"):
+    with pytest.raises(ValueError, match=r"pages of one size|one run a layer|in a frame"):
         transfer.write([piece])
     transfer.cancel()
 
@@ -271,6 +273,9 @@ def test_one_lease_has_one_transfer_and_one_landing(pair: Pair) -> None:
     with pytest.raises(ValueError, match="under way"):
         pair.sender.link(pair.receiver.peer).begin(5, Outcome())
     transfer.cancel()
+    for number in (-1, 1 << 64):
+        with pytest.raises(ValueError, match="no number of a lease"):
+            pair.sender.link(pair.receiver.peer).begin(number, Outcome())
     pair.receiver.expect(5, None, Memory(1, 1, 1), Outcome())
     with pytest.raises(ValueError, match="in use"):
         pair.receiver.expect(5, None, Memory(1, 1, 1), Outcome())
@@ -317,3 +322,15 @@ def test_many_links_at_once() -> None:
     assert all(each.bytes == 20_000 and not each.sends for each in stats)
     for node in (*senders, receiver):
         node.close()
+
+
+def test_frames_are_no_larger_than_the_receiver_takes() -> None:
+    receiver = make_node("decode", 2, max_payload=1 << 20)
+    sender = make_node("prefill", 1, slice_bytes=4 << 20)
+    source, target, arrived = Memory(1, 9, 1 << 19).fill(1), Memory(1, 9, 1 << 19), Outcome()
+    receiver.expect(1, None, target, arrived)
+    assert send(sender, receiver, 1, source)[1].wait() is None
+    assert arrived.wait() is None
+    assert target.content() == source.content()
+    sender.close()
+    receiver.close()
