@@ -254,7 +254,9 @@ def test_a_gateway_that_slept_does_not_take_its_workers_for_dead() -> None:
     go(main)
 
 
-@pytest.mark.parametrize("junk", [b"\xff" * 64, b"\0\0\0\5hello, gateway", b"GET / HTTP/1.1\r\n\r\n"])
+@pytest.mark.parametrize(
+    "junk", [b"\xff" * 64, b"\0\0\0\5hello, worker", b"GET / HTTP/1.1\r\n\r\n"]
+)
 def test_garbage_closes_its_connection_alone(junk: bytes, caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with running() as run:
