@@ -15,6 +15,10 @@ import httpx
 import pytest
 
 from fourfold.cli.main import run
+from fourfold.cluster import joining
+from fourfold.engine.worker import End
+from fourfold.errors import AuthenticationError
+from fourfold.transport.config import TransportConfig
 from tests.cpu.cli.conftest import served
 from tests.cpu.cli.test_serve import MAIN
 
@@ -164,3 +168,38 @@ def test_mistakes_are_said_at_once(
 ) -> None:
     assert run(arguments) == 2
     assert complaint in capsys.readouterr().err
+
+
+class Served:
+    """Stands for a worker whose gateway is lost once, and then lets it go."""
+
+    refusal = None
+
+    def __init__(self) -> None:
+        self.ends = [End.LOST, End.STOPPED]
+
+    def serve(self, connection: object) -> End:
+        return self.ends.pop(0)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_proof_that_fails_ends_only_a_worker_that_never_had_the_key(
+    known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dialled = iter([known, False, True])
+
+    def dial(*arguments: object) -> tuple[object, object]:
+        if not next(dialled):
+            raise AuthenticationError("the other side's key differs")
+        return None, None
+
+    monkeypatch.setattr(joining, "dial", dial)
+    monkeypatch.setattr(joining, "plain_socket", lambda *_, **__: None)
+    worker = Served()
+    joins = joining.Joining(worker, "w", "127.0.0.1:1", TransportConfig())  # type: ignore[arg-type]
+    if known:
+        joins.run()
+        assert not worker.ends
+    else:
+        with pytest.raises(AuthenticationError):
+            joins.run()
