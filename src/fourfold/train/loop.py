@@ -60,6 +60,8 @@ class Trainer:
             dtype=self.dtype if parallel.mesh is None else torch.float32,
             experts=parallel.experts(model.moe.experts) if model.moe else None,
         )
+        for parameter in parallel.own_experts(self.model):
+            parameter.data = parameter.data.to(self.dtype)
         parallel.shard(self.model, self.dtype)
         self.optimizer = Optimizer(self.model, config.optimizer, parallel)
         self._objective = Objective(config.router, parallel)

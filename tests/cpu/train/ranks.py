@@ -32,6 +32,7 @@ CASES: dict[str, tuple[dict[str, Any], ...]] = {
         {"run": {"micro_rows": 2}, "router": {"balance_over": "sequence"}},
     ),
     "dense": (toy.DENSE,),
+    "experts apart, bfloat16": ({"run": {"dtype": "bfloat16"}}, TWO_GROUPS),
 }
 STEPS = 3
 

@@ -27,6 +27,8 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("case", sorted(ranks.CASES))
 def test_two_processes_take_the_steps_of_one(case: str, together: Path, tmp_path: Path) -> None:
     config = ranks.config_of(case, tmp_path, ALONE)
+    # Sums that are added in another order round to other bfloat16s.
+    near = 5e-2 if config.run.dtype == "bfloat16" else 1e-3
     trainer = toy.trainer(config)
     trainer.run(held_out=toy.chain(config, seed=1))
     trainer.export(Path(config.run.folder) / "model")
@@ -38,13 +40,13 @@ def test_two_processes_take_the_steps_of_one(case: str, together: Path, tmp_path
         assert one.tokens == two.tokens
         if isinstance(one, EvaluationRecord):
             assert isinstance(two, EvaluationRecord)
-            assert two.held_out_loss == pytest.approx(one.held_out_loss, abs=1e-4)
+            assert two.held_out_loss == pytest.approx(one.held_out_loss, rel=near / 10)
             continue
         assert isinstance(two, StepRecord)
         for name in ("loss", "gradient_norm", "balance", "z", "load_most"):
             wanted, got = getattr(one, name), getattr(two, name)
             if wanted is not msgspec.UNSET:
-                assert got == pytest.approx(wanted, rel=1e-3), name
+                assert got == pytest.approx(wanted, rel=near), name
     files = (
         "checkpoints/step-00000003/state.safetensors",
         "model/model-00001-of-00001.safetensors",
@@ -53,7 +55,9 @@ def test_two_processes_take_the_steps_of_one(case: str, together: Path, tmp_path
         one, two = load_file(mine / file), load_file(theirs / file)
         assert one.keys() == two.keys()
         for name, tensor in one.items():
-            torch.testing.assert_close(two[name], tensor, rtol=1e-3, atol=1e-4, msg=name)
+            # AdamW moves a weight by its gradient's sign, however small that gradient is.
+            off = (two[name].float() - tensor.float()).norm() / tensor.float().norm().clamp_min(1)
+            assert off < near, name
 
 
 def test_one_process_goes_on_where_two_were(together: Path, tmp_path: Path) -> None:
