@@ -1,6 +1,6 @@
 """`fourfold train`: a sparse or dense decoder from shards of tokens to a directory that is served.
 
-Started by `torchrun -m fourfold.cli.main train CONFIG`, or by itself on one device.
+On several devices: `torchrun --nproc-per-node N --no-python fourfold train CONFIG`.
 """
 
 from __future__ import annotations
@@ -59,16 +59,18 @@ def run(options: Options) -> int:
     batches = ShardBatches(shards, rows=data.rows, length=data.length, seed=data.seed)
     with joined(config.parallel, device) as parallel, ReadAhead(batches) as ahead:
         trainer = Trainer(config, model, ahead, parallel)
-        with _bar(trainer, config) as watch:
+        with _bar(trainer, config, shown=parallel.rank == 0) as watch:
             trainer.run(held_out=held_out, watch=watch)
         if config.run.export:
+            # Beside the shards, where `fourfold tokenize` puts it; made-up sources have none.
             tokenizer = Path(data.train).parent / "tokenizer"
-            trainer.export(Path(config.run.folder) / "model", tokenizer)
+            given = tokenizer if tokenizer.is_dir() else None
+            trainer.export(Path(config.run.folder) / "model", given)
     return 0
 
 
 @contextlib.contextmanager
-def _bar(trainer: Trainer, config: TrainConfig) -> Iterator[Watch]:
+def _bar(trainer: Trainer, config: TrainConfig, *, shown: bool) -> Iterator[Watch]:
     """A progress bar on stderr with what the last record says; in a log, a line for each record."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
@@ -79,7 +81,7 @@ def _bar(trainer: Trainer, config: TrainConfig) -> Iterator[Watch]:
     console = Console(stderr=True)
     text = TextColumn("{task.description}", markup=False)
     columns = text, BarColumn(), MofNCompleteColumn(), Remaining()
-    shown = console.is_interactive
+    shown = shown and console.is_interactive
     with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task("training", total=config.schedule.steps, completed=trainer.steps)
 

@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fourfold.errors import ConfigError
 from fourfold.models.config import ModelConfig
 from fourfold.models.families.family import Placement
 from fourfold.models.families.registry import find_family
@@ -74,11 +73,9 @@ def _taken(weights: dict[str, Tensor], place: Placement) -> Tensor:
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
     files = [path for path in source.iterdir() if path.suffix in (".json", ".jinja", ".model")]
-    files = [path for path in files if path.name != "config.json"]
-    if not files:
-        raise ConfigError(f"{source} holds no tokenizer files to copy beside the model")
     for path in files:
-        shutil.copyfile(path, folder / path.name)
+        if path.name != "config.json":
+            shutil.copyfile(path, folder / path.name)
 
 
 def config_fields(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:

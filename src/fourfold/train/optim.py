@@ -78,16 +78,23 @@ class Optimizer:
                 self._adam.state[each.master] = zeros
             self._moments[each.name] = zeros
 
+    @torch.no_grad()
     def gather(self) -> None:
         """Takes the gradients of a micro-batch to the masters; those of the parameters are gone."""
+        first: list[tuple[Tensor, Tensor]] = []
         for each in self.trained:
             grad, each.parameter.grad = each.parameter.grad, None
             if grad is None:
                 continue
-            if each.master.grad is None:
-                each.master.grad = local(grad).float()
-            else:
+            if each.master.grad is not None:
                 each.master.grad += local(grad)
+            elif grad.dtype == torch.float32:
+                each.master.grad = local(grad)
+            else:
+                each.master.grad = torch.empty_like(each.master)
+                first.append((each.master.grad, local(grad)))
+        if first:
+            torch._foreach_copy_([mine for mine, _ in first], [given for _, given in first])
 
     @torch.no_grad()
     def step(self, share: float) -> Tensor:

@@ -1,0 +1,77 @@
+"""`fourfold train` from texts to a directory that answers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from fourfold import LLM
+from fourfold.cli.main import run
+from fourfold.llm import Asked
+from fourfold.train.metrics import EvaluationRecord, read_records
+from tests.cpu.train.test_bench import FILE
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("texts")
+    lines = (f"the {n} cats sat on {n + 1} mats, and {n * n} dogs did not." for n in range(400))
+    texts = folder / "texts.jsonl"
+    texts.write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    out = folder / "shards"
+    command = ["tokenize", str(texts), "--out", str(out), "--train-bpe", "270"]
+    assert run([*command, "--held-out", "0.1"]) == 0
+    return out
+
+
+def train(shards: Path, folder: Path, *changes: str) -> int:
+    file = folder / "run.toml"
+    folder.mkdir(exist_ok=True)
+    file.write_text(FILE)
+    common = (
+        f"data.train={shards / 'train'}",
+        f"data.held_out={shards / 'held-out'}",
+        f"run.folder={folder / 'run'}",
+        "run.evaluate_batches=2",
+        "run.log_every=2",
+    )
+    return run(["train", str(file), "--set", *common, *changes])
+
+
+def test_a_run_goes_on_and_its_model_answers(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(shards, tmp_path, "schedule.steps=4") == 0
+    said = capsys.readouterr().err
+    assert "loss" in said
+    assert "held-out loss" in said
+    assert train(shards, tmp_path, "schedule.steps=6") == 0
+    assert "step 2 " not in capsys.readouterr().err
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    evaluated = [record.step for record in records if isinstance(record, EvaluationRecord)]
+    assert evaluated == [4, 6]
+    with LLM(tmp_path / "run" / "model", device="cpu", precision="float32") as llm:
+        asked: Asked = {"max_tokens": 3, "temperature": 0.0, "ignore_eos": True}
+        [answer] = llm.generate(["the 3 cats"], **asked)
+    assert len(answer.samples[0].token_ids) == 3
+
+
+def test_texts_of_another_vocabulary_are_refused(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    texts = tmp_path / "text.txt"
+    texts.write_text("something else " * 100)
+    command = ["tokenize", str(texts), "--out", str(other), "--train-bpe", "260"]
+    assert run([*command, "--held-out", "0"]) == 0
+    assert train(shards, tmp_path, f"data.held_out={other / 'train'}") == 2
+    assert "data.held_out" in capsys.readouterr().err
+
+
+def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path, tmp_path, "model.layers=0") == 2
+    assert capsys.readouterr().err.strip().splitlines() == [
+        "fourfold: model.layers = 0 must be more than zero, and finite"
+    ]
