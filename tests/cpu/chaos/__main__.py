@@ -37,8 +37,8 @@ def main() -> int:
             seed=seed,
             seconds=options.seconds,
             questions=options.questions,
-            requests=16,
-            faults=6,
+            requests=20,
+            faults=10,
             restarts=int(options.seconds // 60),
         )
         checkpoint = tiny.save_checkpoint("mixtral", folder / "mixtral")

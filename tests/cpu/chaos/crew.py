@@ -95,7 +95,9 @@ class Crew:
     def signal(self, joiner: Joiner, number: signal.Signals) -> None:
         """Signals a process, if there is one."""
         if joiner.pid:
+            # A second SIGTERM ends a worker at once.
             joiner.killed |= number is signal.SIGKILL
+            joiner.killed |= number is signal.SIGTERM and joiner.leaving
             joiner.leaving |= number is signal.SIGTERM
             with contextlib.suppress(ProcessLookupError):
                 os.kill(joiner.pid, number)

@@ -43,6 +43,7 @@ _KINDS = {
     "cut off the gateway": 3,
     "mute the gateway": 2,
     "slow the gateway": 1,
+    "flip a bit of the gateway": 2,
     # To the pages that come to it.
     "cut off pages": 4,
     "mute pages": 2,
@@ -227,6 +228,9 @@ class Faults:
         joiner.door.slow(self._rng.uniform(0.01, 0.1))
         self._later(0.7, joiner.door.heal)
 
+    def _flip_gateway(self, joiner: Joiner) -> None:
+        joiner.door.flip()
+
     def _cut_pages(self, joiner: Joiner) -> None:
         joiner.pages.cut()
 
@@ -276,6 +280,7 @@ _ON_JOINER: dict[str, Callable[[Faults, Joiner], None]] = {
     "cut off the gateway": Faults._cut_gateway,
     "mute the gateway": Faults._mute_gateway,
     "slow the gateway": Faults._slow_gateway,
+    "flip a bit of the gateway": Faults._flip_gateway,
     "cut off pages": Faults._cut_pages,
     "mute pages": Faults._mute_pages,
     "slow pages": Faults._slow_pages,

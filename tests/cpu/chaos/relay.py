@@ -19,6 +19,8 @@ from fourfold.transport.handshake import Purpose
 
 _READ_BYTES = 1 << 16
 _HELLO_BYTES, _PROOF_BYTES, _LENGTH_BYTES = 56, 32, 4
+_HANDSHAKE_BYTES = 1024
+"""Within which a handshake is over."""
 _PURPOSE = slice(6, 8)
 _MAX_PAYLOAD = 8 << 20
 _MOST_TROUBLES = 4
@@ -73,7 +75,7 @@ class Relay:
         self._troubles: list[Trouble] = []
         self._gates: dict[Direction, asyncio.Event] = {}
         self._pairs: set[tuple[asyncio.StreamWriter, asyncio.StreamWriter]] = set()
-        self._delay = 0.0
+        self._delay, self._flips = 0.0, False
         listening = socket.create_server((host, 0))
         self.port: int = listening.getsockname()[1]
         self._server: asyncio.Server = network.run(self._listen(listening))
@@ -92,6 +94,11 @@ class Relay:
         self._delay = 0.0
         for gate in self._gates.values():
             self._network.call(gate.set)
+
+    def flip(self) -> None:
+        """Alters one bit of what is forwarded next, either way; no handshake's, for whoever fails
+        that may not come again."""
+        self._flips = True
 
     def slow(self, seconds: float) -> None:
         """Takes that long over each piece of data."""
@@ -145,7 +152,12 @@ class Relay:
         if direction == "in" and await self._introduce(reader, writer) is Purpose.STREAM:
             await self._forward_frames(reader, writer)
         else:
+            passed = 0
             while data := await reader.read(_READ_BYTES):
+                passed += len(data)
+                if self._flips and passed > _HANDSHAKE_BYTES:
+                    self._flips = False
+                    data = self._flipped(data, 0)
                 await self._pass(writer, data, direction)
         writer.write_eof()
 
@@ -200,11 +212,8 @@ class Relay:
     def _spoil(self, frame: bytes, trouble: Trouble | None) -> bytes:
         match trouble:
             case "flip":
-                spoilt = bytearray(frame)
                 # Half of them in the payload, or in the list of where it lies.
-                first = HEADER_BYTES if self._rng.random() < 0.5 else 0
-                spoilt[self._rng.randrange(first, len(frame))] ^= 1 << self._rng.randrange(8)
-                return bytes(spoilt)
+                return self._flipped(frame, HEADER_BYTES if self._rng.random() < 0.5 else 0)
             case "duplicate":
                 return frame + frame
             case "tear":
@@ -213,6 +222,11 @@ class Relay:
                 return b""
             case _:
                 return frame
+
+    def _flipped(self, data: bytes, first: int) -> bytes:
+        altered = bytearray(data)
+        altered[self._rng.randrange(first, len(data))] ^= 1 << self._rng.randrange(8)
+        return bytes(altered)
 
     async def _pass(self, writer: asyncio.StreamWriter, data: bytes, direction: Direction) -> None:
         if self._delay:
