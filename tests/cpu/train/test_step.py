@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from fourfold.models.layers import SparseFFN
 from fourfold.quadrants.experts import ExpertWeights
 from fourfold.quantize.weights import Activations, DenseWeight
+from fourfold.train.data.batches import Batch
 from fourfold.train.losses import balance_loss, cross_entropy
 from fourfold.train.model import build, count
 from fourfold.train.router import TrainedRouter, TrainedRouting
@@ -198,3 +200,66 @@ def test_a_model_is_the_same_however_it_is_dealt(tmp_path: Path) -> None:
         assert torch.equal(parameter, wanted), name
     other = dict(build(model, **{**options, "seed": 4}).named_parameters())
     assert not torch.equal(other["embedding.weight"], whole["embedding.weight"])
+
+
+def by_documents(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    starts: Tensor,
+    again: Tensor,
+    most: int,
+    most_again: int,
+    *,
+    window_size: tuple[int, int],
+) -> Tensor:
+    """What torch's `varlen_attn` computes, one document after the other."""
+    assert starts is again
+    assert most == most_again
+    assert window_size == (-1, 0)  # causal
+    assert q.shape == k.shape == v.shape
+    parts = []
+    for start, end in itertools.pairwise(starts.tolist()):
+        assert 0 <= end - start <= most
+        mine = [x[start:end].transpose(0, 1) for x in (q, k, v)]
+        parts.append(F.scaled_dot_product_attention(*mine, is_causal=True).transpose(0, 1))
+    return torch.cat(parts)
+
+
+def test_attention_by_documents_is_attention_by_mask(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU is told where documents begin, a CPU which token reads which."""
+    trainer = toy.trainer(toy.config(tmp_path))
+    batch = toy.Chain(5, 40).batch(0)
+    assert batch.document.max() > 1
+    by_mask, tokens_T, target_T = lay_out(batch, torch.device("cpu"))
+    monkeypatch.setattr("fourfold.train.step._moved", lambda tensor, device: tensor)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_documents)
+    by_starts, tokens_again_T, target_again_T = lay_out(batch, torch.device("cuda"))
+    assert by_starts.mask_BLL is None
+    assert torch.equal(by_starts.positions_T, by_mask.positions_T)
+    assert torch.equal(tokens_again_T, tokens_T)
+    assert torch.equal(target_again_T, target_T)
+    with torch.no_grad():
+        wanted, got = (
+            trainer.model(tokens_T, documents.positions_T, TrainStep(documents))
+            for documents in (by_mask, by_starts)
+        )
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_documents_are_laid_out() -> None:
+    tokens = torch.tensor([[5, 6, 7, 8, 9], [1, 2, 3, 4, 5]])
+    document = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 2]], dtype=torch.int32)
+    documents, tokens_T, target_T = lay_out(Batch(tokens, document), torch.device("cpu"))
+    assert tokens_T.tolist() == [5, 6, 7, 8, 1, 2, 3, 4]
+    assert target_T.tolist() == [6, -1, 8, 9, -1, 3, 4, -1]
+    assert documents.positions_T.tolist() == [0, 1, 0, 1, 0, 0, 1, 2]
+    assert documents.mask_BLL is not None
+    assert documents.mask_BLL[0].int().tolist() == [
+        [1, 0, 0, 0],
+        [1, 1, 0, 0],
+        [0, 0, 1, 0],
+        [0, 0, 1, 1],
+    ]
