@@ -40,6 +40,7 @@ def main() -> int:
             requests=20,
             faults=10,
             restarts=int(options.seconds // 60),
+            starts_again=True,
         )
         checkpoint = tiny.save_checkpoint("mixtral", folder / "mixtral")
         run = Run(plan, checkpoint, write_default(folder / "words"), folder)

@@ -71,6 +71,8 @@ class Plan:
     )
     restarts: int = 1
     """Of the gateway."""
+    starts_again: bool = False
+    """Whether a gateway that restarts starts workers too, which takes seconds."""
     timeout: float = 1.5
     """Seconds of silence that the gateway and workers bear."""
 
@@ -224,7 +226,9 @@ class Run:
             cluster.fleet.kill()
             cluster.gateway.abort_all()
             await asyncio.to_thread(cluster.fleet.on_stop)
-        await self._open(prefill=0, decode=0)
+        plan = self.plan
+        counts = (plan.prefill, plan.decode) if plan.starts_again else (0, 0)
+        await self._open(prefill=counts[0], decode=counts[1])
         await self._all_back()
 
     async def _all_back(self) -> None:
