@@ -35,7 +35,7 @@ PAGES = PageFormat(
 def make_node(name: str, epoch: int = 1, **options: object) -> Node:
     """A node on the loopback, with `TransportConfig(**options)`; patient, for tests share cores."""
     identity = Identity(name=name, epoch=epoch, model="m", pages=PAGES)
-    options = {"stall_seconds": 20.0, **options}
+    options = {"stall_seconds": 20.0, "streams": 2, **options}
     return Node(identity, TransportConfig(**options))  # type: ignore[arg-type]
 
 
