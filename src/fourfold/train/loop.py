@@ -137,8 +137,8 @@ class Trainer:
     def launch(self) -> Launched:
         """One step: gradients of all micro-batches, then the update."""
         config, parallel = self._config, self._parallel
-        mine = self._batches.batch(self.steps).rows(parallel.rank, parallel.world)
-        counted = parallel.counted(predicted(mine))
+        batch = self._batches.batch(self.steps)
+        mine, counted = batch.rows(parallel.rank, parallel.world), predicted(batch)
         micros = self._rows // self._micro
         scale = Scale(1 / max(1, counted), 1 / (micros * parallel.world))
         sums_4 = torch.zeros(4, device=parallel.device)

@@ -140,12 +140,6 @@ class Parallel:
             dist.all_reduce(tensor)
         return tensor
 
-    def counted(self, number: int) -> int:
-        """The sum of a number over all processes; waits for them."""
-        if self.mesh is None:
-            return number
-        return int(self.summed(torch.tensor(number, device=self.device)))
-
     def shard(self, model: Decoder, dtype: torch.dtype) -> None:
         """Shards weights in place; they are gathered in `dtype`, routers in float32, and gradients
         are summed in float32."""

@@ -15,7 +15,7 @@ from fourfold.models.layers import SparseFFN
 from fourfold.quadrants.experts import ExpertWeights
 from fourfold.quantize.weights import Activations, DenseWeight
 from fourfold.train.data.batches import Batch
-from fourfold.train.losses import balance_loss, cross_entropy
+from fourfold.train.losses import Objective, Scale, balance_loss, cross_entropy
 from fourfold.train.model import build, count
 from fourfold.train.router import TrainedRouter, TrainedRouting
 from fourfold.train.step import TrainStep, lay_out
@@ -263,3 +263,34 @@ def test_documents_are_laid_out() -> None:
         [0, 0, 1, 0],
         [0, 0, 1, 1],
     ]
+
+
+def test_a_loss_is_made_of_what_it_reports(tmp_path: Path) -> None:
+    router = {"balance_loss": 0.2, "z_loss": 0.1}
+    config = toy.config(tmp_path, {"router": router})
+    trainer = toy.trainer(config)
+    objective = Objective(config.router, toy.ALONE)
+    documents, tokens_T, target_T = lay_out(toy.chain(config).batch(0), torch.device("cpu"))
+    step = TrainStep(documents)
+    losses = objective(trainer.model, step, tokens_T, target_T, Scale(0.5, 0.25))
+    made = 0.5 * losses.cross_entropy + 0.25 * (0.2 * losses.balance + 0.1 * losses.z)
+    torch.testing.assert_close(losses.total.detach(), made)
+    squares = [each.logits_TE.exp().sum(1).log().square().mean() for each in step.routings]
+    torch.testing.assert_close(losses.z, torch.stack(squares).mean().detach())
+    losses.total.backward()
+    ffn = trainer.model.blocks[0].ffn
+    assert isinstance(ffn, SparseFFN)
+    assert ffn.router.weight.grad is not None
+    assert ffn.router.weight.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize("form", [{}, toy.DENSE])
+def test_micro_batches_add_up(form: dict[str, Any], tmp_path: Path) -> None:
+    changes: dict[str, Any] = {"router": {"balance_over": "sequence"}}
+    norms = []
+    for rows in (8, 2):
+        config = toy.config(tmp_path, form, changes, {"run": {"micro_rows": rows}})
+        launched = toy.trainer(config).launch()
+        norms.append(launched.sums_4)
+        assert launched.load_LE is None or float(launched.load_LE.sum()) == 8 * 24 * 2 * 2
+    torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=1e-5)
