@@ -14,11 +14,13 @@ from numpy.typing import NDArray
 from fourfold.errors import ConfigError
 from fourfold.train.law.forms import Form, Points, form_for, points_of
 from fourfold.train.law.records import RunRecord
-from fourfold.train.law.solve import minimise, predict
+from fourfold.train.law.solve import minimise, predict, slopes
 
 Floats = NDArray[np.float64]
 DELTA = 1e-3
 """Where Huber's loss turns straight: a per mille of the loss."""
+_LEAST_LEFT = 0.1
+"""Of a chain's residuals, where it alone tells a parameter."""
 _RESTARTS = 4
 """Of a resampling: at the fit, and near it."""
 
@@ -64,9 +66,9 @@ def fit(
 ) -> Fit:
     """The best of many starts, and its spread over resampled runs.
 
-    Runs are resampled by chain: a chain's residuals keep their sizes, and are given one random sign
-    and another chain's place (wild bootstrap), so that every resampling has the whole grid.
-    ConfigError for too few runs.
+    Runs are resampled by chain: what the fit left of a chain's runs is added to its predictions
+    again with one random sign (wild bootstrap), so that every resampling has the whole grid and the
+    luck that a chain's runs share. ConfigError for too few runs.
     """
     points, loss_N = points_of(records)
     chosen = form_for(form, points)
@@ -78,8 +80,8 @@ def fit(
     if resamplings:
         draws = np.random.default_rng(seed + 1)
         chains = [record.chain for record in records]
-        told = len(set(chosen.parameters) - {"ln B", "b", "w"})
-        noise_QN = _noise(residual_N, chains, told, resamplings, draws)
+        freed_N = _freed(residual_N, slopes(terms, theta_P), chains)
+        noise_QN = _signed(freed_N, chains, resamplings, draws)
         sampled_QP = _resampled(chosen, terms, predicted_N + noise_QN, theta_P, draws)
     return Fit(chosen, theta_P, sampled_QP, residual_N)
 
@@ -91,19 +93,26 @@ def _best(form: Form, terms: Floats, target_N: Floats, starts: Floats) -> Floats
     return best
 
 
-def _noise(
-    residual_N: Floats,
-    chains: Sequence[str],
-    parameters: int,
-    count: int,
-    draws: np.random.Generator,
+def _freed(residual_N: Floats, slope_NP: Floats, chains: Sequence[str]) -> Floats:
+    """Residuals as large as they would be of a fit that had not seen the chain they are of (CR3):
+    a fit goes near what it is fitted to, and nearest to chains that it hangs on."""
+    hat_NN = slope_NP @ np.linalg.pinv(slope_NP)
+    freed_N = residual_N.copy()
+    for chain in set(chains):
+        own = np.flatnonzero(np.array(chains) == chain)
+        left, vectors = np.linalg.eigh(np.eye(len(own)) - hat_NN[np.ix_(own, own)])
+        grown = 1.0 / np.maximum(left, _LEAST_LEFT)
+        freed_N[own] = vectors @ (grown * (vectors.T @ residual_N[own]))
+    return freed_N
+
+
+def _signed(
+    residual_N: Floats, chains: Sequence[str], count: int, draws: np.random.Generator
 ) -> Floats:
-    """Noise [Q, N] like the residuals: each chain's by a random sign, and larger by what a fit of
-    so many parameters, which chains as wholes tell, takes away from residuals."""
+    """Noise [Q, N] like the residuals: each chain's by a random sign."""
     names, chain_N = np.unique(np.array(chains), return_inverse=True)
     sign_QC = draws.choice([-1.0, 1.0], size=(count, len(names)))
-    grown = np.sqrt(len(names) / max(1, len(names) - parameters))
-    noise_QN: Floats = sign_QC[:, chain_N] * residual_N * grown
+    noise_QN: Floats = sign_QC[:, chain_N] * residual_N
     return noise_QN
 
 
@@ -129,11 +138,11 @@ def hold_out(records: Sequence[RunRecord], form: str, *, starts: int, seed: int)
     """Fits without the largest dense model, without the largest sparse one, and in the joint form
     without each sparse ratio, each asked for what it has not seen. What leaves too few runs for a
     fit is left out."""
-    dense = [record.active for record in records if record.ratio == 1]
-    sparse = [record.active for record in records if record.ratio > 1]
+    dense = max((r for r in records if r.ratio == 1), key=lambda record: record.active).model
+    sparse = max((r for r in records if r.ratio > 1), key=lambda record: record.active).model
     cuts = {
-        "the largest dense model": [r.ratio == 1 and r.active == max(dense) for r in records],
-        "the largest sparse models": [r.ratio > 1 and r.active == max(sparse) for r in records],
+        "the largest dense model": [r.ratio == 1 and r.model == dense for r in records],
+        "the largest sparse models": [r.ratio > 1 and r.model == sparse for r in records],
     }
     if form == "joint":
         for ratio in sorted({record.ratio for record in records if record.ratio > 1}):

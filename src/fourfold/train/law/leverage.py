@@ -38,6 +38,8 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 class Leverage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Of the sparse models of one size and ratio."""
 
+    model: str
+    """The size, by the grid's name; its active parameters grow a little with the router."""
     active: int
     ratio: int
     tokens: int
@@ -55,7 +57,7 @@ class Leverage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     """Whether models of one size reach `CLAIMED`, and at which ratio."""
 
-    active: int
+    model: str
     verdict: str
     """"reached" (a tried ratio), "extrapolated" (a tried ratio, but its dense model is larger than
     any that was run), "foretold" (only at a larger ratio than was tried), "not reached"."""
@@ -109,12 +111,13 @@ def _dense_curve(records: Sequence[RunRecord], tokens: int) -> tuple[list[int], 
 def leverages(records: Sequence[RunRecord], fits: Sequence[Fit]) -> list[Leverage]:
     """Of every size and ratio that was run, on the most tokens that it was run on. The first fit
     says what that is in compute, and whether it is interpolated."""
-    cells: dict[tuple[int, int], list[RunRecord]] = {}
-    for record in records:
+    cells: dict[tuple[str, int], list[RunRecord]] = {}
+    for record in sorted(records, key=lambda record: record.active):
         if record.ratio > 1:
-            cells.setdefault((record.active, record.ratio), []).append(record)
+            cells.setdefault((record.model, record.ratio), []).append(record)
     found = []
-    for (active, ratio), cell in sorted(cells.items()):
+    for (model, ratio), cell in cells.items():
+        active = cell[0].active
         tokens = max(record.tokens for record in cell)
         longest = [r for r in cell if abs(r.tokens / tokens - 1) <= _SAME_TOKENS]
         place = {"active": float(active), "ratio": float(ratio), "tokens": float(tokens)}
@@ -129,6 +132,7 @@ def leverages(records: Sequence[RunRecord], fits: Sequence[Fit]) -> list[Leverag
             interpolated = bool(sizes) and active * first <= max(sizes)
         found.append(
             Leverage(
+                model=model,
                 active=active,
                 ratio=ratio,
                 tokens=tokens,
@@ -169,24 +173,25 @@ def claims(found: Sequence[Leverage], joint: Fit, *, most_ratio: float = 256.0) 
     """Whether the sparse models of each size reach `CLAIMED`: at a ratio that was tried, by the
     form that fits best, or at a larger one, by the joint form."""
     claimed = []
-    for active in sorted({leverage.active for leverage in found}):
-        own = [leverage for leverage in found if leverage.active == active]
-        claimed.append(_claim(active, own, joint, most_ratio))
+    for model in dict.fromkeys(leverage.model for leverage in found):
+        own = [leverage for leverage in found if leverage.model == model]
+        claimed.append(_claim(model, own, joint, most_ratio))
     return claimed
 
 
-def _claim(active: int, own: Sequence[Leverage], joint: Fit, most_ratio: float) -> Claim:
+def _claim(model: str, own: Sequence[Leverage], joint: Fit, most_ratio: float) -> Claim:
+    """`own` by growing ratio."""
     for leverage in own:
         first = next(iter(leverage.forms.values()))
         if isinstance(first.value, UnsetType) or first.value >= CLAIMED:
             verdict = "reached" if leverage.interpolated else "extrapolated"
             ratio = float(leverage.ratio)
-            return Claim(active=active, verdict=verdict, ratio=ratio, leverage=first)
-    largest = max(leverage.ratio for leverage in own)
+            return Claim(model=model, verdict=verdict, ratio=ratio, leverage=first)
+    largest, active = own[-1].ratio, own[-1].active
     tokens = float(max(leverage.tokens for leverage in own))
     for ratio in np.geomspace(largest, most_ratio, 64)[1:] if largest < most_ratio else ():
         place = {"active": float(active), "ratio": float(ratio), "tokens": tokens}
         estimate = _estimate(joint, place)
         if isinstance(estimate.value, UnsetType) or estimate.value >= CLAIMED:
-            return Claim(active=active, verdict="foretold", ratio=float(ratio), leverage=estimate)
-    return Claim(active=active, verdict="not reached")
+            return Claim(model=model, verdict="foretold", ratio=float(ratio), leverage=estimate)
+    return Claim(model=model, verdict="not reached")

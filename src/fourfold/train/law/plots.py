@@ -88,11 +88,10 @@ def _losses_by_size(axes: Axes, fit: Fit, records: Sequence[RunRecord]) -> None:
 
 
 def _losses_by_tokens(axes: Axes, fit: Fit, records: Sequence[RunRecord]) -> None:
-    size = max(record.active for record in records if record.ratio > 1)
+    size = max((r for r in records if r.ratio > 1), key=lambda record: record.active).model
     for color, ratio in enumerate(_ratios(records)):
         own = sorted(
-            # The dense twin of a size lacks the router, so it is a little smaller.
-            (r for r in records if r.ratio == ratio and abs(r.active / size - 1) < 0.1),
+            (record for record in records if record.ratio == ratio and record.model == size),
             key=lambda record: record.tokens,
         )
         if not own:
@@ -102,21 +101,22 @@ def _losses_by_tokens(axes: Axes, fit: Fit, records: Sequence[RunRecord]) -> Non
         reach = np.geomspace(min(tokens), max(tokens), _DRAWN)
         place = Points(np.full(_DRAWN, float(own[0].active)), np.full(_DRAWN, ratio), reach)
         axes.plot(reach, fit.loss(place), color=f"C{color}", lw=1, label=_named(ratio))
-    axes.set(xscale="log", xlabel="tokens", title=f"{size / 1e6:.3g} M active parameters")
+    axes.set(xscale="log", xlabel="tokens", title=f"{size} active parameters")
     axes.legend()
 
 
 def _leverage(axes: Axes, report: LawReport) -> None:
     """Full marks are interpolated, hollow ones extrapolated; crosses are between dense runs."""
-    for color, size in enumerate(sorted({row.active for row in report.leverages})):
-        rows = [row for row in report.leverages if row.active == size]
+    for color, model in enumerate(dict.fromkeys(row.model for row in report.leverages)):
+        rows = [row for row in report.leverages if row.model == model]
         for row in rows:
             estimate = row.forms["joint"]
             if isinstance(estimate.value, UnsetType):
                 continue
             bounds = [estimate.low, estimate.high]
             low, high = (estimate.value if isinstance(b, UnsetType) else b for b in bounds)
-            reach = [[estimate.value - low], [high - estimate.value]]
+            # A resampled law may lie wholly on one side of the fitted one.
+            reach = [[max(0.0, estimate.value - low)], [max(0.0, high - estimate.value)]]
             face = f"C{color}" if row.interpolated else "none"
             axes.errorbar(
                 row.ratio, estimate.value, reach, fmt="o", ms=5, color=f"C{color}", mfc=face
@@ -125,7 +125,7 @@ def _leverage(axes: Axes, report: LawReport) -> None:
                 axes.scatter(row.ratio, row.direct, marker="x", color=f"C{color}", s=30)
         known = [(r.ratio, r.forms["joint"].value) for r in rows]
         line = [(x, y) for x, y in known if not isinstance(y, UnsetType)]
-        axes.plot(*zip(*line, strict=True), color=f"C{color}", lw=1, label=f"{size / 1e6:.3g} M")
+        axes.plot(*zip(*line, strict=True), color=f"C{color}", lw=1, label=model)
     axes.axhline(CLAIMED, color="grey", ls="--", lw=1)
     axes.set(
         xscale="log",
@@ -139,7 +139,7 @@ def _leverage(axes: Axes, report: LawReport) -> None:
     axes.minorticks_off()
     marks = [1, 2, 3, 4, 5, 7, 10, 15, 20]
     axes.set_yticks(marks, [str(mark) for mark in marks])
-    axes.legend(title="active")
+    axes.legend(title="model")
 
 
 def _surface(figure: Figure, axes: Axes, fit: Fit, records: Sequence[RunRecord]) -> None:

@@ -173,21 +173,24 @@ def lines_of(report: LawReport) -> Iterator[str]:
         yield ""
     yield f"## Leverage at equal tokens (the {report.best} form fits best)"
     yield ""
-    names = " | ".join(report.forms)
-    yield f"| active | ratio | tokens | {names} | between dense runs | in compute | dense model |"
-    yield "|" + "---|" * (6 + len(report.forms))
+    before = ["model", "active", "ratio", "tokens"]
+    yield _row([*before, *report.forms, "between dense runs", "in compute", "dense model"])
+    yield "|" + "---|" * (7 + len(report.forms))
     for row in report.leverages:
-        shown = " | ".join(_shown(row.forms[name]) for name in report.forms)
+        shown = [_shown(row.forms[name]) for name in report.forms]
         how = "interpolated" if row.interpolated else "extrapolated"
-        yield (
-            f"| {row.active:,} | {row.ratio} | {row.tokens:,} | {shown} | {_figure(row.direct)} | "
-            f"{_figure(row.compute)} | {how} |"
-        )
+        figures = [*shown, _figure(row.direct), _figure(row.compute)]
+        where = [row.model, f"{row.active:,}", str(row.ratio), f"{row.tokens:,}"]
+        yield _row([*where, *figures, how])
     yield ""
     for claim in report.claims:
         at = "" if isinstance(claim.ratio, UnsetType) else f" at ratio {claim.ratio:.3g}: "
         value = _shown(claim.leverage) if at else ""
-        yield f"- {CLAIMED:g} times, {claim.active:,} active: {claim.verdict}{at}{value}"
+        yield f"- {CLAIMED:g} times, {claim.model}: {claim.verdict}{at}{value}"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
 def _runs(form: FormReport) -> str:

@@ -38,6 +38,13 @@ def predict(terms_JNP: Floats, theta_MP: Floats) -> Floats:
     return _predict(terms_JNP, theta_MP)[0]
 
 
+def slopes(terms_JNP: Floats, theta_P: Floats) -> Floats:
+    """How a log-prediction moves with each parameter: [N, P]."""
+    share_JN = _predict(terms_JNP, theta_P[None])[1][:, 0]
+    slope_NP: Floats = np.einsum("jn,jnp->np", share_JN, terms_JNP)
+    return slope_NP
+
+
 def _predict(terms_JNP: Floats, theta_MP: Floats) -> tuple[Floats, Floats]:
     """Log-predictions [M, N], and each term's share of its sum [J, M, N]."""
     log_JMN = np.einsum("jnp,mp->jmn", terms_JNP, theta_MP, optimize=True)

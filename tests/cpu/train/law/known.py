@@ -50,13 +50,18 @@ def grid(law: Known, *, noise: float = 0.0, seed: int = 0) -> list[RunRecord]:
         shared = draws.normal()
         for tokens in TOKENS:
             luck = noise * math.sqrt(0.5) * (shared + draws.normal())
-            loss = law.loss(millions * 1e6, ratio, tokens) * math.exp(luck)
+            loss = law.loss(active_of(millions, ratio), ratio, tokens) * math.exp(luck)
             records.append(record(millions, ratio, tokens, loss))
     return records
 
 
+def active_of(millions: int, ratio: int) -> int:
+    """Active parameters: those of the router grow with the experts."""
+    return millions * (1_000_000 + (200 * ratio if ratio > 1 else 0))
+
+
 def record(millions: int, ratio: int, tokens: int, loss: float) -> RunRecord:
-    active = millions * 1_000_000
+    active = active_of(millions, ratio)
     return RunRecord(
         name=f"{millions}M-x{ratio}-{tokens // 1_000_000}M-s0",
         chain=f"{millions}M-x{ratio}-s0",

@@ -47,7 +47,7 @@ def test_shapes_are_those_of_the_runs(records: list[RunRecord]) -> None:
     shapes = shapes_of(records)
     assert shapes.expert_share == pytest.approx(0.5)
     for record in records:
-        assert shapes.total(record.active, record.ratio) == pytest.approx(record.total)
+        assert shapes.total(record.active, record.ratio) == pytest.approx(record.total, rel=1e-2)
         flops = shapes.flops_per_token(record.active)
         assert flops == pytest.approx(record.flops_per_token)
     layers, width, hidden = shapes.layer(4e6)

@@ -99,8 +99,7 @@ def test_held_out_runs_are_not_seen() -> None:
     """Losses that are held out may be anything: what is foretold of them stays the same."""
     records = grid(LAW, noise=5e-4)
     changed = [
-        msgspec.structs.replace(r, loss=2 * r.loss) if r.active == 64_000_000 else r
-        for r in records
+        msgspec.structs.replace(r, loss=2 * r.loss) if r.model == "64M" else r for r in records
     ]
     one, other = (hold_out(used, "joint", starts=16, seed=0)[0] for used in (records, changed))
     assert one.what == other.what == "the largest dense model"

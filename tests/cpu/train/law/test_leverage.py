@@ -40,7 +40,7 @@ def test_a_loss_that_no_dense_model_reaches_is_without_bound() -> None:
     joint = fits(grid(law))[1]
     [times] = dense_equivalent(joint.form, joint.theta_P[None], active=8e6, ratio=32.0, tokens=5e7)
     assert times == float("inf")
-    row = next(r for r in leverages(grid(law), [joint]) if (r.active, r.ratio) == (8_000_000, 32))
+    row = next(r for r in leverages(grid(law), [joint]) if (r.model, r.ratio) == ("8M", 32))
     assert row.forms["joint"].value is UNSET
     assert not row.interpolated
 
@@ -50,20 +50,20 @@ def test_a_loss_that_no_dense_model_reaches_is_without_bound() -> None:
 def test_runs_themselves_say_the_leverage(size: int, ratio: int) -> None:
     law = Known()
     records = grid(law)
-    sparse = [r for r in records if (r.active, r.ratio) == (size * 1_000_000, ratio)][-1:]
+    sparse = [r for r in records if (r.model, r.ratio) == (f"{size}M", ratio)][-1:]
     times = direct_leverage(records, sparse)
     assert times == pytest.approx(law.leverage(size * 1e6, ratio), rel=0.02)
 
 
 def test_a_loss_that_no_dense_runs_enclose_has_no_direct_leverage() -> None:
     records = grid(STRONG)
-    best = [r for r in records if (r.active, r.ratio) == (8_000_000, 32)][-1:]
+    best = [r for r in records if (r.model, r.ratio) == ("8M", 32)][-1:]
     assert direct_leverage(records, best) is None
 
 
 def test_interpolated_and_extrapolated_are_told_apart() -> None:
     records = grid(STRONG)
-    rows = {(r.active // 1_000_000, r.ratio): r for r in leverages(records, fits(records))}
+    rows = {(int(r.model[:-1]), r.ratio): r for r in leverages(records, fits(records))}
     assert set(rows) == {(size, ratio) for size in SPARSE for ratio in RATIOS}
     for (size, ratio), row in rows.items():
         times = STRONG.leverage(size * 1e6, ratio)
@@ -80,7 +80,7 @@ def test_the_claim_of_seven_times_is_judged() -> None:
         records = grid(law)
         both = fits(records)
         found = claims(leverages(records, both), both[1])
-        return {claim.active // 1_000_000: claim.verdict for claim in found}
+        return {int(claim.model[:-1]): claim.verdict for claim in found}
 
     # At 8 million, the first ratio that reaches it is as good as 90 million dense ones.
     assert verdicts(STRONG) == {2: "reached", 4: "reached", 8: "extrapolated"}
@@ -98,7 +98,7 @@ def test_the_command_writes_a_fit_that_comes_back(
     line = ["law", "fit", str(tmp_path / "records"), "--starts", "16", "--resamplings", "50"]
     assert run(line) == 0
     said = capsys.readouterr().out
-    assert "| 8,000,000 | 32 | 200,000,000 |" in said
+    assert "| 8M | 8,051,200 | 32 | 200,000,000 |" in said
     assert "without ratio 16: off by" in said
     report = read_report(tmp_path / "fit.json")
     known = fit(read_records(tmp_path / "records"), "joint", starts=16, resamplings=50, seed=0)
