@@ -5,6 +5,7 @@ Imports nothing heavy. Every error names the field, its value and the remedy.
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import tomllib
 from collections.abc import Sequence
@@ -226,6 +227,8 @@ class RunSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         _positive("run", self, "micro_rows", "save_every", "keep", "evaluate_every", "log_every")
         _positive("run", self, "evaluate_batches")
         _at_least_zero("run", self, "seed")
+        if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
+            raise ConfigError("run.tensorboard = true needs `pip install tensorboard`")
 
 
 class ParallelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -117,16 +117,18 @@ class Trainer:
                     reporter.read(launched)
                 launched = current
                 evaluates = held_out is not None and self._is_due(run.evaluate_every)
-                if not evaluates and not self._is_due(run.save_every):
-                    continue
-                reporter.read(launched)
-                launched = None
+                saves = self._is_due(run.save_every)
+                # Where launching is computing nothing is gained by waiting with what it says.
+                if evaluates or saves or self._parallel.device.type == "cpu":
+                    reporter.read(launched)
+                    launched = None
                 self._seconds = before + reporter.seconds
                 if evaluates and held_out is not None:
                     reporter.tell(self.evaluate(held_out))
-                if self._is_due(run.save_every):
+                if saves:
                     self.save()
-                reporter.begin()
+                if evaluates or saves:
+                    reporter.begin()
         finally:
             if log is not None:
                 log.close()
@@ -233,14 +235,14 @@ class Trainer:
 
 
 def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:
-    """What is computed in. ConfigError for what a GPU has no grouped product for."""
+    """What is computed in. ConfigError for what a GPU has no kernels for."""
     on_gpu = device.type == "cuda"
-    asked = config.run.dtype
-    if asked == "float32" and on_gpu and config.model.form == "sparse":
+    if config.run.dtype == "float32" and on_gpu:
         raise ConfigError(
-            'run.dtype = "float32": grouped products of a GPU are in bfloat16; use that, or a CPU'
+            'run.dtype = "float32": attention and products of experts are in bfloat16 on a GPU; '
+            "use that, or a CPU"
         )
-    wide = asked == "float32" or (asked == "auto" and not on_gpu)
+    wide = config.run.dtype == "float32" or not (on_gpu or config.run.dtype == "bfloat16")
     return torch.float32 if wide else torch.bfloat16
 
 

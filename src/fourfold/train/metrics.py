@@ -15,8 +15,6 @@ import msgspec
 import torch
 from msgspec import UNSET, UnsetType
 
-from fourfold.errors import ConfigError
-
 # Dense bfloat16 FLOP/s that a device's makers state.
 _PEAKS = {
     "H100 PCIe": 756e12,
@@ -117,8 +115,7 @@ class Metrics:
     """Writes the records of one run to `metrics.jsonl`, and to TensorBoard where that is wanted."""
 
     def __init__(self, folder: Path, *, steps: int, tensorboard: bool) -> None:
-        """Records of steps after `steps`, where a run is continued, are dropped. ConfigError where
-        TensorBoard is wanted and not installed."""
+        """Records of steps after `steps`, where a run is continued, are dropped."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [record for record in read_records(path) if record.step <= steps]
@@ -128,12 +125,8 @@ class Metrics:
         self._file = path.open("ab")
         self._board: Any = None
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ConfigError(
-                    "run.tensorboard = true needs `pip install tensorboard`"
-                ) from None
+            from torch.utils.tensorboard import SummaryWriter
+
             self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=steps + 1)
 
     def write(self, record: Record) -> None:

@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fourfold.errors import ConfigError
 from fourfold.train.config import read_config
+from fourfold.train.loop import choose_dtype
 from fourfold.train.schedule import bias_moves, rate_at
 from tests.cpu.train import toy
 
@@ -108,3 +110,24 @@ def test_the_rate_rises_stays_and_falls(tmp_path: Path) -> None:
     assert 0.1 < rates[-1] < 0.15
     moves = [bias_moves(step, schedule, 0.05) for step in (0, 94, 95, 99)]
     assert moves == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "dtype"),
+    [
+        ("auto", "cpu", torch.float32),
+        ("bfloat16", "cpu", torch.bfloat16),
+        ("auto", "cuda", torch.bfloat16),
+        ("float32", "cpu", torch.float32),
+        ("float32", "cuda", None),
+    ],
+)
+def test_what_is_computed_in(
+    asked: str, device: str, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    config = toy.config(tmp_path, {"run": {"dtype": asked}})
+    if dtype is None:
+        with pytest.raises(ConfigError, match=r"run\.dtype"):
+            choose_dtype(config, torch.device(device))
+    else:
+        assert choose_dtype(config, torch.device(device)) == dtype

@@ -64,9 +64,9 @@ def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
 def test_tensorboard_without_its_package_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match="pip install tensorboard"):
-        Metrics(tmp_path, steps=0, tensorboard=True)
+        toy.config(tmp_path, {"run": {"tensorboard": True}})
 
 
 def test_tensorboard_gets_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
