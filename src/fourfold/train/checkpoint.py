@@ -41,6 +41,10 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     loss_mean: float
     loss_deviation: float
     """Of recent losses, for telling spikes."""
+    rows: int
+    """Of a global batch; with `length` and `seed` what a batch's number means."""
+    length: int
+    seed: int
 
 
 def save(

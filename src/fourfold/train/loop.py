@@ -81,6 +81,13 @@ class Trainer:
         if path is None:
             return
         progress = checkpoint.load(path, self.model, self.optimizer)
+        for name in ("rows", "length", "seed"):
+            was, now = getattr(progress, name), getattr(self._config.data, name)
+            if was != now:
+                raise ConfigError(
+                    f"data.{name} = {now}, but {path} was trained with {was}, and counts its place "
+                    "in the data in such batches; use that, or a new run.folder"
+                )
         self.steps, self.tokens, self._seconds = progress.steps, progress.tokens, progress.seconds
         self._spikes = SpikeWatch(progress.steps, progress.loss_mean, progress.loss_deviation)
 
@@ -217,6 +224,9 @@ class Trainer:
             seconds=self._seconds,
             loss_mean=self._spikes.mean,
             loss_deviation=self._spikes.deviation,
+            rows=self._config.data.rows,
+            length=self._config.data.length,
+            seed=self._config.data.seed,
         )
         checkpoint.save(
             self._folder / "checkpoints",

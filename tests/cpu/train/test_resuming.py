@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fourfold.errors import CheckpointError
+from fourfold.errors import CheckpointError, ConfigError
 from fourfold.train import checkpoint
 from fourfold.train.config import TrainConfig
 from fourfold.train.metrics import Record, StepRecord, read_records
@@ -86,6 +86,13 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     for other in (toy.DENSE, toy.SIGMOID, {"model": {"width": 64}}, MUON):
         with pytest.raises(CheckpointError, match="step-00000002"):
             toy.trainer(toy.config(tmp_path, other))
+
+
+@pytest.mark.parametrize(("name", "value"), [("rows", 4), ("length", 12), ("seed", 1)])
+def test_a_place_in_other_batches_is_refused(name: str, value: int, tmp_path: Path) -> None:
+    toy.trainer(toy.config(tmp_path, {"schedule": {"steps": 2, "warmup": 0}})).run()
+    with pytest.raises(ConfigError, match=rf"data\.{name} = {value}"):
+        toy.trainer(toy.config(tmp_path, {"data": {name: value}}))
 
 
 def half_a_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
