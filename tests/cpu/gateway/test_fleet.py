@@ -393,6 +393,24 @@ def test_pages_that_cannot_be_moved_are_not_sent_that_way_again() -> None:
     go(main)
 
 
+def test_pages_that_neither_come_nor_fail_are_not_waited_for() -> None:
+    async def main() -> None:
+        async with running(pages_timeout=0.2) as run:
+            first, second, prompt, _ = await cut(run)
+            second.tell(handover=(Granted(request_id=prompt.request_id),))
+            await first.hear(Granted)
+            first.answer(prompt, 7, ends=False)
+            await second.hear(Continue)
+            for worker in (first, second):
+                gone = await worker.hear(Abort)
+                assert gone.request_id == prompt.request_id
+            again = await second.hear(Submit)
+            assert (again.stage, again.generated) == (Stage.WHOLE, (7,))
+            assert again.request_id != prompt.request_id
+
+    go(main)
+
+
 def test_an_abort_reaches_both_workers() -> None:
     async def main() -> None:
         async with running() as run:

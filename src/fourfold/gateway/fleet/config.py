@@ -18,7 +18,12 @@ class FleetConfig:
     max_attempts: int = 5
     """Times in a row that a sample may lose its worker without one new token before it fails."""
 
+    pages_timeout: float = 60.0
+    """Seconds that a prompt's pages may take to another worker once it is computed."""
+
     def __post_init__(self) -> None:
+        if not 0 < self.pages_timeout < math.inf:
+            raise ConfigError(f"--pages-timeout {self.pages_timeout} must be positive and finite")
         if not 1 <= self.worker_timeout < math.inf:
             raise ConfigError(
                 f"--worker-timeout {self.worker_timeout} must be finite and at least 1: workers "

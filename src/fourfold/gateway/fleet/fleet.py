@@ -93,6 +93,8 @@ class Fleet:
         self._emit: Emit | None = None
         self._watch: asyncio.TimerHandle | None = None
         self._watched = 0.0
+        self._waits: dict[int, float] = {}
+        """Since when parts have waited for their pages."""
         self.stopping = False
 
     @property
@@ -348,6 +350,19 @@ class Fleet:
             elif now > member.leaves_at:
                 member.send(Stop())
                 member.end("it leaves, and was not done in time")
+        self._look_for_stalls(now)
+
+    def _look_for_stalls(self, now: float) -> None:
+        """Gives up parts whose pages neither come nor fail."""
+        flights = list(self._flights.values())
+        waiting = [(flight, p) for flight in flights for p in flight.parts.values() if p.waits]
+        self._waits = {part.number: self._waits.get(part.number, now) for _, part in waiting}
+        for flight, part in waiting:
+            if now - self._waits[part.number] > self.config.pages_timeout:
+                why = "its pages did not come"
+                self._dispatcher.avoid(part.route, why)
+                flight.lose(part, why)
+        self._settle(flights)
 
     def _say_stop(self) -> None:
         if self._watch is not None:

@@ -46,6 +46,11 @@ class Part:
     moved: bool = False
     """Its prompt's pages are where the answer is computed."""
 
+    @property
+    def waits(self) -> bool:
+        """Whether nothing but its prompt's pages is missing."""
+        return self.begun and self.granted and not self.moved and not self.route.whole
+
     def needs(self, worker: int) -> bool:
         """Whether the part is lost with this worker."""
         if worker == self.route.decode:
