@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec import UNSET
 
 from fourfold.bench.record import load
 from fourfold.bench.train.config import TrainBenchConfig
@@ -109,3 +110,21 @@ def test_a_family_without_peers_is_refused(tmp_path: Path) -> None:
     config = toy.config(tmp_path, toy.SIGMOID)
     with pytest.raises(ConfigError, match=r"router\.score"):
         make_peer("plain", config, toy.decoder_config(config), CPU)
+
+
+def test_a_peer_that_does_not_fit_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(engine: Theirs) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Theirs, "step", full)
+    file, out = tmp_path / "run.toml", tmp_path / "train.json"
+    file.write_text(FILE)
+    options = TrainBenchConfig(
+        config=file, forms=("dense",), peers=("plain",), steps=1, rounds=2, vocabulary=64, out=out
+    )
+    assert main(options) == 0
+    [result] = load(out).results
+    assert result.peer is UNSET
+    assert "plain is left out" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from fourfold.bench.figures import format_figure
 from fourfold.bench.record import DEFAULT_PACKAGES, Result, new_record, write
 from fourfold.bench.train.config import Form, TrainBenchConfig
 from fourfold.bench.train.engines import Engine, Ours, make_peer
+from fourfold.errors import ConfigError
 from fourfold.models.config import ModelConfig
 from fourfold.models.loading import resolve_device
 from fourfold.train.config import TrainConfig, read_config
@@ -65,7 +66,17 @@ def _measure_form(
     for name, make in makers.items():
         print(f"{case}: {name}", file=sys.stderr)
         tokens = config.data.rows * config.data.length
-        speeds[name], memory[name] = _measure(make, options, tokens, device)
+        try:
+            speeds[name], memory[name] = _measure(make, options, tokens, device)
+        except torch.OutOfMemoryError:
+            if name == "fourfold":
+                raise ConfigError(
+                    f"{case} does not fit {device}; lower run.micro_rows or the model's size"
+                ) from None
+            print(f"{case}: {name} is left out: it does not fit", file=sys.stderr)
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
     return _results(case, speeds, memory, counts.flops_per_token, peak_flops(device))
 
 
@@ -99,10 +110,6 @@ def _measure(
         wait()
         speeds.append(tokens * options.steps / (time.perf_counter() - begin))
     most = torch.cuda.max_memory_allocated(device) / _GIB if on_gpu else 0.0
-    del engine
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
     return statistics.median(speeds), most
 
 
