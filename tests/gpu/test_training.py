@@ -53,7 +53,9 @@ def test_swiglu(rows: int, width: int, gated: bool) -> None:
         assert mine is twice or torch.equal(mine, twice)
 
 
-@pytest.mark.parametrize(("tokens", "choices", "width"), [(1, 1, 64), (500, 8, 2048), (9, 4, 72)])
+@pytest.mark.parametrize(
+    ("tokens", "choices", "width"), [(1, 1, 64), (70, 1, 512), (500, 8, 2048), (9, 4, 72)]
+)
 def test_rows_are_added_up(tokens: int, choices: int, width: int) -> None:
     rows = random(tokens * choices, width)
     places = torch.randperm(tokens * choices, device="cuda").view(tokens, choices)

@@ -28,7 +28,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, token_R: Tensor, place_TK: Tensor) -> Tensor:
         ctx.save_for_backward(place_TK)
-        return x_TD.index_select(0, token_R)
+        return sum_rows(x_TD.contiguous(), token_R[:, None])
 
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, None]:
@@ -45,7 +45,7 @@ class _Collect(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
         (token_R,) = ctx.saved_tensors
-        return grad_TD.index_select(0, token_R), None, None
+        return sum_rows(grad_TD.contiguous(), token_R[:, None]), None, None
 
 
 def spread_rows(x_TD: Tensor, token_R: Tensor, place_TK: Tensor) -> Tensor:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from fourfold.kernels.training import reference
 
+# A program a row has too little to do with fewer channels.
+_NARROW = 128
+
 
 def gated_swiglu(gate_up_RF: Tensor, gates_R: Tensor | None = None) -> Tensor:
     """`silu(gate) * up`, times the row's gate where there is one; [R, 2F] -> [R, F].
@@ -44,10 +47,13 @@ def gated_swiglu_backward(
 def sum_rows(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
     """Sum of rows `place_TK[t]` for every token, in the order of its choices; [T, D].
 
-    `place_TK` is int64, every entry in 0..R-1; both are contiguous.
+    `place_TK` is int64, every entry in 0..R-1; both are contiguous. With one choice that is a
+    gather.
     """
     assert rows_RD.is_contiguous(), rows_RD.stride()
     assert place_TK.is_contiguous(), place_TK.stride()
+    if place_TK.shape[1] == 1 and (not rows_RD.is_cuda or rows_RD.shape[1] < _NARROW):
+        return rows_RD.index_select(0, place_TK[:, 0])
     if not rows_RD.is_cuda:
         return reference.sum_rows(rows_RD, place_TK)
     from fourfold.kernels.training.triton_sum_rows import launch
