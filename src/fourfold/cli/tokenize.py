@@ -33,9 +33,7 @@ def run(options: Options) -> int:
                 options, encoder, lambda done, total: bar.update(task, completed=done, total=total)
             )
     except OSError as error:
-        raise ConfigError(
-            f"{options.out} cannot be written ({error}); set --out"
-        ) from error
+        raise ConfigError(f"{options.out} cannot be written ({error}); set --out") from error
     for split, meta in metas.items():
         print(_summary(options.out / split, meta), file=sys.stderr)
     return 0
