@@ -170,7 +170,13 @@ def ratios_for(records: Sequence[RunRecord]) -> list[int]:
 def advise(
     config: AdviseConfig, fit: Fit, records: Sequence[RunRecord], ratios: Sequence[int]
 ) -> list[Advice]:
-    """The best model of each ratio, best first; ratios that no size of fits are left out."""
+    """The best model of each ratio, best first; ratios that no size of fits are left out.
+    ConfigError for a law that does not tell what size is worth."""
+    if "a" in fit.untold:
+        raise ConfigError(
+            "the runs do not tell the exponent of size, so there is nothing to advise by; extend "
+            "the grid"
+        )
     shapes, costs = shapes_of(records), costs_for(config)
     found = [_best(config, fit, records, shapes, costs, float(ratio)) for ratio in ratios]
     return sorted((advice for advice in found if advice is not None), key=lambda each: each.loss)

@@ -21,6 +21,7 @@ DELTA = 1e-3
 """Where Huber's loss turns straight: a per mille of the loss."""
 _LEAST_LEFT = 0.1
 """Of a chain's residuals, where it alone tells a parameter."""
+_NEAR_BOUND = 1e-6
 _RESTARTS = 4
 """Of a resampling: at the fit, and near it."""
 
@@ -35,6 +36,14 @@ class Fit:
     """The same for resampled runs; without rows where none were asked for."""
     residual_N: Floats
     """Log-loss minus log-prediction of each run."""
+
+    @property
+    def untold(self) -> tuple[str, ...]:
+        """Parameters that came to lie on a bound: these runs do not tell them."""
+        bounds = self.form.bounds()
+        near = _NEAR_BOUND * (bounds.most_P - bounds.least_P)
+        on_P = (self.theta_P < bounds.least_P + near) | (self.theta_P > bounds.most_P - near)
+        return tuple(name for name, on in zip(self.form.parameters, on_P, strict=True) if on)
 
     def loss(self, points: Points) -> Floats:
         """Predicted losses [N]."""
@@ -165,5 +174,6 @@ def hold_out(records: Sequence[RunRecord], form: str, *, starts: int, seed: int)
 def interval(values_Q: Floats, share: float = 0.95) -> tuple[float, float]:
     """The middle `share` of values."""
     rest = (1.0 - share) / 2
-    low, high = np.quantile(values_Q, [rest, 1.0 - rest])
+    # The nearest value: between infinite ones there is nothing to interpolate.
+    low, high = np.quantile(values_Q, [rest, 1.0 - rest], method="nearest")
     return float(low), float(high)

@@ -44,7 +44,8 @@ class Leverage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ratio: int
     tokens: int
     forms: dict[str, Estimate]
-    """By the name of the form, the one that fits best first."""
+    """By the name of the form, the one that fits best first. Without those whose exponent of size
+    these runs do not tell."""
     direct: float | UnsetType = UNSET
     """Between dense runs on as many tokens; absent where no two enclose the loss."""
     compute: float | UnsetType = UNSET
@@ -59,8 +60,9 @@ class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
     model: str
     verdict: str
-    """"reached" (a tried ratio), "extrapolated" (a tried ratio, but its dense model is larger than
-    any that was run), "foretold" (only at a larger ratio than was tried), "not reached"."""
+    """"not told" (the runs do not tell the exponent of size), "reached" (at a tried ratio),
+    "extrapolated" (at a tried ratio, but its dense model is larger than any that was run),
+    "foretold" (only at a larger ratio than was tried), "not reached"."""
     ratio: float | UnsetType = UNSET
     leverage: Estimate = Estimate()
 
@@ -78,7 +80,8 @@ def dense_equivalent(
     power = theta_QP[:, form.parameters.index("a")]
     leverage = np.full(len(theta_QP), np.inf)
     beaten = sparse > 0
-    leverage[beaten] = (dense[beaten] / sparse[beaten]) ** (1.0 / power[beaten])
+    with np.errstate(over="ignore"):  # so small an exponent that no size is large enough
+        leverage[beaten] = (dense[beaten] / sparse[beaten]) ** (1.0 / power[beaten])
     return leverage
 
 
@@ -110,7 +113,8 @@ def _dense_curve(records: Sequence[RunRecord], tokens: int) -> tuple[list[int], 
 
 def leverages(records: Sequence[RunRecord], fits: Sequence[Fit]) -> list[Leverage]:
     """Of every size and ratio that was run, on the most tokens that it was run on. The first fit
-    says what that is in compute, and whether it is interpolated."""
+    that tells the exponent of size says what that is in compute, and whether it is interpolated."""
+    told = [fit for fit in fits if "a" not in fit.untold]
     cells: dict[tuple[str, int], list[RunRecord]] = {}
     for record in sorted(records, key=lambda record: record.active):
         if record.ratio > 1:
@@ -121,8 +125,8 @@ def leverages(records: Sequence[RunRecord], fits: Sequence[Fit]) -> list[Leverag
         tokens = max(record.tokens for record in cell)
         longest = [r for r in cell if abs(r.tokens / tokens - 1) <= _SAME_TOKENS]
         place = {"active": float(active), "ratio": float(ratio), "tokens": float(tokens)}
-        estimates = {fit.form.name: _estimate(fit, place) for fit in fits}
-        first = estimates[fits[0].form.name].value
+        estimates = {fit.form.name: _estimate(fit, place) for fit in told}
+        first = estimates[told[0].form.name].value if told else UNSET
         direct = direct_leverage(records, longest)
         sizes, _ = _dense_curve(records, tokens)
         compute: float | UnsetType = UNSET
@@ -181,12 +185,16 @@ def claims(found: Sequence[Leverage], joint: Fit, *, most_ratio: float = 256.0) 
 
 def _claim(model: str, own: Sequence[Leverage], joint: Fit, most_ratio: float) -> Claim:
     """`own` by growing ratio."""
+    if not own[0].forms:
+        return Claim(model=model, verdict="not told")
     for leverage in own:
         first = next(iter(leverage.forms.values()))
         if isinstance(first.value, UnsetType) or first.value >= CLAIMED:
             verdict = "reached" if leverage.interpolated else "extrapolated"
             ratio = float(leverage.ratio)
             return Claim(model=model, verdict=verdict, ratio=ratio, leverage=first)
+    if joint.form.name not in own[0].forms:
+        return Claim(model=model, verdict="not reached")
     largest, active = own[-1].ratio, own[-1].active
     tokens = float(max(leverage.tokens for leverage in own))
     for ratio in np.geomspace(largest, most_ratio, 64)[1:] if largest < most_ratio else ():

@@ -12,7 +12,7 @@ from msgspec import UnsetType
 from fourfold.errors import ConfigError
 from fourfold.train.law.fitting import Fit
 from fourfold.train.law.forms import Points
-from fourfold.train.law.leverage import CLAIMED
+from fourfold.train.law.leverage import CLAIMED, Estimate
 from fourfold.train.law.records import RunRecord
 from fourfold.train.law.report import LawReport, fit_of
 
@@ -110,7 +110,7 @@ def _leverage(axes: Axes, report: LawReport) -> None:
     for color, model in enumerate(dict.fromkeys(row.model for row in report.leverages)):
         rows = [row for row in report.leverages if row.model == model]
         for row in rows:
-            estimate = row.forms["joint"]
+            estimate = row.forms.get("joint", Estimate())
             if isinstance(estimate.value, UnsetType):
                 continue
             bounds = [estimate.low, estimate.high]
@@ -123,9 +123,9 @@ def _leverage(axes: Axes, report: LawReport) -> None:
             )
             if not isinstance(row.direct, UnsetType):
                 axes.scatter(row.ratio, row.direct, marker="x", color=f"C{color}", s=30)
-        known = [(r.ratio, r.forms["joint"].value) for r in rows]
+        known = [(r.ratio, r.forms.get("joint", Estimate()).value) for r in rows]
         line = [(x, y) for x, y in known if not isinstance(y, UnsetType)]
-        axes.plot(*zip(*line, strict=True), color=f"C{color}", lw=1, label=model)
+        axes.plot([x for x, _ in line], [y for _, y in line], color=f"C{color}", lw=1, label=model)
     axes.axhline(CLAIMED, color="grey", ls="--", lw=1)
     axes.set(
         xscale="log",

@@ -44,6 +44,8 @@ class FormReport(msgspec.Struct, frozen=True, kw_only=True):
 
     form: FormFields
     coefficients: dict[str, Estimate]
+    untold: tuple[str, ...]
+    """Parameters that the runs do not tell: their fit came to lie on a bound."""
     error: float
     """Root mean square of the losses' relative residuals."""
     residuals: dict[str, float]
@@ -112,6 +114,7 @@ def _form_report(
             with_tokens=form.with_tokens,
         ),
         coefficients=estimates,
+        untold=fitted.untold,
         error=float(np.sqrt(np.square(fitted.residual_N).mean())),
         residuals=dict(zip(names, map(float, fitted.residual_N), strict=True)),
         theta=tuple(map(float, fitted.theta_P)),
@@ -168,6 +171,9 @@ def lines_of(report: LawReport) -> Iterator[str]:
         values = (f"{key} = {_shown(value)}" for key, value in form.coefficients.items())
         yield "; ".join(values)
         yield ""
+        if form.untold:
+            yield f"These runs do not tell {', '.join(form.untold)}: extend the grid."
+            yield ""
         for held in form.held_out:
             yield f"- without {held.what}: off by {held.error:.4f} nats on {len(held.runs)} runs"
         yield ""
@@ -177,8 +183,8 @@ def lines_of(report: LawReport) -> Iterator[str]:
     yield _row([*before, *report.forms, "between dense runs", "in compute", "dense model"])
     yield "|" + "---|" * (7 + len(report.forms))
     for row in report.leverages:
-        shown = [_shown(row.forms[name]) for name in report.forms]
-        how = "interpolated" if row.interpolated else "extrapolated"
+        shown = [_shown(row.forms.get(name, Estimate())) for name in report.forms]
+        how = "interpolated" if row.interpolated else "extrapolated" if row.forms else "-"
         figures = [*shown, _figure(row.direct), _figure(row.compute)]
         where = [row.model, f"{row.active:,}", str(row.ratio), f"{row.tokens:,}"]
         yield _row([*where, *figures, how])

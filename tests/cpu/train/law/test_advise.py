@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -97,6 +98,12 @@ def test_little_memory_wants_less_sparsity(joint: Fit, records: list[RunRecord])
     little = advised(joint, records, flops=1e20, memory_gib=0.02)
     much = advised(joint, records, flops=1e16, memory_gib=1.0)
     assert next(iter(little)) < next(iter(much))
+
+
+def test_a_law_that_tells_nothing_of_size_advises_nothing(records: list[RunRecord]) -> None:
+    flat = [msgspec.structs.replace(r, loss=3.0 + 5e6 / r.tokens) for r in records]
+    with pytest.raises(ConfigError, match="do not tell the exponent of size"):
+        advised(fit(flat, "joint", starts=8, resamplings=5, seed=0), flat)
 
 
 def test_another_device_is_priced_by_its_bandwidth(

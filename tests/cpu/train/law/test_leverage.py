@@ -88,6 +88,20 @@ def test_the_claim_of_seven_times_is_judged() -> None:
     assert verdicts(Known(d=0.02, g=0.0)) == dict.fromkeys(SPARSE, "not reached")
 
 
+def test_runs_that_tell_nothing_of_size_claim_nothing() -> None:
+    """Sizes that are all as good: their exponent lies on its bound, and no leverage is given."""
+    records = [
+        msgspec.structs.replace(record, loss=3.0 + 5e6 / record.tokens + 1e-3 * (record.ratio > 4))
+        for record in grid(Known())
+    ]
+    both = fits(records)
+    assert all("a" in fitted.untold for fitted in both)
+    rows = leverages(records, both)
+    assert all(not row.forms and row.compute is UNSET for row in rows)
+    assert {claim.verdict for claim in claims(rows, both[1])} == {"not told"}
+    assert not fits(grid(Known()))[1].untold
+
+
 def test_the_command_writes_a_fit_that_comes_back(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
