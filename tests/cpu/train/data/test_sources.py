@@ -32,7 +32,7 @@ def test_a_markov_table_in_its_own_words(order: int) -> None:
     """A model that knows the table has the source's entropy as its loss, at every place."""
     source = markov(order, vocabulary=4)
     draws = np.random.default_rng(0)
-    tokens_BL = source.tokens(draws.random((20000, 6)))
+    tokens_BL = source.tokens(draws.random((8000, 6)))
     for place in range(6):
         joint = Counter(map(tuple, tokens_BL[:, : place + 1].tolist()))
         before = Counter(map(tuple, tokens_BL[:, :place].tolist()))
@@ -46,7 +46,7 @@ def test_a_markov_table_in_its_own_words(order: int) -> None:
                 state_B = state_B * 4 + tokens_BL[:, place - order + back]
             chance_B = source.table_SV[state_B, tokens_BL[:, place]]
             counted = -float(np.log(chance_B).mean())
-        assert source.entropy(place) == pytest.approx(counted, abs=0.02)
+        assert source.entropy(place) == pytest.approx(counted, abs=0.03)
 
 
 def test_a_markov_source_is_stationary() -> None:
