@@ -15,6 +15,7 @@ from fourfold.train.data.batches import Batch
 Floats = NDArray[np.float64]
 _MOST_STATES = 1 << 16
 _STATIONARY = 1e-13
+_MOST_TURNS = 100_000
 
 
 class MarkovSource:
@@ -113,10 +114,10 @@ class MarkovBatches:
 
 
 def _stationary(table_SV: Floats, vocabulary: int) -> Floats:
-    """The distribution of states that a step leaves as it is."""
+    """The distribution of states that a step leaves as it is. ConfigError where it is not found."""
     states = len(table_SV)
     now_S = np.full(states, 1.0 / states)
-    while True:
+    for _ in range(_MOST_TURNS):
         # State s and token v lead to (s V + v) mod S: the oldest token is forgotten.
         flow_SV = now_S[:, None] * table_SV
         next_S = flow_SV.reshape(vocabulary, -1).sum(0)
@@ -126,6 +127,7 @@ def _stationary(table_SV: Floats, vocabulary: int) -> Floats:
             settled_S: Floats = next_S
             return settled_S
         now_S = next_S
+    raise ConfigError("a Markov source mixes too slowly to be known; raise its concentration")
 
 
 def _entropy(chances: Floats) -> Floats:

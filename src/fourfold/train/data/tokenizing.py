@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -92,6 +92,7 @@ def tokenize(
         return {split: _read_meta(config.out / split) for split in (TRAIN, HELD_OUT)}
     if state.file == state.document == 0:
         save_tokenizer(encoder.backend, encoder.end_of_text, config.out / TOKENIZER)
+        _write_state(config.out / _PROGRESS, state)  # it is not trained again
     elif fingerprint(_saved(config.out)) != vocabulary.sha256:
         raise ConfigError(
             f"{config.out} was begun with another tokenizer; continue with the same one or name "
@@ -136,7 +137,12 @@ def _write_documents(
 
 def is_held_out(text: bytes, share: float) -> bool:
     """Whether a text is among the share that is kept from training."""
-    return xxhash.xxh64_intdigest(text) < share * 2.0**64
+    return _is_among(text, share, 0)
+
+
+def _is_among(text: bytes, share: float, lot: int) -> bool:
+    """Whether a text is among a share of all texts; each `lot` is drawn anew."""
+    return xxhash.xxh64_intdigest(text, lot) < share * 2.0**64
 
 
 def _chunks(
@@ -185,21 +191,20 @@ def _trained(config: TokenizeConfig, files: Sequence[Path]) -> Encoder:
     if (config.out / _PROGRESS).is_file():
         backend = _saved(config.out)
     else:
-        texts = _evenly(files, config.field, config.bpe_megabytes << 20)
+        texts = _evenly(config, files)
         backend = train_bpe(texts, config.train_bpe)
     return Encoder(f"bpe-{config.train_bpe}", backend, END_OF_TEXT)
 
 
-def _evenly(files: Sequence[Path], field: str, limit: int) -> Iterable[str]:
-    """About `limit` bytes of text: documents chosen by a hash, from all files as likely. A file on
-    disk is taken to be as large as its texts."""
-    total = sum(path.stat().st_size for path in files)
-    share = limit / max(limit, total)
-    left = limit
+def _evenly(config: TokenizeConfig, files: Sequence[Path]) -> Iterator[str]:
+    """About `config.bpe_megabytes` of the text that is trained on: documents by lot, from all files
+    as likely. A file on disk is taken to be as large as its texts."""
+    left = config.bpe_megabytes << 20
+    share = left / max(left, sum(path.stat().st_size for path in files))
     for path in files:
-        for text in read_documents(path, field):
+        for text in read_documents(path, config.field):
             raw = text.encode()
-            if is_held_out(raw[::-1], share):  # not the documents that are held out
+            if _is_among(raw, share, 1) and not is_held_out(raw, config.held_out):
                 yield text
                 left -= len(raw)
             if left <= 0:

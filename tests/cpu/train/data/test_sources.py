@@ -19,7 +19,7 @@ from fourfold.errors import ConfigError
 from fourfold.train.data.batches import Batches
 from fourfold.train.data.grammar import Grammar, GrammarBatches
 from fourfold.train.data.grammar_config import GrammarConfig
-from fourfold.train.data.markov import MarkovBatches, MarkovSource
+from fourfold.train.data.markov import MarkovBatches, MarkovSource, _stationary
 from fourfold.train.data.shards import Shards
 
 
@@ -77,6 +77,12 @@ def test_impossible_markov_sources_are_refused(fields: dict[str, float], complai
     options = {"vocabulary": 4, "order": 1, "concentration": 1.0, "seed": 0} | fields
     with pytest.raises(ConfigError, match=complaint):
         MarkovSource(**options)  # type: ignore[arg-type]
+
+
+def test_a_source_that_hardly_mixes_is_refused() -> None:
+    table = np.array([[1 - 1e-9, 1e-9], [1e-7, 1 - 1e-7]])
+    with pytest.raises(ConfigError, match="mixes too slowly"):
+        _stationary(table, 2)
 
 
 SMALL = GrammarConfig(levels=2, symbols=3, rules=2, words=2, topics=2, sentences=2.0)
