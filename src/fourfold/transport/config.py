@@ -48,8 +48,8 @@ class TransportConfig:
     path: TransportPath = TransportPath.AUTO
     """auto: shared memory with peers that can map it, else TCP."""
     streams: int | None = None
-    """TCP connections for pages to each peer. Default: a core each for both sides, up to 4."""
-    slice_bytes: int = 1 << 20
+    """TCP connections for pages to each peer. Default: 2 on up to 4 cores, else 4."""
+    slice_bytes: int = 2 << 20
     """Of whole pages that are sent as one frame; a page of up to 1 MiB is never split. Smaller ones
     cost more of the CPU."""
     max_payload: int = 8 << 20
@@ -88,7 +88,7 @@ class TransportConfig:
         """`streams`, or what this machine has by default."""
         if self.streams is not None:
             return self.streams
-        return min(4, max(1, (os.cpu_count() or 1) // 2))
+        return 2 if (os.cpu_count() or 1) <= 4 else 4
 
 
 def is_loopback(host: str) -> bool:

@@ -24,7 +24,8 @@ def test_a_small_run_leaves_a_record(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert cases == {"tcp x2", "shared memory"}
     rates = [result for result in record.results if result.metric == "rate"]
     assert all(isinstance(rate.peer_value, float) for rate in rates)
-    assert [rate.unit for rate in rates] == ["GB/s", "GB/s"]
+    assert [rate.unit for rate in rates] == ["GB/s"] * 4
+    assert [rate.case.endswith("scattered") for rate in rates] == [False, False, True, True]
     assert "round_trip_p50" in capsys.readouterr().out
 
 
@@ -35,6 +36,7 @@ def test_a_small_run_leaves_a_record(tmp_path: Path, capsys: pytest.CaptureFixtu
         ({"rounds": 0}, "--rounds"),
         ({"streams": 99}, "--streams"),
         ({"paths": ()}, "--paths"),
+        ({"run_pages": (0,)}, "--run-pages"),
     ],
 )
 def test_options_that_measure_nothing_are_refused(options: dict[str, int], words: str) -> None:

@@ -98,8 +98,12 @@ def test_bytes_that_change_on_their_way(patient: Network) -> None:
 
 def test_a_receiver_that_takes_nothing_bounds_what_is_sent() -> None:
     """The landing blocks: no more than the window leaves the sender, whose transfer then fails."""
-    sender = make_node("prefill", 1, window_bytes=4 << 20, max_payload=1 << 20, **QUICK)
-    receiver = make_node("decode", 2, window_bytes=4 << 20, max_payload=1 << 20, **QUICK)
+    sender = make_node(
+        "prefill", 1, window_bytes=4 << 20, max_payload=1 << 20, slice_bytes=1 << 20, **QUICK
+    )
+    receiver = make_node(
+        "decode", 2, window_bytes=4 << 20, max_payload=1 << 20, slice_bytes=1 << 20, **QUICK
+    )
     gone = Outcome()
 
     class Slow(Memory):

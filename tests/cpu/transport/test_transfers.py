@@ -325,7 +325,7 @@ def test_many_links_at_once() -> None:
 
 
 def test_frames_are_no_larger_than_the_receiver_takes() -> None:
-    receiver = make_node("decode", 2, max_payload=1 << 20)
+    receiver = make_node("decode", 2, max_payload=1 << 20, slice_bytes=1 << 20)
     sender = make_node("prefill", 1, slice_bytes=4 << 20)
     source, target, arrived = Memory(1, 9, 1 << 19).fill(1), Memory(1, 9, 1 << 19), Outcome()
     receiver.expect(1, None, target, arrived)

@@ -19,13 +19,16 @@ class TransportBenchConfig:
     """Measures pages between two processes of this machine, in turns with plain copies of as many
     bytes: over TCP sockets without checksums, and in memory.
 
-    Pages lie in random order on both sides. Every figure is the median over the rounds.
+    Every figure is the median over the rounds.
     """
 
     size: int = 512
     """MiB in one transfer."""
     page_bytes: int = 64 << 10
     """Of one page in one layer."""
+    run_pages: tuple[int, ...] = (32, 1)
+    """Pages that lie one after the other in memory, as a fresh pool gives them to a prompt; runs
+    lie in random order on both sides. 1: every page somewhere else. Each is measured."""
     streams: int | None = None
     """TCP connections for pages. Default: as when serving."""
     paths: tuple[PathName, ...] = ("tcp", "shared-memory")
@@ -40,6 +43,8 @@ class TransportBenchConfig:
     def __post_init__(self) -> None:
         if self.page_bytes < 1 or self.rounds < 1 or not self.paths:
             raise ConfigError("--page-bytes, --rounds and --paths must not be zero or empty")
+        if not self.run_pages or min(self.run_pages) < 1:
+            raise ConfigError("--run-pages must be at least 1")
         if self.pages < 1:
             raise ConfigError(
                 f"--size {self.size} MiB is not one page of {self.page_bytes} bytes in each of "

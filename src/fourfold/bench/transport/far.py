@@ -47,6 +47,7 @@ class Open(msgspec.Struct, frozen=True, tag=True):
     streams: int | None
     pages: int
     page_bytes: int
+    run_pages: int
 
 
 class Receive(msgspec.Struct, frozen=True, tag=True):
@@ -73,27 +74,43 @@ Command = Copy | Open | Receive
 
 
 class Pages:
-    """Pages of all layers in random order: what is sent, and where it lands."""
+    """Pages of all layers: what is sent, and where it lands. Runs of `run_pages` pages lie one
+    after the other, the runs in random order."""
 
     layers = LAYERS
     open = False
 
-    def __init__(self, pages: int, page_bytes: int, buffer: memoryview, seed: int) -> None:
+    def __init__(
+        self, pages: int, page_bytes: int, run_pages: int, buffer: memoryview, seed: int
+    ) -> None:
         self.pages = pages
-        self._views = [buffer[at : at + page_bytes] for at in range(0, len(buffer), page_bytes)]
-        random.Random(seed).shuffle(self._views)
+        self._buffer, self._page_bytes = buffer, page_bytes
+        count = len(buffer) // page_bytes
+        runs = [range(at, min(at + run_pages, count)) for at in range(0, count, run_pages)]
+        random.Random(seed).shuffle(runs)
+        self._order = [page for run in runs for page in run]
 
     def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
         """Nothing more is to be done with a run."""
 
     def views(self, part: Part, layer: int, first: int, count: int) -> Sequence[memoryview]:
-        """See `Landing`."""
+        """See `Landing`. Neighbours in memory are one piece, as in an engine."""
         start = layer * self.pages + first
-        return self._views[start : start + count]
+        return self._pieces(self._order[start : start + count])
 
     def digest(self) -> int:
         """Checksum of all pages in their order."""
-        return checksum(self._views)
+        return checksum(self._pieces(self._order))
+
+    def _pieces(self, order: Sequence[int]) -> list[memoryview]:
+        found, size = [], self._page_bytes
+        begin = end = order[0]
+        for page in [*order, -1]:
+            if page != end:
+                found.append(self._buffer[begin * size : end * size])
+                begin = page
+            end = page + 1
+        return found
 
 
 def identity(name: str, epoch: int, page_bytes: int) -> Identity:
@@ -174,7 +191,7 @@ class Far:
         if self._node is not None:
             self._node.close()
         memory = private_memory(LAYERS * command.pages * command.page_bytes)
-        self._landing = Pages(command.pages, command.page_bytes, memory, seed=2)
+        self._landing = Pages(command.pages, command.page_bytes, command.run_pages, memory, seed=2)
         self._node = Node(
             identity("far", 2, command.page_bytes),
             TransportConfig(path=command.path, streams=command.streams),

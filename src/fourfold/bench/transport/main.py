@@ -31,12 +31,12 @@ def main(config: TransportBenchConfig) -> int:
     """Runs the benchmark, prints its figures and writes its record."""
     far = FarProcess()
     try:
-        near = Near(config, far)
         results = []
-        for name in config.paths:
-            path = TransportPath(name)
+        for run_pages, name in itertools.product(config.run_pages, config.paths):
+            near, path = Near(config, far, run_pages), TransportPath(name)
             with near.link(path) as link:
-                found = _measure(config, path, link, _baseline(near, path))
+                case = f"{link.path}, {_describe(config, run_pages)}"
+                found = _measure(config, path, link, _baseline(near, path), case)
             for result in found:
                 print(_line(result), flush=True)
             results += found
@@ -46,6 +46,12 @@ def main(config: TransportBenchConfig) -> int:
         command = command_line("fourfold bench transport", config)
         write(new_record(config.name, command, results, packages=_PACKAGES), config.out)
     return 0
+
+
+def _describe(config: TransportBenchConfig, run_pages: int) -> str:
+    size, page = config.bytes >> 20, config.page_bytes >> 10
+    lie = "scattered" if run_pages == 1 else f"in runs of {run_pages}"
+    return f"{size} MiB in pages of {page} KiB {lie}"
 
 
 def _baseline(near: Near, path: TransportPath) -> Baseline:
@@ -71,7 +77,11 @@ def _baseline(near: Near, path: TransportPath) -> Baseline:
 
 
 def _measure(
-    config: TransportBenchConfig, path: TransportPath, link: OurLink, baseline: Baseline
+    config: TransportBenchConfig,
+    path: TransportPath,
+    link: OurLink,
+    baseline: Baseline,
+    case: str,
 ) -> list[Result]:
     name, copy = baseline
     plain, ours, trusting = [], [], []
@@ -79,7 +89,6 @@ def _measure(
         plain.append(copy())
         ours.append(link.transfer(verify=True))
         trusting.append(link.transfer(verify=False))
-    case = f"{link.path}, {config.bytes >> 20} MiB in pages of {config.page_bytes >> 10} KiB"
     gigabytes = config.bytes / 1e9
     best = gigabytes / _median(plain, "seconds")
 

@@ -85,11 +85,11 @@ class FarProcess:
 class Near:
     """Sends what the far process receives."""
 
-    def __init__(self, config: TransportBenchConfig, far: FarProcess) -> None:
-        self._config, self._far = config, far
+    def __init__(self, config: TransportBenchConfig, far: FarProcess, run_pages: int) -> None:
+        self._config, self._far, self._run_pages = config, far, run_pages
         self._region = SharedRegion(config.bytes)
         _fill(self._region.buffer)
-        self._pages = Pages(config.pages, config.page_bytes, self._region.buffer, seed=1)
+        self._pages = Pages(config.pages, config.page_bytes, run_pages, self._region.buffer, seed=1)
         self._digest = self._pages.digest()
         self._copy: memoryview | None = None
         self._leases = iter(range(1, 1 << 30))
@@ -143,6 +143,7 @@ class Near:
                 streams=config.streams,
                 pages=config.pages,
                 page_bytes=config.page_bytes,
+                run_pages=self._run_pages,
             )
         )
         peer = msgspec.json.decode(self._far.hear().node, type=Peer)
