@@ -93,7 +93,8 @@ class Node:
         a peer or from any.
 
         `done(None)` is called when everything came and is right, else `done(reason)`; after either
-        nothing is written any more. Raises `ValueError` where the number is in use.
+        nothing is written any more. A number is used once: late words of an earlier transfer would
+        be taken for this one's. Raises `ValueError` where it is in use.
         """
         self._leases.expect(lease, writer_epoch, landing, done)
 

@@ -45,15 +45,16 @@ SHAPES = [
 def test_pages_and_open_rows_arrive(
     pair: Pair, layers: int, pages: int, page_bytes: int, open_bytes: int
 ) -> None:
+    lease = next(LEASES)
     source = pair.memory(layers, pages, page_bytes, open_bytes).shuffle(1).fill(2)
     target = Memory(layers, pages, page_bytes, open_bytes).shuffle(3)
     arrived = Outcome()
-    pair.receiver.expect(5, 1, target, arrived)
-    _, sent = send(pair.sender, pair.receiver, 5, source)
+    pair.receiver.expect(lease, 1, target, arrived)
+    _, sent = send(pair.sender, pair.receiver, lease, source)
     assert sent.wait() is None
     assert arrived.wait() is None
     assert target.content() == source.content()
-    pair.receiver.forget(5)
+    pair.receiver.forget(lease)
     (stats,) = pair.sender.stats()
     assert stats.path == ("tcp x2" if pair.path is TransportPath.TCP else "shared memory")
     assert stats.tested > 0
@@ -114,21 +115,23 @@ def test_several_leases_at_once_are_exact(
 
 
 def test_a_transfer_of_nothing_is_done(pair: Pair) -> None:
+    lease = next(LEASES)
     arrived = Outcome()
-    pair.receiver.expect(5, None, Memory(2, 0, 10), arrived)
+    pair.receiver.expect(lease, None, Memory(2, 0, 10), arrived)
     assert arrived.wait() is None
-    pair.receiver.forget(5)
+    pair.receiver.forget(lease)
 
 
 def test_what_is_missing_fails_on_both_sides(pair: Pair) -> None:
+    lease = next(LEASES)
     source, arrived, sent = pair.memory(2, 4, 100).fill(1), Outcome(), Outcome()
-    pair.receiver.expect(6, None, Memory(2, 4, 100), arrived)
-    transfer = pair.sender.link(pair.receiver.peer).begin(6, sent)
+    pair.receiver.expect(lease, None, Memory(2, 4, 100), arrived)
+    transfer = pair.sender.link(pair.receiver.peer).begin(lease, sent)
     transfer.write(list(source.pieces(1))[:-1])
     transfer.finish()
     for outcome in (arrived, sent):
         assert "missing runs: 1 of 2 layers of 4 pages" in outcome.failure()
-    pair.receiver.forget(6)
+    pair.receiver.forget(lease)
 
 
 @pytest.mark.parametrize(
@@ -143,16 +146,17 @@ def test_what_is_missing_fails_on_both_sides(pair: Pair) -> None:
 def test_a_run_that_the_lease_has_not_fails_on_both_sides(
     pair: Pair, piece: tuple[Part, int, int, int, int], why: str
 ) -> None:
+    lease = next(LEASES)
     part, layer, first, count, page_bytes = piece
     target, arrived, sent = Memory(2, 4, 100), Outcome(), Outcome()
-    pair.receiver.expect(7, None, target, arrived)
-    transfer = pair.sender.link(pair.receiver.peer).begin(7, sent)
+    pair.receiver.expect(lease, None, target, arrived)
+    transfer = pair.sender.link(pair.receiver.peer).begin(lease, sent)
     data = pair.memory(1, 1, count * page_bytes).fill(1).buffer
     transfer.write([Piece(part, layer, first, count, [data])])
     for outcome in (arrived, sent):
         assert why in outcome.failure()
     assert not any(target.buffer)
-    pair.receiver.forget(7)
+    pair.receiver.forget(lease)
 
 
 def test_a_landing_that_fails_fails_its_lease_only(pair: Pair) -> None:
@@ -161,16 +165,17 @@ def test_a_landing_that_fails_fails_its_lease_only(pair: Pair) -> None:
             raise LookupError("its pages are gone")
 
     bad, good = Outcome(), Outcome()
+    leases = (next(LEASES), next(LEASES))
     target = Memory(1, 2, 5000)
-    pair.receiver.expect(1, None, Broken(1, 2, 5000), bad)
-    pair.receiver.expect(2, None, target, good)
+    pair.receiver.expect(leases[0], None, Broken(1, 2, 5000), bad)
+    pair.receiver.expect(leases[1], None, target, good)
     source = pair.memory(1, 2, 5000).fill(3)
-    sent = [send(pair.sender, pair.receiver, lease, source)[1] for lease in (1, 2)]
+    sent = [send(pair.sender, pair.receiver, lease, source)[1] for lease in leases]
     assert "its pages are gone" in bad.failure()
     assert "its pages are gone" in sent[0].failure()
     assert good.wait() is sent[1].wait() is None
     assert target.content() == source.content()
-    for lease in (1, 2):
+    for lease in leases:
         pair.receiver.forget(lease)
 
 
@@ -182,36 +187,38 @@ def test_an_unknown_lease_fails_at_the_sender(pair: Pair) -> None:
 
 
 def test_a_lease_for_another_incarnation_takes_nothing(pair: Pair) -> None:
+    lease = next(LEASES)
     target, arrived = Memory(2, 4, 100), Outcome()
-    pair.receiver.expect(8, 99, target, arrived)
-    _, sent = send(pair.sender, pair.receiver, 8, pair.memory(2, 4, 100).fill(1))
+    pair.receiver.expect(lease, 99, target, arrived)
+    _, sent = send(pair.sender, pair.receiver, lease, pair.memory(2, 4, 100).fill(1))
     assert "no such lease" in sent.failure()
     assert not any(target.buffer)
     assert arrived.calls == []
-    pair.receiver.forget(8)
+    pair.receiver.forget(lease)
 
 
 def test_a_cancelled_transfer_reads_nothing_more_and_says_nothing(pair: Pair) -> None:
     arrived, sent = Outcome(), Outcome()
+    first, second = next(LEASES), next(LEASES)
     source = pair.memory(4, 500, 4096).fill(1)
     target = Memory(4, 500, 4096)
-    pair.receiver.expect(9, None, target, arrived)
-    transfer = pair.sender.link(pair.receiver.peer).begin(9, sent)
+    pair.receiver.expect(first, None, target, arrived)
+    transfer = pair.sender.link(pair.receiver.peer).begin(first, sent)
     transfer.write(list(source.pieces()))
     transfer.cancel()
     transfer.cancel()
     assert "cancelled" in arrived.failure()
     expected = source.content()
     source.fill(2)  # whatever is written after this would be noticed
-    pair.receiver.forget(9)
+    pair.receiver.forget(first)
     for got, want in zip(target.content(), expected, strict=True):
         assert got in (want, bytes(4096))
     again = Outcome()
-    pair.receiver.expect(9, None, target, again)
-    _, more = send(pair.sender, pair.receiver, 9, source)
+    pair.receiver.expect(second, None, target, again)
+    _, more = send(pair.sender, pair.receiver, second, source)
     assert more.wait() is again.wait() is None
     assert target.content() == source.content()
-    pair.receiver.forget(9)
+    pair.receiver.forget(second)
     assert sent.calls == []
 
 
@@ -236,10 +243,11 @@ def take_back_amid(pair: Pair, lease: int) -> None:
 
 
 def test_written_in_parts_while_it_is_computed(pair: Pair) -> None:
+    lease = next(LEASES)
     source, target = pair.memory(3, 20, 1000, 500).fill(1), Memory(3, 20, 1000, 500)
     arrived, sent = Outcome(), Outcome()
-    pair.receiver.expect(3, None, target, arrived)
-    transfer = pair.sender.link(pair.receiver.peer).begin(3, sent)
+    pair.receiver.expect(lease, None, target, arrived)
+    transfer = pair.sender.link(pair.receiver.peer).begin(lease, sent)
     for piece in source.pieces(3):
         transfer.write([piece])
     assert arrived.wait() is None
@@ -247,7 +255,7 @@ def test_written_in_parts_while_it_is_computed(pair: Pair) -> None:
     transfer.finish()
     assert sent.wait() is None
     assert target.content() == source.content()
-    pair.receiver.forget(3)
+    pair.receiver.forget(lease)
 
 
 @pytest.mark.parametrize(
@@ -262,42 +270,44 @@ def test_written_in_parts_while_it_is_computed(pair: Pair) -> None:
     ],
 )
 def test_a_piece_that_makes_no_sense_is_refused(pair: Pair, piece: Piece) -> None:
-    transfer = pair.sender.link(pair.receiver.peer).begin(5, Outcome())
+    lease = next(LEASES)
+    transfer = pair.sender.link(pair.receiver.peer).begin(lease, Outcome())
     with pytest.raises(ValueError, match=r"pages of one size|one run a layer|in a frame"):
         transfer.write([piece])
     transfer.cancel()
 
 
 def test_one_lease_has_one_transfer_and_one_landing(pair: Pair) -> None:
-    transfer = pair.sender.link(pair.receiver.peer).begin(5, Outcome())
+    lease = next(LEASES)
+    transfer = pair.sender.link(pair.receiver.peer).begin(lease, Outcome())
     with pytest.raises(ValueError, match="under way"):
-        pair.sender.link(pair.receiver.peer).begin(5, Outcome())
+        pair.sender.link(pair.receiver.peer).begin(lease, Outcome())
     transfer.cancel()
     for number in (-1, 1 << 64):
         with pytest.raises(ValueError, match="no number of a lease"):
             pair.sender.link(pair.receiver.peer).begin(number, Outcome())
-    pair.receiver.expect(5, None, Memory(1, 1, 1), Outcome())
+    pair.receiver.expect(lease, None, Memory(1, 1, 1), Outcome())
     with pytest.raises(ValueError, match="in use"):
-        pair.receiver.expect(5, None, Memory(1, 1, 1), Outcome())
-    pair.receiver.forget(5)
+        pair.receiver.expect(lease, None, Memory(1, 1, 1), Outcome())
+    pair.receiver.forget(lease)
 
 
 def test_callbacks_may_call_the_transport(pair: Pair) -> None:
     """From `done`, the lease may be forgotten and the next transfer begun."""
     source, targets = pair.memory(2, 3, 100).fill(1), [Memory(2, 3, 100) for _ in range(5)]
-    last = threading.Event()
+    leases, last = [next(LEASES) for _ in targets], threading.Event()
 
     def begin(number: int) -> None:
         def arrived(reason: str | None) -> None:
             assert reason is None
-            pair.receiver.forget(number)
+            pair.receiver.forget(leases[number])
             if number + 1 < len(targets):
                 begin(number + 1)
             else:
                 last.set()
 
-        pair.receiver.expect(number, None, targets[number], arrived)
-        send(pair.sender, pair.receiver, number, source)
+        pair.receiver.expect(leases[number], None, targets[number], arrived)
+        send(pair.sender, pair.receiver, leases[number], source)
 
     begin(0)
     assert last.wait(30)
