@@ -216,7 +216,7 @@ class Engine:
             computed = time.perf_counter()
             outputs = self.scheduler.commit(plan, results)
             if self._handover is not None:
-                self._handover.stored(range(self.page_format.layers), plan.prefills)
+                self._handover.computed(plan.prefills)
         except Exception as error:  # as above
             computed = time.perf_counter()
             outputs = self._fail(plan, error)

@@ -132,7 +132,8 @@ def _map(handle: ctypes.c_ulonglong, size: int, device: torch.device) -> _Mapped
         _unmap(address.value, size, mapped=mapped)
         raise
     memory = _Mapped(address.value, size)
-    weakref.finalize(memory, _unmap, address.value, size)
+    # Not at exit: the driver may have ended by then, and gives everything back itself.
+    weakref.finalize(memory, _unmap, address.value, size).atexit = False
     return memory
 
 

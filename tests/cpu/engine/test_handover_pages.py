@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from fourfold.engine.handover.convert import ConvertedPages
-from fourfold.engine.handover.device import DeviceLanding, DevicePages
 from fourfold.engine.handover.landing import HostLanding, PromptLanding
 from fourfold.engine.handover.pages import HostPages, Outlet, Prompt, page_format
 from fourfold.engine.handover.pulling import PagedMemory, PullLanding, Tickets
 from fourfold.engine.handover.sending import Route, Sending
+from fourfold.engine.handover.staged import StagedLanding, StagedPages
 from fourfold.kernels.pages import seal_pages
 from fourfold.kernels.pages.layout import PAGE_TOKENS, PageCodes
 from fourfold.quadrants.kv_pages import CodedPages, KVPages, PageShape, make_pages
@@ -107,7 +107,7 @@ def host(pages: KVPages, prompt: Prompt, found: int) -> PromptLanding:
 
 
 def device(pages: KVPages, prompt: Prompt, found: int) -> PromptLanding:
-    return DeviceLanding(DevicePages(pages), prompt, found)
+    return StagedLanding(StagedPages(pages), prompt, found)
 
 
 @pytest.mark.parametrize("tokens", TOKENS)
@@ -122,7 +122,7 @@ def test_what_is_sent_lands(
     fill(source, here, torch.randn(LAYERS, 2, tokens, HEADS, WIDTH))
     form = page_format(target)
     if form == page_format(source):
-        outlet: Outlet = HostPages(source) if land is host else DevicePages(source)
+        outlet: Outlet = HostPages(source) if land is host else StagedPages(source)
     else:
         outlet = ConvertedPages(source, form)
     found = (tokens - 1) // PAGE_TOKENS // 2

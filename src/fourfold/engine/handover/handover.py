@@ -13,11 +13,11 @@ from typing import NamedTuple
 import torch
 
 from fourfold.engine.handover.convert import ConvertedPages
-from fourfold.engine.handover.device import DeviceLanding, DevicePages
 from fourfold.engine.handover.landing import HostLanding, PromptLanding
 from fourfold.engine.handover.pages import HostPages, Outlet, Prompt
 from fourfold.engine.handover.pulling import Attach, PagedMemory, PullLanding, Tickets, may_pull
 from fourfold.engine.handover.sending import Courier, Route, Sending
+from fourfold.engine.handover.staged import StagedLanding, StagedPages
 from fourfold.engine.messages import Granted, Stage
 from fourfold.engine.scheduler import Work
 from fourfold.engine.sequence import Sequence
@@ -72,7 +72,7 @@ class Handover:
             self._stream = torch.cuda.Stream(pages.device)  # type: ignore[no-untyped-call]
         node.on_lost = lambda epoch: post(Lost(epoch))
         on_host = pages.device.type == "cpu"
-        self._memory = HostPages(pages) if on_host else DevicePages(pages)
+        self._memory = HostPages(pages) if on_host else StagedPages(pages)
         self._landings: dict[int, PromptLanding] = {}
         self._post = post
         self._courier = Courier()
@@ -120,6 +120,10 @@ class Handover:
                 sending = self._sending(sequence)
                 sending.stored(layers, chunk.start + chunk.length)
                 self._courier.advance(sending)
+
+    def computed(self, chunks: Iterable[Work]) -> None:
+        """Chunks of prompts are in the pages of all layers."""
+        self.stored(range(self._memory.format.layers), chunks)
 
     def let_go(self, sequence: Sequence) -> None:
         """Returns when nothing of others reads or writes a sample's pages."""
@@ -183,7 +187,7 @@ class Handover:
             return PullLanding(self._paged, theirs, prompt, found, self._stream)
         if isinstance(self._memory, HostPages):
             return HostLanding(self._memory, prompt, found)
-        return DeviceLanding(self._memory, prompt, found)
+        return StagedLanding(self._memory, prompt, found)
 
     def _memory_of(self, peer: Peer) -> PagedMemory | None:
         """A peer's pages, if they can be read here."""

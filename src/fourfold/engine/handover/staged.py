@@ -23,7 +23,7 @@ _LANDING_BYTES = 64 << 20
 """On the device beside the pages at most, while a prompt lands."""
 
 
-class DevicePages:
+class StagedPages:
     """An engine's pages on a device, as they are; an `Outlet` for receivers of the same format."""
 
     def __init__(self, pages: KVPages) -> None:
@@ -61,10 +61,10 @@ class DevicePages:
         return copy
 
 
-class DeviceLanding(PromptLanding):
+class StagedLanding(PromptLanding):
     """A prompt lands on the host and is moved to the device as a whole."""
 
-    def __init__(self, memory: DevicePages, prompt: Prompt, found: int) -> None:
+    def __init__(self, memory: StagedPages, prompt: Prompt, found: int) -> None:
         super().__init__(memory.format, prompt, found)
         self._memory = memory
         self._ids = prompt.pages[found : found + self.pages]
