@@ -26,6 +26,9 @@ _LEAVE_SECONDS = 30.0
 class Writer(Protocol):
     """The link that a frame came by."""
 
+    lost: bool
+    """Whether it has broken: frames that it still brings are too late. `Leases.lose` sets it."""
+
     @property
     def epoch(self) -> int:
         """Of the peer at its other end."""
@@ -88,9 +91,10 @@ class Lease:
         self.forgotten = False
 
     def lets(self, writer: Writer) -> bool:
-        """Whether this is the link to write: its peer is meant, and no other has begun."""
+        """Whether this is the link to write: its peer is meant, and no other has begun. A broken
+        one may not begin, for nothing would end what it began."""
         meant = self.writer_epoch is None or self.writer_epoch == writer.epoch
-        return meant and (self.writer is None or self.writer is writer)
+        return meant and not writer.lost and (self.writer is None or self.writer is writer)
 
     def per_layer(self, part: Part) -> int:
         return self.pages if part is Part.PAGES else 1
@@ -314,6 +318,8 @@ class Leases:
     def lose(self, writer: Writer | None, reason: str) -> None:
         """A link has broken, or every one for None: what it had begun fails."""
         with self._changed:
+            if writer is not None:
+                writer.lost = True
             for lease in self._leases.values():
                 if writer is None or lease.writer is writer:
                     self._end(lease, reason)

@@ -65,6 +65,7 @@ class Session:
     ) -> None:
         self.peer = introduction.identity
         self.number = introduction.session
+        self.lost = False
         self._me, self._config = me, config
         self._leases, self._counters = leases, counters
         self._wire = wire

@@ -62,7 +62,8 @@ def test_a_connection_that_is_cut(patient: Network) -> None:
     transfer = sender.link(proxy.peer).begin(1, outcome)  # a new link
     transfer.write(list(source.pieces()))
     transfer.finish()
-    assert outcome.wait() is again.wait() is None
+    assert outcome.wait() is None
+    assert again.wait() is None
     assert target.content() == source.content()
     (stats,) = sender.stats()
     assert stats.links == 2

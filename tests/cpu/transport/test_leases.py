@@ -1,0 +1,67 @@
+"""Who may write into a lease."""
+
+from __future__ import annotations
+
+from fourfold.transport import Part
+from fourfold.transport.control import Complete, Failed
+from fourfold.transport.frames import Header, Kind
+from fourfold.transport.leases import Leases
+from fourfold.transport.notifier import Notifier
+from tests.cpu.transport.nodes import Memory, Outcome
+
+LEASE = 5
+FRAME = Header(
+    kind=Kind.DATA,
+    epoch=2,
+    lease=LEASE,
+    part=Part.PAGES,
+    layer=0,
+    layers=1,
+    first=0,
+    count=1,
+    length=100,
+    checksum=0,
+)
+
+
+class Sender:
+    """A link as leases see it."""
+
+    epoch = 1
+
+    def __init__(self) -> None:
+        self.lost = False
+        self.told: list[Complete | Failed] = []
+        self.refused: list[int] = []
+        self.events: list[str] = []
+
+    def tell(self, message: Complete | Failed) -> None:
+        self.told.append(message)
+
+    def refuse(self, lease: int) -> None:
+        self.refused.append(lease)
+
+    def count(self, event: str) -> None:
+        self.events.append(event)
+
+    def close(self, reason: str) -> None:
+        raise AssertionError(f"the link was closed: {reason}")
+
+
+def test_a_broken_link_begins_nothing() -> None:
+    """Its streams may still bring what they had received before; nothing would end that lease."""
+    notifier = Notifier("decode")
+    leases, broken, good, done = Leases(notifier), Sender(), Sender(), Outcome()
+    leases.expect(LEASE, None, Memory(1, 1, 100), done)
+    leases.lose(broken, "the link ended")
+    assert leases.claim(FRAME, broken) is None
+    leases.sent(LEASE, broken, 1)
+    leases.cancel(LEASE, broken)
+    assert broken.events == ["stale"]
+    claim = leases.claim(FRAME, good)
+    assert claim is not None
+    assert leases.land(claim, None)
+    assert done.wait() is None
+    assert good.told == [Complete(LEASE)]
+    leases.forget(LEASE)
+    notifier.close(10)
