@@ -42,6 +42,7 @@ COMMANDS = {
     "bench roles": "measure prompts and answers computed apart, beside together",
     "bench offline": "measure the engine alone, beside other engines",
     "bench kernels": "every kernel's speed beside this GPU's limits, and its error",
+    "bench tiles": "the tiles that products are cut into, beside all others",
     "bench transport": "pages between processes, beside plain copies of as many bytes",
     "bench train": "training steps beside plain PyTorch and torchtitan",
     "bench quality": "what a precision costs in perplexity and agreement on a text",

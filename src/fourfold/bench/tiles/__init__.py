@@ -1,0 +1,1 @@
+"""`fourfold bench tiles`: the tiles that the products take beside all that they might take."""

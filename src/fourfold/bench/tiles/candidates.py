@@ -1,0 +1,45 @@
+"""Every tile that could suit a product; pure, so that it is tested anywhere."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from fourfold.kernels.w4a8_gemm.choose import Tiles
+
+_SHARED_MEMORY = 220 << 10
+_REGISTERS = (16, 128)
+"""Of a thread for its sums: with fewer the tensor cores starve, with more they spill."""
+_TOKENS = (16, 32, 64, 128)
+
+
+def candidates(tokens: int, blocks: int, *, bits: int, grouped: bool, hopper: bool) -> list[Tiles]:
+    """Tiles for products of `tokens` rows (of an expert, if `grouped`) with weights of `bits` bits
+    and `blocks` blocks of input channels; those of the Gluon kernel too where `hopper`."""
+    fewest, most = min(tokens // 8, _TOKENS[-1]), 2 * max(tokens, _TOKENS[0])
+    rows = [each for each in _TOKENS if fewest <= each < most]
+    found = list(_triton(rows, blocks, bits, splits=not grouped))
+    if hopper:
+        found += _gluon(rows, blocks)
+    return found
+
+
+def _triton(rows: list[int], blocks: int, bits: int, *, splits: bool) -> Iterator[Tiles]:
+    shapes = itertools.product((16, 32, 64, 128), rows, (3, 5), (1, 2, 4, 8))
+    for half, row, stages, warps in shapes:
+        stage = 2 * half * 16 * bits + row * 128
+        sums = 2 * half * row // (32 * warps)
+        suits = _REGISTERS[0] <= sums <= _REGISTERS[1] and half * row >= 256 * warps
+        if suits and stages * stage <= _SHARED_MEMORY:
+            yield Tiles(half, row, stages, warps, max(1, 64 // warps))
+        # Each warp has blocks of its own.
+        splitting = splits and warps > 1 and blocks % warps == 0 and half == 16
+        if splitting and stages * warps * stage <= _SHARED_MEMORY:
+            yield Tiles(half, row, stages, warps, 64 // warps, split=warps)
+
+
+def _gluon(rows: list[int], blocks: int) -> Iterator[Tiles]:
+    for row, unroll in itertools.product(rows, (1, 2)):
+        yield Tiles(128, row, 8, 4, 1, hopper=True, unroll=unroll)
+        if blocks % 2 == 0 and row <= 64:
+            yield Tiles(64, row, 8, 4, 2, split=2, hopper=True, unroll=unroll)

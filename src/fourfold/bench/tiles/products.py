@@ -1,0 +1,144 @@
+"""The products in Qwen3-30B-A3B's shapes, each to be computed with any tiles.
+
+Shapes: T tokens, E experts, O outputs, I inputs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from fourfold.bench.kernels.cases.w4a8_gemm import random_experts, random_rows
+from fourfold.bench.tiles.candidates import candidates
+from fourfold.bench.tiles.config import Product
+from fourfold.kernels.routing import RowGroups, group_rows
+from fourfold.kernels.rows import quantize_rows
+from fourfold.kernels.w4a8_gemm import grouped_w4a8_gemm, w4a8_gemm, w8a8_gemm
+from fourfold.kernels.w4a8_gemm.choose import Tiles, choose_dense, choose_grouped
+from fourfold.kernels.w4a8_gemm.packing import BLOCK, PackedW4A8, W4A8Recipe
+from fourfold.quantize.w4a8 import quantize_w4a8
+
+_EXPERTS, _CHOICES = 128, 8
+_PROJECTIONS = ((5120, 2048), (2048, 4096))
+_FIRST, _SECOND = (2 * 768, 2048), (2048, 768)
+_RECIPE = W4A8Recipe.INT8_CHANNEL
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """One product at one number of tokens."""
+
+    name: str
+    chosen: Tiles
+    candidates: tuple[Tiles, ...]
+    """All but the chosen one."""
+    run: Callable[[Tiles], Tensor]
+
+
+def works(
+    product: Product, counts: tuple[int, ...], device: torch.device, *, hopper: bool
+) -> Iterator[Work]:
+    """A product at each number of tokens; its weights live as long as one of them."""
+    if product in ("experts-first", "experts-second"):
+        yield from _experts(product, counts, device, hopper)
+    else:
+        for outputs, inputs in _PROJECTIONS:
+            yield from _projection(product, counts, outputs, inputs, device, hopper)
+
+
+def _projection(
+    product: Product,
+    counts: tuple[int, ...],
+    outputs: int,
+    inputs: int,
+    device: torch.device,
+    hopper: bool,
+) -> Iterator[Work]:
+    bits, blocks = (8 if product == "projections-8" else 4), inputs // BLOCK
+    weight_OI = random_rows(outputs, inputs, device=device) * inputs**-0.5
+    product_of: Callable[..., Tensor]
+    if bits == 8:
+        rows = quantize_rows(weight_OI, torch.int8, inputs)
+        product_of = partial(_product_8, weight_OI=rows.codes_TW, scale_O=rows.scale_T)
+    else:
+        product_of = partial(_product_4, weight=quantize_w4a8(weight_OI, _RECIPE))
+    for tokens in counts:
+        x = quantize_rows(random_rows(tokens, inputs, device=device), torch.int8, inputs)
+        chosen = choose_dense(tokens, blocks, bits=bits, outputs=outputs, hopper=hopper)
+        others = candidates(tokens, blocks, bits=bits, grouped=False, hopper=hopper)
+        yield Work(
+            f"{product}, {tokens} x {outputs} x {inputs}",
+            chosen,
+            tuple(each for each in others if each != chosen),
+            partial(product_of, *x),
+        )
+
+
+def _product_8(
+    codes_TI: Tensor, scale_T: Tensor, tiles: Tiles, *, weight_OI: Tensor, scale_O: Tensor
+) -> Tensor:
+    return w8a8_gemm(codes_TI, scale_T, weight_OI, scale_O, out_dtype=torch.bfloat16, tiles=tiles)
+
+
+def _product_4(codes_TI: Tensor, scale_T: Tensor, tiles: Tiles, *, weight: PackedW4A8) -> Tensor:
+    return w4a8_gemm(codes_TI, scale_T, weight, out_dtype=torch.bfloat16, tiles=tiles)
+
+
+def _experts(
+    product: Product, counts: tuple[int, ...], device: torch.device, hopper: bool
+) -> Iterator[Work]:
+    first = product == "experts-first"
+    outputs, inputs = _FIRST if first else _SECOND
+    parts = [
+        quantize_w4a8(random_rows(outputs, inputs, device=device) * inputs**-0.5, _RECIPE)
+        for _ in range(_EXPERTS)
+    ]
+    packed_EBOJ = torch.cat([part.packed_EBOJ for part in parts])
+    weight = PackedW4A8(
+        _RECIPE, inputs, packed_EBOJ, torch.cat([part.scale_EO for part in parts]), None
+    )
+    blocks = inputs // BLOCK
+    for tokens in counts:
+        experts_TK = random_experts(tokens, "uniform", device)
+        rows = tokens * _CHOICES
+        x = quantize_rows(
+            random_rows(tokens if first else rows, inputs, device=device), torch.int8, inputs
+        )
+        tile = group_rows(experts_TK, _EXPERTS).tile
+        chosen = choose_grouped(tile, blocks, groups=False, hopper=hopper)
+        others = candidates(2 * rows // _EXPERTS, blocks, bits=4, grouped=True, hopper=hopper)
+        tried = tuple(each for each in others if each != chosen)
+        sizes = {each.tokens for each in (chosen, *tried)}
+        groups = {size: group_rows(experts_TK, _EXPERTS, tile=size) for size in sizes}
+        yield Work(
+            f"{product}, {tokens} tokens of {_EXPERTS} experts x {outputs} x {inputs}",
+            chosen,
+            tried,
+            partial(_grouped, *x, weight=weight, groups=groups, first=first),
+        )
+
+
+def _grouped(
+    codes: Tensor,
+    scale: Tensor,
+    tiles: Tiles,
+    *,
+    weight: PackedW4A8,
+    groups: dict[int, RowGroups],
+    first: bool,
+) -> Tensor:
+    return grouped_w4a8_gemm(
+        codes,
+        scale,
+        weight,
+        groups[tiles.tokens],
+        gather=_CHOICES if first else None,
+        scatter=not first,
+        swiglu=first,
+        out_dtype=torch.bfloat16,
+        tiles=tiles,
+    )
