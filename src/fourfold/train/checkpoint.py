@@ -95,8 +95,12 @@ def load(path: Path, model: Decoder, optimizer: Optimizer) -> Progress:
     try:
         progress = msgspec.json.decode((path / _PROGRESS).read_bytes(), type=Progress)
         with safe_open(path / _STATE, framework="pt") as file:
+            biases = _biases(model)
+            known = {*optimizer.names(), *(name for name, _ in biases)}
+            if differing := known.symmetric_difference(file.keys()):
+                raise _of_another_model(path, f"only one of them has {min(differing)}")
             optimizer.load(file.get_tensor)
-            for name, bias_E in _biases(model):
+            for name, bias_E in biases:
                 with torch.no_grad():
                     bias_E.copy_(file.get_tensor(name))
     except (OSError, msgspec.DecodeError, SafetensorError) as error:
@@ -104,10 +108,15 @@ def load(path: Path, model: Decoder, optimizer: Optimizer) -> Progress:
             f"{path} is no checkpoint of this run ({error}); name another, or take a new run.folder"
         ) from None
     except RuntimeError as error:
-        raise CheckpointError(
-            f"{path} is of another model ({error}); use its model section, or a new run.folder"
-        ) from None
+        raise _of_another_model(path, str(error)) from None
     return progress
+
+
+def _of_another_model(path: Path, how: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is of another model or optimizer ({how}); use its [model] and [optimizer], or a "
+        "new run.folder"
+    )
 
 
 def weights_of(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor]:

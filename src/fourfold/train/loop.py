@@ -56,14 +56,10 @@ class Trainer:
             seed=config.run.seed,
             deviation=config.model.deviation,
             device=parallel.device,
-            # Sharded weights are masters themselves, and rounded when they are gathered.
-            dtype=self.dtype if parallel.mesh is None else torch.float32,
             experts=parallel.experts(model.moe.experts) if model.moe else None,
         )
-        for parameter in parallel.own_experts(self.model):
-            parameter.data = parameter.data.to(self.dtype)
         parallel.shard(self.model, self.dtype)
-        self.optimizer = Optimizer(self.model, config.optimizer, parallel)
+        self.optimizer = Optimizer(self.model, config.optimizer, parallel, self.dtype)
         self._objective = Objective(config.router, parallel)
         self._folder = Path(config.run.folder)
         self.steps = self.tokens = 0

@@ -18,7 +18,6 @@ from fourfold.models.config import ModelConfig, MoEConfig, RopeConfig
 from fourfold.models.decoder import Decoder
 from fourfold.models.footprint import footprint
 from fourfold.models.layers import DenseFFN, Quadrants, RMSNorm, SparseFFN
-from fourfold.models.router import Router
 from fourfold.quadrants.experts import ExpertWeights
 from fourfold.quantize.weights import Activations, DenseWeight
 from fourfold.train.config import ModelSection, RouterSection
@@ -80,10 +79,9 @@ def build(
     seed: int,
     deviation: float,
     device: torch.device,
-    dtype: torch.dtype,
     experts: range | None = None,
 ) -> Decoder:
-    """A decoder with drawn weights that want gradients; routers are float32.
+    """A decoder with drawn weights, float32, that want gradients.
 
     `experts` are those that this process holds, by default all.
     """
@@ -101,8 +99,7 @@ def build(
         for leaf, empty in list(owner.named_parameters(recurse=False)):
             name = f"{path}.{leaf}"
             if id(empty) not in made:
-                data = _draw(name, owner, empty, config, seed, deviation, experts)
-                data = data.to(device, torch.float32 if isinstance(owner, Router) else dtype)
+                data = _draw(name, owner, empty, config, seed, deviation, experts).to(device)
                 made[id(empty)] = nn.Parameter(data, requires_grad=leaf != "selection_bias")
             setattr(owner, leaf, made[id(empty)])
     model.frequencies = model.frequencies.to(device)

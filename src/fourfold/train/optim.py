@@ -47,11 +47,21 @@ class Trained:
 class Optimizer:
     """Updates all weights of a model from its gradients."""
 
-    def __init__(self, model: Decoder, section: OptimizerSection, parallel: Parallel) -> None:
+    def __init__(
+        self, model: Decoder, section: OptimizerSection, parallel: Parallel, dtype: torch.dtype
+    ) -> None:
+        """
+        Args:
+            model: its weights, float32, become the masters; what is computed in `dtype` is given
+                rounded weights instead.
+            section: how weights follow gradients.
+            parallel: this process among the others.
+            dtype: what all but the routers are computed in.
+        """
         self._section = section
         self._parallel = parallel
         own = {id(parameter) for parameter in parallel.own_experts(model)}
-        self.trained = list(_trained(model, section.kind == "muon", own))
+        self.trained = list(_trained(model, section.kind == "muon", own, dtype))
         self._muon = [each for each in self.trained if each.parts]
         adam = [each for each in self.trained if not each.parts]
         on_gpu = parallel.device.type == "cuda"
@@ -159,6 +169,13 @@ class Optimizer:
         for each in self.trained:
             yield each.name, self._whole(each, each.master)
 
+    def names(self) -> Iterator[str]:
+        """Of all that `state` gives."""
+        for each in self.trained:
+            yield f"weight.{each.name}"
+            for kind in self._moments[each.name]:
+                yield f"{kind}.{each.name}"
+
     def state(self) -> Iterator[tuple[str, Tensor]]:
         """Masters and moments by name, whole: every process must ask for all of them."""
         for each in self.trained:
@@ -191,7 +208,7 @@ class Optimizer:
         return shard_like(tensor, each.parameter)
 
 
-def _trained(model: Decoder, muon: bool, own: set[int]) -> Iterator[Trained]:
+def _trained(model: Decoder, muon: bool, own: set[int], dtype: torch.dtype) -> Iterator[Trained]:
     config = model.config
     heads = [config.query_heads, config.kv_heads, config.kv_heads]
     qkv = tuple(config.head_width * count for count in heads)
@@ -206,10 +223,14 @@ def _trained(model: Decoder, muon: bool, own: set[int]) -> Iterator[Trained]:
             rows = parameter.shape[-2]
             halves = (rows // 2, rows // 2)
             parts = qkv if ".qkv." in name else halves if ".gate_up." in name else (rows,)
+        master = local(parameter.detach())
+        # Sharded weights are masters themselves, and rounded when they are gathered.
+        if not routes and not isinstance(parameter, DTensor):
+            parameter.data = master.to(dtype)
         yield Trained(
             name,
             parameter,
-            local(parameter.detach()).float(),
+            master,
             matrix and not name.startswith("embedding."),
             id(parameter) in own,
             parts,

@@ -14,6 +14,7 @@ import dataclasses
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils import _pytree
 
 from fourfold.models.router import Router
 from fourfold.quadrants.experts import Routing
@@ -29,6 +30,11 @@ class TrainedRouting(Routing):
 
     logits_TE: Tensor
     share_TE: Tensor
+
+
+# Releases of FSDP before torch 2.13 look for the tensors of a module's output in what pytree knows,
+# and gather a router's weights for its gradients only if they find some.
+_pytree.register_dataclass(TrainedRouting)
 
 
 class TrainedRouter(Router):

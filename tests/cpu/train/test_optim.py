@@ -66,6 +66,20 @@ def test_gradients_are_clipped_together(tmp_path: Path) -> None:
     assert seen == [pytest.approx(0.5, rel=1e-4)]
 
 
+def test_masters_are_what_was_drawn(tmp_path: Path) -> None:
+    """Also where weights are rounded to compute: a model is the same on one process and on many,
+    which keep no others."""
+    wide, rounded = (
+        toy.trainer(toy.config(tmp_path, {"run": {"dtype": dtype}}))
+        for dtype in ("float32", "bfloat16")
+    )
+    for one, other in zip(wide.optimizer.trained, rounded.optimizer.trained, strict=True):
+        assert torch.equal(one.master, other.master), one.name
+        routes = ".router." in other.name
+        assert other.parameter.dtype == (torch.float32 if routes else torch.bfloat16)
+        assert torch.equal(other.parameter, other.master.to(other.parameter.dtype))
+
+
 def test_updates_too_small_for_bfloat16_add_up(tmp_path: Path) -> None:
     """A weight near one moves by 1e-4 a step: bfloat16 alone would never move."""
     changes: dict[str, Any] = {

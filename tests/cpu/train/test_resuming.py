@@ -83,8 +83,9 @@ def test_a_decay_branches_from_anothers_checkpoint(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     toy.trainer(toy.config(tmp_path, {"schedule": {"steps": 2, "warmup": 0}})).run()
-    for other in (toy.DENSE, toy.SIGMOID, {"model": {"width": 64}}, MUON):
-        with pytest.raises(CheckpointError, match="step-00000002"):
+    shallow = {"model": {"layers": 1}}
+    for other in (toy.DENSE, toy.SIGMOID, {"model": {"width": 64}}, MUON, shallow):
+        with pytest.raises(CheckpointError, match=r"step-00000002 is of another model"):
             toy.trainer(toy.config(tmp_path, other))
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fourfold.models.layers import SparseFFN
 from fourfold.quadrants.experts import ExpertWeights
@@ -121,6 +122,17 @@ def test_the_router_chooses_and_weighs_as_when_serving(score: str, tmp_path: Pat
     torch.testing.assert_close(got.share_TE.sum(1), torch.ones(50))
 
 
+def test_a_routing_shows_its_tensors(tmp_path: Path) -> None:
+    """FSDP of torch 2.11 gathers a router's weights for its gradients only if it finds some that
+    want gradients in what the router returns."""
+    model = toy.trainer(toy.config(tmp_path)).model
+    ffn = model.blocks[0].ffn
+    assert isinstance(ffn, SparseFFN)
+    leaves = tree_leaves(ffn.router(torch.ones(3, 32)))
+    assert len(leaves) == 4
+    assert sum(leaf.requires_grad for leaf in leaves) == 3
+
+
 def test_a_bias_evens_loads(tmp_path: Path) -> None:
     """Tokens that all want the same experts are spread within some hundred moves."""
     trainer = toy.trainer(toy.config(tmp_path, toy.SIGMOID))
@@ -191,7 +203,6 @@ def test_a_model_is_the_same_however_it_is_dealt(tmp_path: Path) -> None:
         "seed": 3,
         "deviation": 0.02,
         "device": torch.device("cpu"),
-        "dtype": torch.float32,
     }
     whole = dict(build(model, **options).named_parameters())
     part = dict(build(model, **options, experts=range(2, 4)).named_parameters())
