@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from fourfold.kernels.routing import Rule, Spread, combine, group_rows, route
+from fourfold.kernels.routing.choose import ChoiceTile, choose_choice
 from fourfold.kernels.routing.groups import RowGroups, choose_tile, most_tiles
 
 triton_routing = pytest.importorskip("fourfold.kernels.routing.triton_routing")
@@ -147,6 +148,35 @@ def test_routes(
     torch.testing.assert_close(gates_TK, wanted[0], rtol=1e-4, atol=1e-9)
     if ours is not None:
         assert ours.steps.item() == 8
+
+
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize("experts", [20, 600])
+def test_tokens_that_share_a_program_choose_as_if_alone(
+    monkeypatch: pytest.MonkeyPatch, experts: int, spread: bool
+) -> None:
+    """Many ties, and a last program that is not full."""
+    torch.manual_seed(experts)
+    x_TD = torch.randint(-1, 2, (7, 24)).float()
+    weight_ED = torch.randint(-1, 2, (experts, 24)).float()
+    bias_E = torch.randint(2, (experts,)).float()
+    for rule, bias in ((Rule(8), None), (Rule(5, "sigmoid"), bias_E)):
+        steps = Spread(3, torch.tensor(4)) if spread else None
+        wanted = route(x_TD, weight_ED, rule, bias_E=bias, spread=steps)
+        for together in (1, 4):
+            tile = ChoiceTile(together, 1)
+            monkeypatch.setattr(triton_route, "choose_choice", lambda *_, tile=tile: tile)
+            steps = Spread(3, torch.tensor(4)) if spread else None
+            gates_TK, experts_TK = launch_route(x_TD, weight_ED, rule, bias, steps)
+            assert torch.equal(experts_TK, wanted[1])
+            torch.testing.assert_close(gates_TK, wanted[0], rtol=1e-5, atol=0)
+
+
+def test_more_tokens_share_a_program_once_there_are_programs_enough() -> None:
+    assert {choose_choice(tokens, 128) for tokens in (1, 64, 256)} == {(1, 1)}
+    assert choose_choice(16384, 128) == (4, 1)
+    assert choose_choice(16384, 256) == (2, 1)
+    assert choose_choice(16384, 1024) == (1, 4)
 
 
 def test_ties_go_to_the_first_expert_and_nan_to_different_ones() -> None:

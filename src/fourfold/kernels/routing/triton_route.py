@@ -4,6 +4,9 @@ Rows in 16 bits are multiplied on tensor cores by weights in three parts of 16 b
 hold a float32's digits: products are exact and sums float32, as if computed in float32. Few tokens
 leave most of a GPU idle, so input channels are split over programs; parts are added in their order.
 
+An expert's place is found by taking the best of those left, K times. Comparing all pairs is a
+chain as short, but takes eight times the instructions.
+
 Shapes: T tokens of a tile, D input channels of a block, E experts of a block, K choices, S splits.
 """
 
@@ -19,11 +22,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fourfold.kernels.dependent_launch import overlaps_launches
+from fourfold.kernels.routing.choose import choose_choice
 
 if TYPE_CHECKING:
     from fourfold.kernels.routing.route import Rule, Spread
 
 _LOWEST = tl.constexpr(-3.0e38)
+_TAKEN = tl.constexpr(-(1 << 31))
 
 
 @triton.jit
@@ -122,30 +127,23 @@ def _logits(
 
 
 @triton.jit
-def _sum_parts(parts, token, tokens, e, experts, SPLITS: tl.constexpr):
-    """A token's logits of the experts e, added in the order of the splits."""
-    logits = tl.zeros(e.shape, tl.float32)
+def _sum_parts(parts, token_1T, tokens, e_E1, experts, SPLITS: tl.constexpr):
+    """The tokens' logits, added in the order of the splits; zeros outside."""
+    inside = (token_1T < tokens) & (e_E1 < experts)
+    logits_ET = tl.zeros(inside.shape, tl.float32)
     for split in tl.static_range(SPLITS):
-        at = parts + (tl.cast(split * tokens, tl.int64) + token) * experts + e
-        logits += tl.load(at, e < experts, other=0.0)
-    return logits
-
-
-@triton.jit
-def _scores(logits, largest, total, SOFTMAX: tl.constexpr):
-    if SOFTMAX:
-        return tl.exp(logits - largest) / total
-    else:  # noqa: RET505 (what is not chosen is not compiled)
-        return 1 / (1 + tl.exp(-logits))
+        at = parts + (tl.cast(split * tokens, tl.int64) + token_1T) * experts + e_E1
+        logits_ET += tl.load(at, inside, other=0.0)
+    return logits_ET
 
 
 @triton.jit
 def _wanted(
-    logits,
-    scores,
-    e,
+    logits_ET,
+    scores_ET,
+    e_E1,
     bias,
-    token,
+    token_1T,
     seed,
     steps,
     experts,
@@ -154,22 +152,40 @@ def _wanted(
     K: tl.constexpr,
 ):
     """What experts are ranked by: minus infinity for those that the token may not choose."""
-    wanted = logits
+    wanted_ET = logits_ET
     if BIASED:
-        wanted = scores + tl.load(bias + e, e < experts, other=0.0)
+        wanted_ET = scores_ET + tl.load(bias + e_E1, e_E1 < experts, other=0.0)
     # NaN compares with nothing; an expert with it comes last of those that may be chosen.
-    wanted = tl.where(wanted > _LOWEST, wanted, _LOWEST)
-    barred = e >= experts
+    wanted_ET = tl.where(wanted_ET > _LOWEST, wanted_ET, _LOWEST)
+    barred = e_E1 >= experts
     if SPREAD:
-        hashed = (token + seed + tl.load(steps) * 0x9E3779B1) & 0xFFFFFFFF
+        hashed = (token_1T + seed + tl.load(steps) * 0x9E3779B1) & 0xFFFFFFFF
         hashed = ((hashed ^ (hashed >> 15)) * 0x85EBCA6B) & 0xFFFFFFFF
         hashed = ((hashed ^ (hashed >> 15)) * 0xC2B2AE35) & 0xFFFFFFFF
-        first = ((hashed * experts) >> 32).to(tl.int32)
-        barred |= (e - first + experts) % experts >= K
-    return tl.where(barred, float("-inf"), wanted)
+        first_1T = ((hashed * experts) >> 32).to(tl.int32)
+        barred |= (e_E1 - first_1T + experts) % experts >= K
+    return tl.where(barred, float("-inf"), wanted_ET)
 
 
-@triton.jit(do_not_specialize=["tokens", "seed"])
+@triton.jit
+def _places(wanted_ET, e_E1, K: tl.constexpr):
+    """The place of each of a token's K best experts, best first, of equals the first; K for the
+    others. In integers, whose maximum over a warp is one instruction."""
+    # In the order of the floats, among which a sum that began with 0.0 has left no -0.0.
+    bits_ET = wanted_ET.to(tl.int32, bitcast=True)
+    left_ET = bits_ET ^ ((bits_ET >> 31) & 0x7FFFFFFF)
+    place_ET = tl.full(wanted_ET.shape, K, tl.int32)
+    for place in range(K):
+        best_ET = left_ET == tl.max(left_ET, 0)[None, :]
+        taken_ET = e_E1 == tl.min(tl.where(best_ET, e_E1, 1 << 30), 0)[None, :]
+        place_ET = tl.where(taken_ET, place, place_ET)
+        left_ET = tl.where(taken_ET, _TAKEN, left_ET)
+    return place_ET
+
+
+# With `experts` specialised, wide loads would lay logits out otherwise than the stores, and half of
+# the kernel would be exchanges between threads.
+@triton.jit(do_not_specialize=["tokens", "seed", "experts"])
 def _choose(
     parts,
     bias,
@@ -186,46 +202,41 @@ def _choose(
     BIASED: tl.constexpr,
     SPREAD: tl.constexpr,
     K: tl.constexpr,
+    T: tl.constexpr,
     E: tl.constexpr,
-    J: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One token: an expert's place is the number of experts before it."""
-    token = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, E)
+    """T tokens, each across all threads of a program that mostly is one warp: no barriers."""
+    token_1T = (tl.program_id(0).to(tl.int64) * T + tl.arange(0, T))[None, :]
+    e_E1 = tl.arange(0, E)[:, None]
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    logits = _sum_parts(parts, token, tokens, e, experts, SPLITS)
-    real = e < experts
-    largest = 0.0
-    total = 1.0
+    logits_ET = _sum_parts(parts, token_1T, tokens, e_E1, experts, SPLITS)
     if SOFTMAX:
-        largest = tl.max(tl.where(real, logits, float("-inf")), 0)
-        total = tl.sum(tl.where(real, tl.exp(logits - largest), 0.0), 0)
-    scores = _scores(logits, largest, total, SOFTMAX)
-    wanted = _wanted(logits, scores, e, bias, token, seed, steps, experts, BIASED, SPREAD, K)
-    place = tl.zeros([E], tl.int32)
-    for start in range(0, E, J):
-        j = start + tl.arange(0, J)
-        logits_j = _sum_parts(parts, token, tokens, j, experts, SPLITS)
-        scores_j = _scores(logits_j, largest, total, SOFTMAX)
-        wanted_j = _wanted(
-            logits_j, scores_j, j, bias, token, seed, steps, experts, BIASED, SPREAD, K
-        )
-        tied = (wanted_j[:, None] == wanted[None, :]) & (j[:, None] < e[None, :])
-        place += tl.sum(((wanted_j[:, None] > wanted[None, :]) | tied).to(tl.int32), 0)
-    taken = place < K
-    gate = scores
+        of_all_ET = tl.where(e_E1 < experts, logits_ET, float("-inf"))
+        scores_ET = tl.exp(of_all_ET - tl.max(of_all_ET, 0)[None, :])
+        scores_ET /= tl.sum(scores_ET, 0)[None, :]
+    else:
+        scores_ET = 1 / (1 + tl.exp(-logits_ET))
+    wanted_ET = _wanted(
+        logits_ET, scores_ET, e_E1, bias, token_1T, seed, steps, experts, BIASED, SPREAD, K
+    )
+    place_ET = _places(wanted_ET, e_E1, K)
+    taken_ET = place_ET < K
+    gates_ET = scores_ET
     if NORMALISE:
         if SOFTMAX:
             # Chosen scores over their sum are the softmax of the chosen logits alone.
-            of_chosen = tl.max(tl.where(taken, logits, float("-inf")), 0)
-            gate = tl.exp(logits - of_chosen)
+            of_chosen_ET = tl.where(taken_ET, logits_ET, float("-inf"))
+            gates_ET = tl.exp(logits_ET - tl.max(of_chosen_ET, 0)[None, :])
         # Sigmoid scores may all underflow.
-        gate = gate / tl.maximum(tl.sum(tl.where(taken, gate, 0.0), 0), 1e-20)
-    tl.store(gates + token * K + place, gate * scale, taken)
-    tl.store(chosen + token * K + place, e.to(tl.int64), taken)
+        sum_T = tl.sum(tl.where(taken_ET, gates_ET, 0.0), 0)
+        gates_ET = gates_ET / tl.maximum(sum_T, 1e-20)[None, :]
+    at_ET = token_1T * K + place_ET
+    inside_ET = taken_ET & (token_1T < tokens)
+    tl.store(gates + at_ET, gates_ET * scale, inside_ET)
+    tl.store(chosen + at_ET, tl.broadcast_to(e_E1.to(tl.int64), at_ET.shape), inside_ET)
 
 
 def _launch_logits(
@@ -278,7 +289,8 @@ def launch_route(
     steps = weight_ED if spread is None else spread.steps
     parts = _launch_logits(x_TD, weight_ED, steps, counted)
     width = max(16, triton.next_power_of_2(experts))
-    _choose[(tokens,)](
+    tile = choose_choice(tokens, width)
+    _choose[(triton.cdiv(tokens, tile.tokens),)](
         parts,
         weight_ED if bias_E is None else bias_E,
         0 if spread is None else spread.seed,
@@ -294,9 +306,9 @@ def launch_route(
         BIASED=bias_E is not None,
         SPREAD=spread is not None,
         K=rule.choices,
+        T=tile.tokens,
         E=width,
-        J=min(width, 16384 // width),
-        num_warps=4,
+        num_warps=tile.warps,
         **overlapped,
     )
     return gates_TK, experts_TK

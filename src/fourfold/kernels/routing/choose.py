@@ -1,0 +1,25 @@
+"""How tokens that choose their experts are dealt to programs: a pure function of the shape."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+_OF_WARP = 512
+_ENOUGH_PROGRAMS = 1024
+
+
+class ChoiceTile(NamedTuple):
+    """What one program holds."""
+
+    tokens: int
+    warps: int
+
+
+def choose_choice(tokens: int, width: int) -> ChoiceTile:
+    """For scores of `width` experts, a power of two. One warp a program, because threads of a warp
+    need no barriers between them. It takes several tokens, so that they hide each other's
+    latencies, as far as its registers hold them and enough programs are left to fill a GPU."""
+    together = 1
+    while 2 * together * width <= _OF_WARP and tokens >= 2 * together * _ENOUGH_PROGRAMS:
+        together *= 2
+    return ChoiceTile(together, 1 if width <= _OF_WARP else 4)
