@@ -74,10 +74,20 @@ def test_the_kernel_is_the_reference(
         1e-6,
         torch.randn(KV_HEADS, WIDTH) if offset else None,
     )
-    for out, expected in zip(launch(*arguments), reference.norm_rope(*arguments), strict=True):
+    q, k, v = launch(*arguments)
+    for out, expected in zip((q, k, v), reference.norm_rope(*arguments), strict=True):
         torch.testing.assert_close(out, expected)
         assert out.dtype == dtype
-        assert out.is_contiguous()
+    assert q.is_contiguous()
+    assert k is not None
+    assert k.is_contiguous()
+
+
+def test_values_are_not_copied() -> None:
+    qkv_TA, cos_TC, sin_TC = inputs()
+    v_TGC = launch(qkv_TA, HEADS, KV_HEADS, WIDTH, cos_TC, sin_TC, None, None, 1e-6, None)[2]
+    assert v_TGC is not None
+    assert v_TGC._base is qkv_TA
 
 
 def test_a_projection_may_be_part_of_a_wider_one() -> None:
@@ -103,16 +113,19 @@ def test_it_does_not_matter_how_heads_are_dealt(
         torch.randn(KV_HEADS, WIDTH),
     )  # fmt: skip
     expected = launch(*arguments)
-    monkeypatch.setattr(triton_rope, "choose_tile", lambda *shape: tile)
+    monkeypatch.setattr(triton_rope, "choose_tile", lambda *shape, values: tile)
     for out, same in zip(launch(*arguments), expected, strict=True):
         assert torch.equal(out, same)
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 4096, 100_000])
+@pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (9, 3), (32, 4), (64, 8)])
-def test_no_block_is_left_without_heads(tokens: int, heads: int, kv_heads: int) -> None:
-    tile = choose_tile(tokens, heads, kv_heads)
-    assert 1 <= tile.blocks <= -(-heads // tile.heads) + 2 * -(-kv_heads // tile.heads)
+def test_no_block_is_left_without_heads(
+    tokens: int, values: bool, heads: int, kv_heads: int
+) -> None:
+    tile = choose_tile(tokens, heads, kv_heads, values=values)
+    assert 1 <= tile.blocks <= -(-heads // tile.heads) + (1 + values) * -(-kv_heads // tile.heads)
     assert tile.heads & (tile.heads - 1) == 0
 
 
@@ -136,7 +149,7 @@ def test_keys_and_values_go_to_their_open_pages(
     keep: bool, dtype: torch.dtype, tile: Tile | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if tile is not None:
-        monkeypatch.setattr(triton_rope, "choose_tile", lambda *shape: tile)
+        monkeypatch.setattr(triton_rope, "choose_tile", lambda *shape, values: tile)
     qkv_TA, cos_TC, sin_TC = inputs(dtype)
     arguments = (qkv_TA, HEADS, KV_HEADS, WIDTH, cos_TC, sin_TC)
     options = (torch.rand(WIDTH), torch.rand(WIDTH), 1e-6, torch.randn(KV_HEADS, WIDTH))

@@ -18,9 +18,10 @@ class Tile(NamedTuple):
     warps: int
 
 
-def choose_tile(tokens: int, heads: int, kv_heads: int) -> Tile:
+def choose_tile(tokens: int, heads: int, kv_heads: int, *, values: bool) -> Tile:
     """With many tokens, one block of one warp each, so that angles are loaded once. With few, every
-    eight heads are a block of their own, of four warps: the step is a short chain of latencies."""
+    eight heads are a block of their own, of four warps: the step is a short chain of latencies.
+    `values` says whether there is something to do for the heads of values, too."""
     if tokens >= _ENOUGH_BLOCKS:
         return Tile(1, _HEADS, 1)
-    return Tile(-(-heads // _HEADS) + 2 * -(-kv_heads // _HEADS), _HEADS, 4)
+    return Tile(-(-heads // _HEADS) + (1 + values) * -(-kv_heads // _HEADS), _HEADS, 4)

@@ -30,7 +30,7 @@ def norm_rope(
     against each other, `x * cos + roll(x, C / 2) * sin`, with the sine's first half negated (as
     `models.layers.Rope` has them; [T, C] of any float dtype). `k_offset_GC` is subtracted from the
     rotated keys. Computed in float32, rounded once to the dtype of `qkv_TA`. C is a power of two.
-    On a GPU all three are contiguous.
+    Values are a view of `qkv_TA`, for nothing is done to them; on a GPU q and k are contiguous.
     """
     arguments = (qkv_TA, heads, kv_heads, head_width, cos_TC, sin_TC)
     options = (q_norm_weight, k_norm_weight, eps, k_offset_GC)
@@ -63,8 +63,8 @@ def norm_rope_append(
     """`norm_rope` that also writes each token's keys and values to its open page.
 
     Token t goes to row `opened.place_T[t]` of the open pages; no two tokens may have the same
-    place. With `keep` keys and values come back too, as a chunk of a prompt needs them; a token's
-    are the same bits in both places. No host synchronisation.
+    place. With `keep` keys and values come back too, as a chunk of a prompt needs them and as
+    `norm_rope` returns them; a token's are the same bits in both places. No host synchronisation.
     """
     arguments = (qkv_TA, heads, kv_heads, head_width, cos_TC, sin_TC)
     options = (q_norm_weight, k_norm_weight, eps, k_offset_GC)

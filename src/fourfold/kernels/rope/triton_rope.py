@@ -2,9 +2,9 @@
 
 The halves of a head are loaded apart, so that rotating them against each other needs no exchange
 between threads. Blocks of queries, keys and values branch apart: with the kinds side by side in a
-block and selected by element, arithmetic took longer than memory. Queries, keys and values leave
-through one pointer, as parts of one allocation; keys and values may go to open pages as well, or
-only there.
+block and selected by element, arithmetic took longer than memory. Queries and keys leave through
+one pointer, as parts of one allocation; keys may go to open pages as well, or only there. Values
+stay as they are: they are only read where they go to open pages.
 
 Shapes: T tokens, H query heads, G KV heads, C head width, A = (H + 2 G) C.
 """
@@ -98,8 +98,8 @@ def _kernel(
     HEADS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """`KEEP`: keys and values are written beside the queries; `APPEND`: and to open pages. `EARLY`:
-    the next kernel may start beside this one (programmatic dependent launch)."""
+    """`KEEP`: keys are written beside the queries; `APPEND`: keys and values go to open pages.
+    `EARLY`: the next kernel may start beside this one (programmatic dependent launch)."""
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
@@ -121,7 +121,8 @@ def _kernel(
     cos_b = tl.load(cos + C // 2).to(tl.float32)[None, :]
     sin_a = tl.load(sin).to(tl.float32)[None, :]
     sin_b = tl.load(sin + C // 2).to(tl.float32)[None, :]
-    for block in range(tl.program_id(1), Q_BLOCKS + 2 * K_BLOCKS, tl.num_programs(1)):
+    BLOCKS: tl.constexpr = Q_BLOCKS + (2 if APPEND else 1) * K_BLOCKS
+    for block in range(tl.program_id(1), BLOCKS, tl.num_programs(1)):
         if block < Q_BLOCKS:
             _turn(
                 x, q_out, open_k, opened, cos_a, cos_b, sin_a, sin_b, q_weight_ptr, offset_ptr,
@@ -136,12 +137,8 @@ def _kernel(
         else:
             first = (block - Q_BLOCKS - K_BLOCKS) * (HEADS * C)
             channel = first + tl.arange(0, HEADS * C)
-            inside = channel < G * C
-            v = tl.load(x + (H + G) * C + channel, mask=inside)
-            if KEEP:
-                tl.store(k_out + all_tokens * (G * C) + channel, v, mask=inside)
-            if APPEND:
-                tl.store(open_v + channel, v, mask=inside & opened)
+            inside = (channel < G * C) & opened
+            tl.store(open_v + channel, tl.load(x + (H + G) * C + channel, inside), inside)
 
 
 def launch(
@@ -161,10 +158,10 @@ def launch(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """`norm_rope`, or with `opened` `norm_rope_append`, on checked arguments."""
     tokens = len(qkv_TA)
-    sizes = [tokens * heads * head_width] + [tokens * kv_heads * head_width] * (2 if keep else 0)
+    sizes = [tokens * heads * head_width] + [tokens * kv_heads * head_width] * keep
     out = torch.empty(sum(sizes), dtype=qkv_TA.dtype, device=qkv_TA.device)
     if tokens > 0:
-        tile = choose_tile(tokens, heads, kv_heads)
+        tile = choose_tile(tokens, heads, kv_heads, values=opened is not None)
         early = overlaps_launches(qkv_TA.device)
         open_k, open_v, place_T = (qkv_TA, qkv_TA, qkv_TA) if opened is None else opened
         _kernel[(tokens, tile.blocks)](
@@ -196,9 +193,12 @@ def launch(
             num_warps=tile.warps,
             launch_pdl=early,
         )
-    q, *kv = out.split(sizes)
-    k, v = (rows.view(tokens, kv_heads, head_width) for rows in kv) if keep else (None, None)
-    return q.view(tokens, heads, head_width), k, v
+    q, *k = out.split(sizes)
+    q_THC = q.view(tokens, heads, head_width)
+    if not keep:
+        return q_THC, None, None
+    v_TGC = qkv_TA[:, (heads + kv_heads) * head_width :].unflatten(-1, (kv_heads, head_width))
+    return q_THC, k[0].view(v_TGC.shape), v_TGC
 
 
 def _given(option: Tensor | None, instead: Tensor) -> Tensor:
