@@ -291,6 +291,8 @@ class Engine:
                 with self._runner.on_stream():
                     self._handover.land(message.request_id)
                 self.scheduler.arrive(part)
+            case Delivered(error=None):
+                self.scheduler.deliver(part)
             case Delivered():
                 self.scheduler.drop(part)
         self._tell(Moved(request_id=message.request_id, error=message.error))

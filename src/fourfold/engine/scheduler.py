@@ -92,6 +92,8 @@ class Scheduler:
         self.before_leaving: Callable[[Sequence], None] = lambda sequence: None
         """Called before the pages of a part of a request are given up."""
         self.preemptions = 0
+        self._parts: dict[int, Sequence] = {}
+        """By their requests, those that are computed here in part."""
         self._tokens = config.tokens
         self._slots = list(reversed(range(config.running)))
         self._arrivals = 0
@@ -125,13 +127,16 @@ class Scheduler:
             sequence = Sequence(request, index, self._arrivals, leader, longest)
             self._arrivals += 1
             self.waiting.append(sequence)
+            if sequence.stage is not Stage.WHOLE:
+                self._parts[request.request_id] = sequence
             leader = leader or sequence
         return []
 
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute. Counts its tokens as computed."""
         decodes = self._schedule_decodes()
-        budget = self._tokens - len(decodes)
+        # Once steps were made smaller, samples whose prompts came from elsewhere may fill them all.
+        budget = max(0, self._tokens - len(decodes))
         if decodes and self._config.mixed_tokens is not None:
             budget = min(budget, max(self._config.mixed_tokens, self._chunk_multiple))
         prefills: list[Work] = []
@@ -170,16 +175,13 @@ class Scheduler:
             if work.samples and _wanted_elsewhere(sequence):
                 self.running.remove(sequence)
                 self.moving[sequence.request.request_id] = sequence
-            elif sequence.finish is not None:
+            elif sequence.finish is not None or sequence.delivered:
                 self._retire(sequence)
         return outputs
 
     def part(self, request_id: int) -> Sequence | None:
         """The sample that is computed here in part, if it is under way."""
-        for sequence in [*self.moving.values(), *self.running, *self.waiting]:
-            if sequence.request.request_id == request_id and sequence.stage is not Stage.WHOLE:
-                return sequence
-        return None
+        return self._parts.get(request_id)
 
     def arrive(self, sequence: Sequence) -> None:
         """The pages of a prompt have come; its answer goes on once its next token is known."""
@@ -191,8 +193,17 @@ class Scheduler:
         sequence.proceeds = message
         self._go_on(sequence)
 
+    def deliver(self, sequence: Sequence) -> None:
+        """The pages of a prompt are with whom they were for; it ends once its next token is
+        known."""
+        sequence.delivered = True
+        if not sequence.pending:
+            self._retire(sequence)
+
     def drop(self, sequence: Sequence) -> None:
         """Ends a part of which nothing more is wanted here, without news."""
+        if sequence.finish is None:  # so that a step under way is not heard of it
+            sequence.finish = FinishReason.CANCELLED
         self._retire(sequence)
 
     def retry_smaller(self, plan: StepPlan) -> bool:
@@ -325,6 +336,7 @@ class Scheduler:
         if sequence.proceeds is None or not sequence.prefilled:
             return
         del self.moving[sequence.request.request_id]
+        del self._parts[sequence.request.request_id]
         sequence.stage = Stage.WHOLE
         sequence.prefilled_once = True
         sequence.tokens.append(sequence.proceeds.token)
@@ -404,6 +416,7 @@ class Scheduler:
 
     def _let_go(self, sequence: Sequence) -> None:
         if sequence.stage is not Stage.WHOLE:
+            del self._parts[sequence.request.request_id]
             self.before_leaving(sequence)
 
 
@@ -414,6 +427,7 @@ def _waits_for_leader(sequence: Sequence) -> bool:
 
 
 def _wanted_elsewhere(sequence: Sequence) -> bool:
-    """Whether the pages of a prompt are to be sent, unless its only sample has ended already."""
-    request = sequence.request
-    return sequence.stage is Stage.PREFILL and (sequence.finish is None or request.n > 1)
+    """Whether the pages of a prompt are still to be sent: not if its only sample has ended."""
+    if sequence.stage is not Stage.PREFILL or sequence.delivered:
+        return False
+    return sequence.finish is None or sequence.request.n > 1

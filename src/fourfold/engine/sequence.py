@@ -17,7 +17,8 @@ class Sequence:
     while it runs, `admissions` how often it began to (once more after every preemption).
 
     `stage` is what of it is computed here: of a request's samples the first may be cut in two, the
-    others share its prompt's pages. `proceeds` is the next token of a prompt computed elsewhere.
+    others share its prompt's pages. `proceeds` is the next token of a prompt computed elsewhere,
+    `delivered` whether the pages of one computed here are where it goes on.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class Sequence:
         self.prompt_logprobs: list[TokenLogprob] = []
         self.finish: FinishReason | None = None
         self.proceeds: Continue | None = None
+        self.delivered = False
         self._keys: list[PageKey] = []
         self._published = 0
 

@@ -254,3 +254,13 @@ def test_memory_that_cannot_be_mapped_goes_through_the_host(
         assert pair.answers(request) == wanted
         assert "does not hand out its memory" in caplog.text
         pair.wait_until_free()
+
+
+def test_pages_that_arrive_before_a_step_is_read_lose_no_token(model: Decoder) -> None:
+    """Where launching is computing, pages go out before an overlapped step is read."""
+    requests = [submit(number, prompt_of(150, number), GREEDY) for number in range(12)]
+    wanted = alone(make_engine(model), *requests)
+    first, second = make_engine(model, overlap=True), make_engine(model, overlap=True)
+    with couple(first, second) as pair:
+        assert pair.answers(*requests) == wanted
+        pair.wait_until_free()

@@ -50,6 +50,14 @@ class Pair:
         for drive in self.random.sample([self.first, self.second], 2):
             drive.abort(message)
 
+    def fail(self, request_id: int) -> None:
+        """Its pages cannot be sent, wherever it is."""
+        part = self.first.scheduler.part(request_id)
+        if part is not None and part.slot >= 0:
+            self.aborted.add(request_id)
+            self.first.scheduler.drop(part)
+            self.second.abort(Abort(request_id=request_id))
+
     def turn(self) -> None:
         choice = self.random.random()
         if choice < 0.4:
@@ -73,8 +81,9 @@ class Pair:
                     if output.token is not None and request_id in self.requests:
                         self.mail.append(self.proceed(request_id, output.token, output.finish))
         for request_id, receiver in self.granted.items():
-            sender = self.first.scheduler.moving.get(request_id)
-            if sender is not None and request_id not in self.sending:
+            sender = self.first.scheduler.part(request_id)
+            # It may be computed by a step of which nothing has been read.
+            if sender is not None and sender.prefilled and request_id not in self.sending:
                 self.sending.add(request_id)
                 self.mail.append(lambda s=sender, r=receiver: self.copy(s, r))
 
@@ -93,7 +102,8 @@ class Pair:
 
     def copy(self, sender: Sequence, receiver: Sequence) -> None:
         request_id = sender.request.request_id
-        if request_id in self.aborted:
+        both = (self.first.scheduler.part(request_id), self.second.scheduler.part(request_id))
+        if both != (sender, receiver):  # one of them has ended
             return
         found = receiver.computed // PAGE_TOKENS
         for place in range(found, -(-sender.given // PAGE_TOKENS)):
@@ -109,7 +119,7 @@ class Pair:
         def delivered() -> None:
             part = self.first.scheduler.part(request_id)
             if part is not None:
-                self.first.scheduler.drop(part)
+                self.first.scheduler.deliver(part)
 
         self.mail += [arrive, delivered]
 
@@ -153,7 +163,7 @@ def story(seed: int, *, aborts: bool) -> Pair:
             )
             random.choice([pair.first, pair.second]).add(beside)
         if aborts and random.random() < 0.4:
-            pair.abort(random.randrange(request_id + 1))
+            random.choice([pair.abort, pair.fail])(random.randrange(request_id + 1))
     for _ in range(60_000):
         if pair.first.scheduler.idle and pair.second.scheduler.idle and not pair.mail:
             break
@@ -231,3 +241,41 @@ def test_a_prompt_that_is_being_sent_is_never_preempted() -> None:
         drive.step()
     answer = [output.token for output in drive.news[1, 0] if output.token is not None]
     assert (answer, FinishReason.LENGTH) == expected_answer(whole, 0, drive.max_context)
+
+
+def with_a_part_under_way() -> tuple[Drive, Submit, Submit]:
+    """The step that computes the last of a prompt for elsewhere is launched and not read yet."""
+    drive = Drive(EngineConfig(max_running=3, step_tokens=300), 12, depth=2)
+    whole = Submit(request_id=1, prompt_ids=(1,) * 50, sampling=SamplingParams(max_tokens=9))
+    part = Submit(
+        request_id=2, prompt_ids=(2,) * 130, sampling=SamplingParams(), stage=Stage.PREFILL
+    )
+    drive.add(whole, part)
+    drive.step()
+    assert drive.under_way
+    return drive, whole, part
+
+
+def test_pages_that_cannot_be_sent_end_their_part_alone() -> None:
+    drive, whole, _ = with_a_part_under_way()
+    sequence = drive.scheduler.part(2)
+    assert sequence is not None
+    drive.scheduler.drop(sequence)
+    drive.run()
+    assert not drive.news[2, 0]
+    answer = [output.token for output in drive.news[1, 0]]
+    assert answer == expected_answer(whole, 0, drive.max_context)[0]
+    assert drive.scheduler.idle
+    assert drive.scheduler.pool.in_use == 0
+
+
+def test_pages_that_are_delivered_before_a_step_is_read_cost_no_token() -> None:
+    drive, _, part = with_a_part_under_way()
+    sequence = drive.scheduler.part(2)
+    assert sequence is not None
+    drive.scheduler.deliver(sequence)
+    assert drive.scheduler.part(2) is sequence
+    drive.run()
+    assert [output.token for output in drive.news[2, 0]] == [drawn_token(part, 0, 130)]
+    assert drive.scheduler.part(2) is None
+    assert drive.scheduler.pool.in_use == 0

@@ -11,7 +11,15 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.messages import Abort, FinishReason, SamplingParams, Submit
+from fourfold.engine.messages import (
+    Abort,
+    Continue,
+    FinishReason,
+    SamplingParams,
+    Stage,
+    Submit,
+)
+from fourfold.engine.scheduler import Sampled
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 from tests.cpu.engine.scheduling import VOCABULARY, Drive, expected_answer
 
@@ -258,3 +266,28 @@ def test_aborting_echoes_the_reason_once() -> None:
     assert finishes == {(0, 0): [FinishReason.STOP], (0, 1): [FinishReason.STOP]}
     assert drive.scheduler.idle
     assert drive.step() is None
+
+
+def test_prompts_wait_where_samples_from_elsewhere_fill_a_smaller_step() -> None:
+    """A step that did not fit made the next ones smaller than the samples that then came."""
+    drive = Drive(EngineConfig(max_running=8, step_tokens=400), pages=40)
+    scheduler = drive.scheduler
+    drive.add(request(0, 300, max_tokens=5))
+    plan = scheduler.schedule()
+    while plan is not None and plan.tokens > 2:
+        assert scheduler.retry_smaller(plan)
+        plan = scheduler.schedule()
+    scheduler.abort(Abort(request_id=0))
+    for number in range(1, 5):
+        drive.add(msgspec.structs.replace(request(number, 70, max_tokens=9), stage=Stage.DECODE))
+    drive.add(request(5, 300, max_tokens=5))
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.commit(plan, [Sampled()])
+    for sequence in list(scheduler.moving.values()):
+        scheduler.arrive(sequence)
+        scheduler.proceed(sequence, Continue(request_id=0, token=3))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert len(plan.decodes) == 4
+    assert not plan.prefills
