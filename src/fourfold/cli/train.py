@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
+import msgspec
 import tyro
 
 from fourfold.errors import ConfigError
 from fourfold.train.config import TrainConfig, read_config
 
 if TYPE_CHECKING:
+    from fourfold.train.data.batches import ShardBatches
+    from fourfold.train.data.shards import Vocabulary
     from fourfold.train.loop import Trainer
     from fourfold.train.metrics import Record
     from fourfold.train.reporting import Watch
@@ -47,15 +50,7 @@ def run(options: Options) -> int:
     shards = Shards(data.train)
     vocabulary = shards.meta.vocabulary
     model = model_config(config.model, config.router, vocabulary.tokens, vocabulary.end_of_text)
-    held_out = None
-    if data.held_out is not None:
-        kept = Shards(data.held_out)
-        if kept.meta.vocabulary.sha256 != vocabulary.sha256:
-            raise ConfigError(
-                f"data.held_out = {data.held_out} was tokenised with another vocabulary than "
-                f"{data.train}; tokenise both with one"
-            )
-        held_out = ShardBatches(kept, rows=data.rows, length=data.length, seed=data.seed)
+    config, held_out = _held_out(config, vocabulary)
     batches = ShardBatches(shards, rows=data.rows, length=data.length, seed=data.seed)
     with joined(config.parallel, device) as parallel, ReadAhead(batches) as ahead:
         trainer = Trainer(config, model, ahead, parallel)
@@ -67,6 +62,36 @@ def run(options: Options) -> int:
             given = tokenizer if tokenizer.is_dir() else None
             trainer.export(Path(config.run.folder) / "model", given)
     return 0
+
+
+def _held_out(
+    config: TrainConfig, vocabulary: Vocabulary
+) -> tuple[TrainConfig, ShardBatches | None]:
+    """What is evaluated on, and the configuration with no more of it than there is: read again,
+    text would count twice."""
+    from fourfold.train.data.batches import ShardBatches
+    from fourfold.train.data.shards import Shards
+
+    data = config.data
+    if data.held_out is None:
+        return config, None
+    shards = Shards(data.held_out)
+    if shards.meta.vocabulary.sha256 != vocabulary.sha256:
+        raise ConfigError(
+            f"data.held_out = {data.held_out} was tokenised with another vocabulary than "
+            f"{data.train}; tokenise both with one"
+        )
+    held_out = ShardBatches(shards, rows=data.rows, length=data.length, seed=data.seed)
+    there_are = held_out.batches_of_epoch
+    if there_are < 1:
+        raise ConfigError(
+            f"data.held_out = {data.held_out} has {shards.meta.tokens:,} tokens, less than one "
+            f"batch of data.rows = {data.rows} of data.length = {data.length}; hold out more with "
+            "`fourfold tokenize --held-out`, or lower data.rows"
+        )
+    batches = min(config.run.evaluate_batches, there_are)
+    run = msgspec.structs.replace(config.run, evaluate_batches=batches)
+    return msgspec.structs.replace(config, run=run), held_out
 
 
 @contextlib.contextmanager

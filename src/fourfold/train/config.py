@@ -18,6 +18,10 @@ from fourfold.errors import ConfigError
 
 # torch's grouped product takes rows of whole 16 bytes, of bfloat16.
 _GROUPED_STEP = 8
+# Flash attention has kernels for these, rotation needs halves.
+_HEAD_WIDTHS = (8, 16, 32, 64, 128, 256)
+# What rows are sorted by on a GPU.
+_MOST_EXPERTS = 1024
 
 
 def _positive(section: str, fields: msgspec.Struct, *names: str) -> None:
@@ -81,9 +85,10 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
                 f"model.heads = {self.heads} is not a multiple of model.kv_heads = "
                 f"{self.kv_heads}; choose kv_heads that divides it"
             )
-        if self.head_width & (self.head_width - 1) or self.head_width < 2:
+        if self.head_width not in _HEAD_WIDTHS:
             raise ConfigError(
-                f"model.head_width = {self.head_width} is not a power of two; use 32, 64 or 128"
+                f"model.head_width = {self.head_width} is none of "
+                f"{', '.join(map(str, _HEAD_WIDTHS))}; use one of them"
             )
         if self.dense_layers >= self.layers and self.form == "sparse":
             raise ConfigError(
@@ -112,7 +117,8 @@ class RouterSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     balance_loss: float = 1e-2
     """Weight of the balance loss; with sigmoid 1e-4 is usual."""
     balance_over: Literal["sequence", "batch"] = "batch"
-    """Where loads are to be even: in each row, or in the step's whole global batch."""
+    """Where loads are to be even: in each row, or in what all processes compute at a time: the
+    global batch, or one of its micro-batches where `run.micro_rows` cuts it."""
     z_loss: float = 0.0
     """Weight of the mean squared log-sum-exp of router logits."""
 
@@ -144,6 +150,11 @@ class DataSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     def __post_init__(self) -> None:
         _positive("data", self, "length", "rows")
         _at_least_zero("data", self, "seed")
+        if self.held_out is not None and Path(self.held_out) == Path(self.train):
+            raise ConfigError(
+                f"data.held_out = {self.held_out} is what is trained on; name the split that "
+                "`fourfold tokenize` held out"
+            )
 
 
 class OptimizerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -166,7 +177,9 @@ class OptimizerSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
     def __post_init__(self) -> None:
         _positive("optimizer", self, "rate", "eps", "clip")
-        _share("optimizer", self, "beta1", "beta2", "momentum")
+        for name in ("beta1", "beta2", "momentum"):
+            if not 0 <= (value := getattr(self, name)) < 1:
+                raise ConfigError(f"optimizer.{name} = {value} must be at least 0 and below 1")
         _at_least_zero("optimizer", self, "weight_decay")
 
 
@@ -216,7 +229,7 @@ class RunSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     evaluate_every: int = 500
     """Steps between evaluations; the last step always makes one."""
     evaluate_batches: int = 16
-    """Global batches of held-out text that an evaluation reads."""
+    """Global batches of held-out text that an evaluation reads, at most all there are."""
     log_every: int = 10
     tensorboard: bool = False
     """Write TensorBoard events too; needs `pip install tensorboard`."""
@@ -277,6 +290,11 @@ class TrainConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
                     f"model.{name} = {value} is not a multiple of {_GROUPED_STEP}, which products "
                     "of experts need; round it"
                 )
+        if experts > _MOST_EXPERTS:
+            raise ConfigError(
+                f"model.experts = {experts} is more than a GPU sorts rows by; use at most "
+                f"{_MOST_EXPERTS}"
+            )
         if experts % self.parallel.experts:
             raise ConfigError(
                 f"model.experts = {experts} cannot be divided among parallel.experts = "

@@ -194,7 +194,7 @@ class Trainer:
     def evaluate(self, batches: Batches) -> EvaluationRecord:
         """The loss on the first global batches of a series."""
         parallel = self._parallel
-        sums_2 = torch.zeros(2, dtype=torch.float64)
+        sums_2 = torch.zeros(2, dtype=torch.float64, device=parallel.device)
         for number in range(self._config.run.evaluate_batches):
             mine = batches.batch(number).rows(parallel.rank, parallel.world)
             for part in range(self._rows // self._micro):
@@ -202,9 +202,9 @@ class Trainer:
                 documents, tokens_T, target_T = lay_out(batch, parallel.device)
                 step = TrainStep(documents, parallel.exchange)
                 losses = self._objective(self.model, step, tokens_T, target_T, Scale(0.0, 0.0))
-                sums_2[0] += losses.cross_entropy.cpu()
+                sums_2[0] += losses.cross_entropy
                 sums_2[1] += predicted(batch)
-        total, counted = parallel.summed(sums_2.float().to(parallel.device)).tolist()
+        total, counted = parallel.summed(sums_2).tolist()
         return EvaluationRecord(
             step=self.steps,
             tokens=self.tokens,

@@ -14,6 +14,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from fourfold.errors import ConfigError
 from fourfold.models.config import ModelConfig, MoEConfig, RopeConfig
 from fourfold.models.decoder import Decoder
 from fourfold.models.footprint import footprint
@@ -32,8 +33,14 @@ def model_config(
 ) -> ModelConfig:
     """The decoder that a configuration asks for, of a family that can be served.
 
-    `vocabulary` and `end_of_text` are the data's; a vocabulary the section names must hold it.
+    `vocabulary` and `end_of_text` are the data's. ConfigError where the section names a smaller
+    vocabulary.
     """
+    if section.vocabulary is not None and section.vocabulary < vocabulary:
+        raise ConfigError(
+            f"model.vocabulary = {section.vocabulary} is less than the {vocabulary} ids of the "
+            "data; raise it or leave it out"
+        )
     sparse, sigmoid = section.form == "sparse", router.score == "sigmoid"
     moe = MoEConfig(
         experts=section.experts,

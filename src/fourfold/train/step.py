@@ -105,6 +105,12 @@ def _expert_ffn(
 ) -> Tensor:
     """Each expert's FFN over its own rows, times their gates. The gates are put before the last
     product, which is linear, so that what comes out of it need not be kept for their gradients."""
+    if not len(rows_RD):
+        # Of no rows torch has no gradients, and the other processes wait for these experts'.
+        row_1D, gate_1 = rows_RD.new_zeros(1, rows_RD.shape[1]), gates_R.new_zeros(1)
+        rows_1D, gates_1 = torch.cat((rows_RD, row_1D)), torch.cat((gates_R, gate_1))
+        ends_E = torch.ones_like(ends_E)
+        return _expert_ffn(rows_1D, gates_1, gate_up_EFD, down_EDF, ends_E)[:0]
     hidden_RF = trained_swiglu(grouped_gemm(rows_RD, gate_up_EFD, ends_E), gates_R)
     return grouped_gemm(hidden_RF, down_EDF, ends_E)
 

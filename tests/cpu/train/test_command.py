@@ -10,6 +10,7 @@ import pytest
 from fourfold import LLM
 from fourfold.cli.main import run
 from fourfold.llm import Asked
+from fourfold.train.data.shards import Shards
 from fourfold.train.metrics import EvaluationRecord, read_records
 from tests.cpu.train.test_bench import FILE
 
@@ -68,6 +69,29 @@ def test_texts_of_another_vocabulary_are_refused(
     assert run([*command, "--held-out", "0"]) == 0
     assert train(shards, tmp_path, f"data.held_out={other / 'train'}") == 2
     assert "data.held_out" in capsys.readouterr().err
+
+
+def test_an_evaluation_reads_no_text_twice(shards: Path, tmp_path: Path) -> None:
+    assert train(shards, tmp_path, "schedule.steps=1", "run.evaluate_batches=100000") == 0
+    records = read_records(tmp_path / "run" / "metrics.jsonl")
+    [evaluation] = [record for record in records if isinstance(record, EvaluationRecord)]
+    held_out = Shards(shards / "held-out").meta
+    assert held_out.tokens / 2 < evaluation.evaluated_tokens < held_out.tokens
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("data.rows=1000", "data.rows = 1000"),
+        ("model.vocabulary=100", "model.vocabulary = 100 is less than the 270 ids"),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(
+    change: str, said: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(shards, tmp_path, change) == 2
+    assert said in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,7 +19,7 @@ from fourfold.train.data.batches import Batch
 from fourfold.train.losses import Objective, Scale, balance_loss, cross_entropy
 from fourfold.train.model import build, count
 from fourfold.train.router import TrainedRouter, TrainedRouting
-from fourfold.train.step import TrainStep, lay_out
+from fourfold.train.step import TrainStep, _expert_ffn, lay_out
 from tests.cpu.train import toy
 
 TOKENS, WIDTH, EXPERTS, CHOICES, NARROW = 13, 8, 6, 2, 4
@@ -80,6 +80,21 @@ def test_experts_and_their_gradients_are_those_of_the_formula() -> None:
         assert leaf.grad is not None
         torch.testing.assert_close(leaf.grad.double(), gradient, rtol=1e-4, atol=1e-5)
     assert not weights.gate_up.weight.grad[3].any()
+
+
+def test_experts_without_any_row_have_gradients() -> None:
+    """Of zero: a process that no token was sent to takes part in adding up all the same."""
+    rows_RD, gates_R = torch.zeros(0, WIDTH).requires_grad_(), torch.zeros(0).requires_grad_()
+    gate_up = torch.ones(EXPERTS, 2 * NARROW, WIDTH).requires_grad_()
+    down = torch.ones(EXPERTS, WIDTH, NARROW).requires_grad_()
+    ends_E = torch.zeros(EXPERTS, dtype=torch.int32)
+    out_RD = _expert_ffn(rows_RD, gates_R, gate_up, down, ends_E)
+    assert out_RD.shape == (0, WIDTH)
+    out_RD.sum().backward()
+    for tensor in (rows_RD, gates_R, gate_up, down):
+        assert tensor.grad is not None
+        assert tensor.grad.shape == tensor.shape
+        assert not tensor.grad.any()
 
 
 @pytest.mark.parametrize("chunk_bytes", [1, 200, 1 << 20])

@@ -76,8 +76,8 @@ class ShardBatches:
 
     @property
     def batches_of_epoch(self) -> int:
-        """Batches that lie wholly in the first epoch, at least 1."""
-        return max(1, self._rows_of_epoch // self._rows)
+        """Batches that lie wholly in the first epoch."""
+        return self._rows_of_epoch // self._rows
 
     def batch(self, index: int) -> Batch:
         tokens_BL = np.empty((self._rows, self._length + 1), np.int64)
