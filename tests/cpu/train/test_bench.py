@@ -97,7 +97,14 @@ def test_a_record_of_both_forms(tmp_path: Path) -> None:
     file, out = tmp_path / "run.toml", tmp_path / "train.json"
     file.write_text(FILE)
     options = TrainBenchConfig(
-        config=file, peers=("plain",), warmup=1, steps=1, rounds=2, vocabulary=64, out=out
+        config=file,
+        set=("model.vocabulary=48",),
+        peers=("plain",),
+        warmup=1,
+        steps=1,
+        rounds=2,
+        vocabulary=64,
+        out=out,
     )
     assert main(options) == 0
     results = load(out).results
@@ -112,13 +119,17 @@ def test_a_family_without_peers_is_refused(tmp_path: Path) -> None:
         make_peer("plain", config, toy.decoder_config(config), CPU)
 
 
-def test_a_peer_that_does_not_fit_is_left_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError(), TypeError("no such option")])
+def test_a_peer_that_cannot_run_is_left_out(
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def full(engine: Theirs) -> None:
-        raise torch.OutOfMemoryError
+    def failing(engine: Theirs) -> None:
+        raise error
 
-    monkeypatch.setattr(Theirs, "step", full)
+    monkeypatch.setattr(Theirs, "step", failing)
     file, out = tmp_path / "run.toml", tmp_path / "train.json"
     file.write_text(FILE)
     options = TrainBenchConfig(

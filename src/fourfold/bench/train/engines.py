@@ -71,7 +71,10 @@ class Theirs:
         self._config, self._device = config, device
         self.model = model
         self._forward = forward or model
-        self._batches = RandomBatches(config.data.rows, config.data.length, vocabulary)
+        batches = RandomBatches(config.data.rows, config.data.length, vocabulary)
+        # There already: a peer is not to wait for copies that a loader would make in time.
+        every = range(_DIFFERENT_BATCHES)
+        self._tokens = [batches.batch(index).tokens.to(device) for index in every]
         optimizer = config.optimizer
         self._optimizer = torch.optim.AdamW(
             model.parameters(),
@@ -84,10 +87,9 @@ class Theirs:
         self._steps = 0
 
     def step(self) -> None:
-        batch = self._batches.batch(self._steps)
         micro = self._config.run.micro_rows or self._config.data.rows
-        for tokens in torch.split(batch.tokens, micro):
-            self.loss(tokens.to(self._device, non_blocking=True)).backward()  # type: ignore[no-untyped-call]
+        for tokens in torch.split(self._tokens[self._steps % len(self._tokens)], micro):
+            self.loss(tokens).backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimizer.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()
