@@ -30,7 +30,7 @@ def fetch(*tensors: Tensor) -> Callable[[], list[Tensor]]:
     copies = [torch.empty(x.shape, dtype=x.dtype, pin_memory=True) for x in tensors]
     for copy, x in zip(copies, tensors, strict=True):
         copy.copy_(x, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch gives no type
     copied.record()
 
     def wait() -> list[Tensor]:

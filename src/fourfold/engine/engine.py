@@ -86,6 +86,8 @@ class Engine:
         self._inbox: queue.SimpleQueue[_Message | None] = queue.SimpleQueue()
         self._handover: Handover | None = None
         self._tell: Tell = lambda news: None
+        self.on_device_lost: Callable[[], None] = lambda: None
+        """Called on the thread when a step failed and none will succeed; then its samples fail."""
         self._thread: threading.Thread | None = None
         self._totals = EngineStats(pages_total=runner.page_count)
         self._ahead = 1 if config.overlap else 0
@@ -242,8 +244,9 @@ class Engine:
 
     def _fail(self, plan: StepPlan, error: Exception) -> list[TokenOutput]:
         logger.exception("a step of %d tokens failed", plan.tokens)
-        reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        return self.scheduler.fail([work.sequence for work in plan.work], reason)
+        if not self._runner.usable:
+            self.on_device_lost()
+        return self.scheduler.fail([work.sequence for work in plan.work], _reason(error))
 
     def receive(self, *, wait: bool) -> list[TokenOutput] | None:
         """Takes in all messages that have come, waiting for one if asked; returns the news that
@@ -288,22 +291,39 @@ class Engine:
                 self.scheduler.proceed(part, message)
                 return
             case Arrived(error=None):
-                with self._runner.on_stream():
-                    self._handover.land(message.request_id)
-                self.scheduler.arrive(part)
+                message = self._land(part)
             case Delivered(error=None):
                 self.scheduler.deliver(part)
             case Delivered():
                 self.scheduler.drop(part)
         self._tell(Moved(request_id=message.request_id, error=message.error))
 
+    def _land(self, part: Sequence) -> Arrived:
+        """Has a part whose pages have come go on, if they can be put where they belong."""
+        assert self._handover is not None
+        request_id = part.request.request_id
+        try:
+            with self._runner.on_stream():
+                self._handover.land(request_id)
+        except Exception as error:  # one prompt must not end the service
+            logger.exception("pages of a prompt cannot be taken in")
+            return Arrived(request_id, _reason(error))
+        self.scheduler.arrive(part)
+        return Arrived(request_id, None)
+
     def _grant(self) -> None:
         """Makes pages ready for the prompts that were granted them, and says so."""
         granted, self.scheduler.granted = self.scheduler.granted, []
         for part in granted:
             assert self._handover is not None
-            with self._runner.on_stream():
-                self._tell(self._handover.expect(part))
+            news: HandoverNews
+            try:
+                with self._runner.on_stream():
+                    news = self._handover.expect(part)
+            except Exception as error:  # as in `_land`
+                logger.exception("pages of a prompt cannot be received")
+                news = Moved(request_id=part.request.request_id, error=_reason(error))
+            self._tell(news)
 
     def _run(self, emit: Emit) -> None:
         worked = True
@@ -335,3 +355,8 @@ class Engine:
             preemptions=scheduler.preemptions,
             graphs=self._runner.graphs,
         )
+
+
+def _reason(error: Exception) -> str:
+    """An error as one line."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]

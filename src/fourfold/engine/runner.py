@@ -54,7 +54,8 @@ class Runner:
             _keep_freed_memory()
         else:
             torch.cuda.synchronize(self.device)
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+            stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # no type given
+            self._stream = stream
         with self.on_stream():
             self.pages, self.page_count = allocate_pages(model, config, shape, shared=share_pages)
             self._samples = Samples(config.running, model.config.vocabulary, self.device)
@@ -78,6 +79,17 @@ class Runner:
     def graphs(self) -> int:
         """CUDA graphs recorded so far."""
         return self._graphs.recorded if self._graphs else 0
+
+    @property
+    def usable(self) -> bool:
+        """Whether the device still computes. After some errors it does so no more for this process,
+        whatever it is asked."""
+        if self._stream is not None:
+            try:
+                torch.cuda.synchronize(self.device)
+            except RuntimeError:
+                return False
+        return True
 
     def free_memory(self) -> None:
         """Gives up what can be made again, graphs above all."""

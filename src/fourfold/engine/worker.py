@@ -209,6 +209,7 @@ class Worker:
         )
         self._node = Node(identity, self._transport or load.transport or TransportConfig())
         engine.connect(self._node)
+        engine.on_device_lost = _end_without_device
         # The model lives as long as the process; to look through it for garbage takes longer than
         # many a step.
         gc.collect()
@@ -358,6 +359,13 @@ def _progress(link: _Link) -> Callable[[int, int], None]:
             link.send(Progress(done, total))
 
     return tell
+
+
+def _end_without_device() -> None:
+    """A worker that fails all it is given draws more: better to end, so that all goes on elsewhere,
+    and be started again."""
+    logger.critical("the device computes nothing any more: the worker ends")
+    os._exit(_LOST)
 
 
 def _end_with_thread(args: threading.ExceptHookArgs) -> None:

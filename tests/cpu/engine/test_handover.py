@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from fourfold.engine.engine import Engine
+from fourfold.engine.handover.landing import HostLanding
 from fourfold.engine.messages import Abort, FinishReason, Granted, SamplingParams, Stage, Submit
 from fourfold.kernels import device_memory
 from fourfold.models.decoder import Decoder
@@ -20,7 +21,7 @@ from fourfold.models.precision import PageFormat
 from fourfold.transport.peer import DeviceMemory, DevicePages
 from fourfold.transport.pieces import Part
 from tests.cpu.driving import GREEDY, load_tiny, make_engine, run, submit, tokens
-from tests.cpu.engine.couple import PATIENCE, couple
+from tests.cpu.engine.couple import PATIENCE, Couple, couple
 
 Devices = tuple[DevicePages | None, ...]
 LENGTHS = (1, 2, 63, 64, 65, 128, 130, 300)
@@ -263,4 +264,41 @@ def test_pages_that_arrive_before_a_step_is_read_lose_no_token(model: Decoder) -
     first, second = make_engine(model, overlap=True), make_engine(model, overlap=True)
     with couple(first, second) as pair:
         assert pair.answers(*requests) == wanted
+        pair.wait_until_free()
+
+
+def break_reading(pair: Couple, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert pair.first._handover is not None
+    monkeypatch.setattr(pair.first._handover._memory, "records", broken)
+
+
+def break_expecting(pair: Couple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair.second_node, "expect", broken)
+
+
+def break_landing(pair: Couple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(HostLanding, "land", broken)
+
+
+def broken(*_: object) -> None:
+    raise RuntimeError("no memory is left")
+
+
+@pytest.mark.parametrize("break_it", [break_reading, break_expecting, break_landing])
+def test_pages_that_cannot_be_handled_fail_their_prompt_alone(
+    model: Decoder,
+    break_it: Callable[[Couple, pytest.MonkeyPatch], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    request, other = (submit(number, prompt_of(150, number), GREEDY) for number in (1, 2))
+    wanted = alone(make_engine(model), other)
+    with couple(make_engine(model), make_engine(model)) as pair:
+        with monkeypatch.context() as patch:
+            break_it(pair, patch)
+            pair.submit(request)
+            wait_until(lambda: any(pair.moved[1]))
+            pair.abort(1)
+            pair.wait_until_free()
+        assert "RuntimeError: no memory is left" in next(filter(None, pair.moved[1]))
+        assert pair.answers(other) == wanted
         pair.wait_until_free()

@@ -152,3 +152,32 @@ def test_a_worker_whose_engine_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> No
     told._engine = Hanging()  # type: ignore[assignment]
     with pytest.raises(SystemExit):
         told._tell(None)  # type: ignore[arg-type]
+
+
+def test_a_device_that_is_lost_is_said_before_its_samples_fail(
+    checkpoint: Find, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that a worker can end, and its samples go on elsewhere, instead of failing all it gets."""
+    engine = make_engine(load_tiny(checkpoint("mixtral")), pages=8)
+    usable = [True, False]
+    monkeypatch.setattr(type(engine._runner), "usable", property(lambda self: usable.pop(0)))
+    lost: list[int] = []
+    engine.on_device_lost = lambda: lost.append(len(engine.scheduler.running))
+
+    def fail(plan: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(engine._runner, "launch", fail)
+    for request_id, told in ((1, []), (2, [1])):
+        engine.submit(submit(request_id, [5] * 10, SamplingParams(max_tokens=5)))
+        engine.receive(wait=True)
+        [output] = engine.step() or []
+        assert output.finish is FinishReason.FAILED
+        assert lost == told
+
+
+def test_a_worker_whose_device_is_lost_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(worker.os, "_exit", codes.append)
+    worker._end_without_device()
+    assert codes == [1]

@@ -14,7 +14,7 @@ import torch
 
 from fourfold.engine.handover.convert import ConvertedPages
 from fourfold.engine.handover.landing import HostLanding, PromptLanding
-from fourfold.engine.handover.pages import HostPages, Outlet, Prompt
+from fourfold.engine.handover.pages import HostPages, Outlet, Prompt, side_stream
 from fourfold.engine.handover.pulling import Attach, PagedMemory, PullLanding, Tickets, may_pull
 from fourfold.engine.handover.sending import Courier, Route, Sending
 from fourfold.engine.handover.staged import StagedLanding, StagedPages
@@ -67,9 +67,7 @@ class Handover:
         self._attached: dict[int, PagedMemory | None] = {}
         """Memory of peers by their epochs; None for what cannot be read here."""
         self._paged = PagedMemory.of(pages)
-        self._stream: torch.cuda.Stream | None = None
-        if pages.device.type == "cuda":
-            self._stream = torch.cuda.Stream(pages.device)  # type: ignore[no-untyped-call]
+        self._stream = side_stream(pages)
         node.on_lost = lambda epoch: post(Lost(epoch))
         on_host = pages.device.type == "cpu"
         self._memory = HostPages(pages) if on_host else StagedPages(pages)
@@ -101,7 +99,8 @@ class Handover:
 
     def land(self, request_id: int) -> None:
         """Enqueues what is left to do with pages that have come, which nobody writes any more."""
-        self._landings.pop(request_id).land()
+        self._landings[request_id].land()
+        del self._landings[request_id]
         self._node.forget(request_id)
 
     def grant(self, message: Granted, sequence: Sequence) -> None:
@@ -157,7 +156,11 @@ class Handover:
         request_id = sequence.request.request_id
         sending = self._sendings.get(request_id)
         if sending is None:
-            sending = Sending(_prompt(sequence), self._memory.format.layers)
+            sending = Sending(
+                _prompt(sequence),
+                self._memory.format.layers,
+                lambda error: self._post(Delivered(request_id, error)),
+            )
             self._sendings[request_id] = sending
             if (grant := self._grants.pop(request_id, None)) is not None:
                 self._begin(sending, grant, sequence)

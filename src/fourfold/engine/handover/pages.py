@@ -111,6 +111,13 @@ class HostPages:
         ]
 
 
+def side_stream(pages: KVPages) -> torch.cuda.Stream | None:
+    """A stream beside the engine's, for pages on a GPU."""
+    if pages.device.type != "cuda":
+        return None
+    return torch.cuda.Stream(pages.device)  # type: ignore[no-untyped-call]  # torch gives no type
+
+
 def view(x: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor of the host."""
     return _bytes(x.flatten()).data

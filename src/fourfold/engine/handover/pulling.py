@@ -138,7 +138,7 @@ class PullLanding(PromptLanding):
         # A step under way may still write to pages that belonged to a sample it knows.
         self._free: torch.cuda.Event | None = None
         if stream is not None:
-            self._free = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._free = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch gives no type
             self._free.record()
 
     def land(self) -> None:

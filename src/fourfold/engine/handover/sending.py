@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import queue
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from fourfold.engine.handover.pages import Outlet, Prompt, records_of, rows_of
@@ -12,6 +13,8 @@ from fourfold.quadrants.kv_pages import PAGE_TOKENS
 from fourfold.transport.format import PageFormat
 from fourfold.transport.link import Transfer
 from fourfold.transport.pieces import Part, Piece
+
+logger = logging.getLogger(__name__)
 
 _AT_ONCE = 1 << 20
 """Bytes up to which a prompt is sent as one when it is computed; above, layer after layer."""
@@ -30,8 +33,11 @@ class Route(NamedTuple):
 class Sending:
     """One prompt on its way; what is computed before the receiver has granted pages waits here."""
 
-    def __init__(self, prompt: Prompt, layers: int) -> None:
+    def __init__(self, prompt: Prompt, layers: int, failed: Callable[[str], None]) -> None:
+        """`failed` is called with the reason, by the thread that advances it, where pages cannot be
+        read or converted."""
         self._prompt = prompt
+        self._failed = failed
         self._stored = [0] * layers
         self._sent = [0] * layers
         self._unsent = set(range(layers))
@@ -53,9 +59,14 @@ class Sending:
     def cancel(self) -> None:
         """Returns when nothing reads the pages any more."""
         with self._lock:
-            self._over = True
-            if self._route is not None:
-                self._route.transfer.cancel()
+            self._end()
+
+    def fail(self, error: str) -> None:
+        """Gives it up and says so, unless that was done before."""
+        with self._lock:
+            if not self._over:
+                self._end()
+                self._failed(error)
 
     def advance(self) -> None:
         """Sends what is computed by now."""
@@ -67,6 +78,11 @@ class Sending:
                 self._route.transfer.write(pieces)
             if not self._unsent:
                 self._route.transfer.finish()
+
+    def _end(self) -> None:
+        self._over = True
+        if self._route is not None:
+            self._route.transfer.cancel()
 
     def _ready(self, route: Route) -> list[Piece]:
         stored = list(self._stored)  # it grows meanwhile
@@ -122,4 +138,8 @@ class Courier:
 
     def _run(self) -> None:
         while (sending := self._due.get()) is not None:
-            sending.advance()
+            try:
+                sending.advance()
+            except Exception as error:  # it concerns this prompt alone
+                logger.exception("pages of a prompt could not be sent")
+                sending.fail(f"{type(error).__name__}: {error}")

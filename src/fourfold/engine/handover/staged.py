@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fourfold.engine.handover.landing import PromptLanding
-from fourfold.engine.handover.pages import Prompt, page_format, rows_of, view
+from fourfold.engine.handover.pages import Prompt, page_format, rows_of, side_stream, view
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, KVPages
 from fourfold.transport.pieces import Part
 
@@ -31,9 +31,7 @@ class StagedPages:
         memory = pages.records if isinstance(pages, CodedPages) else pages.data
         self.records_LPW = memory.flatten(2).view(torch.int64)
         self.open_L2RGC = pages.open if isinstance(pages, CodedPages) else None
-        self._stream: torch.cuda.Stream | None = None
-        if pages.device.type == "cuda":
-            self._stream = torch.cuda.Stream(pages.device)  # type: ignore[no-untyped-call]
+        self._stream = side_stream(pages)
 
     def records(
         self, layers: Sequence[int], prompt: Prompt, first: int, count: int
