@@ -24,87 +24,63 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fourfold.kernels.w4a8_gemm.gluon_multiply import RUN, multiply, run_of, tile_of
+from fourfold.kernels.w4a8_gemm.gluon_multiply import RUN, Product, multiply, run_of, tile_of
 
 BOX = (RUN.value, 64)
 """Rows and bytes of packed weights that one copy brings."""
 
 
 @gluon.jit
-def _bring(
-    x,
-    weight,
-    order,
-    tiles,
-    group,
-    packed,
-    params,
-    low,
-    high,
-    full,
-    empty,
-    T,
-    OUTPUTS,
-    K,
-    N,
-    WIDTH,
-    columns,
-    BITS: gl.constexpr,
-    SPAN: gl.constexpr,
-    GROUPED: gl.constexpr,
-    CHOICES: gl.constexpr,
-    SWIGLU: gl.constexpr,
-    TILE: gl.constexpr,
-    STAGES: gl.constexpr,
-    RUNS: gl.constexpr,
-):
+def _bring(p, x, weight, words):
+    """The group that fills the rings; `words` are the groups' parameters, as words of 32 bits."""
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
-    t = gl.arange(0, TILE, gl.SliceLayout(1, LAYOUT))
+    t = gl.arange(0, p.TILE, gl.SliceLayout(1, LAYOUT))
     j = gl.arange(0, 64, gl.SliceLayout(0, LAYOUT))
-    # Group parameters as words of 32 bits: those of a run's rows, group after group, run after run.
-    WORDS: gl.constexpr = params.shape[1]
-    OFRUN: gl.constexpr = WORDS // RUNS
-    OF_GROUP: gl.constexpr = OFRUN if SPAN != 64 else OFRUN // 2
+    # Those of a run's rows, group after group, run after run.
+    WORDS: gl.constexpr = p.params.shape[1] * p.params.dtype.primitive_bitwidth // 32
+    FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
+    params = p.params._reinterpret(gl.int32, [p.STAGES, WORDS], FLAT)
+    OFRUN: gl.constexpr = WORDS // p.RUNS
+    OF_GROUP: gl.constexpr = OFRUN if p.SPAN != 64 else OFRUN // 2
     PACKED: gl.constexpr = RUN // OF_GROUP
     word = gl.arange(0, WORDS, gl.BlockedLayout([1], [32], [4], [0]))
-    blocks = K // 128
+    blocks = p.K // 128
     stage = 0
     phase = 1
     index = gl.program_id(0)
-    last = N * columns - 1
-    expert, row, end, column = tile_of(tiles, index, columns, T, N, TILE, GROUPED)
-    source_T = _source(order, row + t, end, CHOICES)
+    last = p.N * p.columns - 1
+    expert, row, end, column = tile_of(p, index)
+    source_T = _source(p, row + t, end)
     following = index + gl.num_programs(0)
-    ahead = tile_of(tiles, gl.minimum(following, last), columns, T, N, TILE, GROUPED)
+    ahead = tile_of(p, gl.minimum(following, last))
     while index <= last:
         # Asked for two tiles ahead, their rows one ahead, so that nobody waits for them.
         next_expert, next_row, next_end, next_column = ahead
-        next_source_T = _source(order, next_row + t, next_end, CHOICES)
+        next_source_T = _source(p, next_row + t, next_end)
         following = index + 2 * gl.num_programs(0)
-        ahead = tile_of(tiles, gl.minimum(following, last), columns, T, N, TILE, GROUPED)
+        ahead = tile_of(p, gl.minimum(following, last))
         if expert >= 0:
             inside = (row + t < end)[:, None]
-            x_T64 = x + source_T.to(gl.int64)[:, None] * K + j[None, :]
-            w_row = expert * blocks * OUTPUTS
-            if SPAN > 0:
-                first = (
-                    run_of(column, word // OFRUN, WIDTH, SWIGLU, RUNS) // PACKED + word % OF_GROUP
-                )
-                first = gl.minimum(first, OUTPUTS // PACKED - 1)
-                first += word % OFRUN // OF_GROUP * (OUTPUTS // PACKED)
-                words = group + expert.to(gl.int64) * (K // SPAN) * (OUTPUTS // PACKED) + first
+            x_T64 = x + source_T.to(gl.int64)[:, None] * p.K + j[None, :]
+            w_row = expert * blocks * p.OUTPUTS
+            if p.SPAN > 0:
+                first = run_of(p, column, word // OFRUN) // PACKED + word % OF_GROUP
+                first = gl.minimum(first, p.OUTPUTS // PACKED - 1)
+                first += word % OFRUN // OF_GROUP * (p.OUTPUTS // PACKED)
+                of_expert = expert.to(gl.int64) * (p.K // p.SPAN) * (p.OUTPUTS // PACKED)
+                words_of = words + of_expert + first
             for block in range(blocks):
-                mbarrier.wait(empty.index(stage), phase)
-                bar = full.index(stage)
-                mbarrier.expect(bar, RUNS * RUN * 16 * BITS)
-                for which in gl.static_range(RUNS):
-                    first_row = run_of(column, which, WIDTH, SWIGLU, RUNS)
-                    if BITS == 4:
+                mbarrier.wait(p.empty.index(stage), phase)
+                bar = p.full.index(stage)
+                mbarrier.expect(bar, p.RUNS * RUN * 16 * p.BITS)
+                for which in gl.static_range(p.RUNS):
+                    first_row = run_of(p, column, which)
+                    if p.BITS == 4:
                         tma.async_copy_global_to_shared(
                             weight,
-                            [w_row + block * OUTPUTS + first_row, 0],
+                            [w_row + block * p.OUTPUTS + first_row, 0],
                             bar,
-                            packed.index(stage * RUNS + which),
+                            p.packed.index(stage * p.RUNS + which),
                         )
                     else:
                         for half in gl.static_range(2):
@@ -112,21 +88,22 @@ def _bring(
                                 weight,
                                 [first_row, block * 128 + half * 64],
                                 bar,
-                                packed.index((stage * RUNS + which) * 2 + half),
+                                p.packed.index((stage * p.RUNS + which) * 2 + half),
                             )
                 async_copy.async_copy_global_to_shared(
-                    low.index(stage), x_T64 + block * 128, inside
+                    p.low.index(stage), x_T64 + block * 128, inside
                 )
                 async_copy.async_copy_global_to_shared(
-                    high.index(stage), x_T64 + (block * 128 + 64), inside
+                    p.high.index(stage), x_T64 + (block * 128 + 64), inside
                 )
-                if SPAN > 0:
+                if p.SPAN > 0:
                     async_copy.async_copy_global_to_shared(
-                        params.index(stage), words + block * (128 // SPAN) * (OUTPUTS // PACKED)
+                        params.index(stage),
+                        words_of + block * (128 // p.SPAN) * (p.OUTPUTS // PACKED),
                     )
                 async_copy.mbarrier_arrive(bar, increment_count=False)
                 stage += 1
-                if stage == STAGES:
+                if stage == p.STAGES:
                     stage = 0
                     phase ^= 1
         index += gl.num_programs(0)
@@ -135,11 +112,11 @@ def _bring(
 
 
 @gluon.jit
-def _source(order, rows, end, CHOICES: gl.constexpr):
+def _source(p, rows, end):
     """Rows of x that the sorted rows come from; those past the last are the last's."""
     rows = gl.maximum(gl.minimum(rows, end - 1), 0)
-    if CHOICES > 0:
-        rows = gl.load(order + rows) // CHOICES
+    if p.CHOICES > 0:
+        rows = gl.load(p.order + rows) // p.CHOICES
     return rows
 
 
@@ -181,7 +158,6 @@ def _gemm(
     FLAT: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     PARAM: gl.constexpr = group.dtype.element_ty if SPAN > 0 else gl.int16
     OF_BLOCK: gl.constexpr = RUNS * RUN * (2 if SPAN == 64 else 1)
-    WORDS: gl.constexpr = OF_BLOCK * PARAM.primitive_bitwidth // 32
     params = gl.allocate_shared_memory(PARAM, [STAGES, OF_BLOCK], FLAT)
     OUT: gl.constexpr = gl.NVMMASharedLayout(128, y.dtype.element_ty.primitive_bitwidth, 2)
     turned = gl.allocate_shared_memory(y.dtype.element_ty, [2, TILE, RUN], OUT)
@@ -201,115 +177,44 @@ def _gemm(
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
+    p = Product(
+        x_scale=x_scale,
+        w_scale=w_scale,
+        order=order,
+        tiles=tiles,
+        y=y,
+        packed=packed,
+        params=params,
+        low=low,
+        high=high,
+        turned=turned,
+        full=full,
+        empty=empty,
+        sums=sums,
+        meeting=meeting,
+        T=T,
+        OUTPUTS=OUTPUTS,
+        K=K,
+        N=N,
+        WIDTH=WIDTH,
+        columns=columns,
+        UNIT=UNIT,
+        BITS=BITS,
+        INT8=INT8,
+        SPAN=SPAN,
+        GROUPED=GROUPED,
+        CHOICES=CHOICES,
+        SCATTER=SCATTER,
+        SWIGLU=SWIGLU,
+        TILE=TILE,
+        STAGES=STAGES,
+        UNROLL=UNROLL,
+        SPLIT=SPLIT,
+        RUNS=RUNS,
+    )
+    words = group.to(gl.pointer_type(gl.int32), bitcast=True)
     gl.warp_specialize(
-        [
-            (
-                multiply,
-                (
-                    x_scale,
-                    w_scale,
-                    order,
-                    tiles,
-                    y,
-                    packed,
-                    params,
-                    low,
-                    high,
-                    turned.index(0),
-                    full,
-                    empty,
-                    sums,
-                    meeting,
-                    T,
-                    OUTPUTS,
-                    K,
-                    N,
-                    WIDTH,
-                    columns,
-                    gl.constexpr(0),
-                    UNIT,
-                    BITS,
-                    INT8,
-                    SPAN,
-                    GROUPED,
-                    CHOICES,
-                    SCATTER,
-                    SWIGLU,
-                    TILE,
-                    STAGES,
-                    UNROLL,
-                    SPLIT,
-                ),
-            ),
-            (
-                multiply,
-                (
-                    x_scale,
-                    w_scale,
-                    order,
-                    tiles,
-                    y,
-                    packed,
-                    params,
-                    low,
-                    high,
-                    turned.index(1),
-                    full,
-                    empty,
-                    sums,
-                    meeting,
-                    T,
-                    OUTPUTS,
-                    K,
-                    N,
-                    WIDTH,
-                    columns,
-                    gl.constexpr(1),
-                    UNIT,
-                    BITS,
-                    INT8,
-                    SPAN,
-                    GROUPED,
-                    CHOICES,
-                    SCATTER,
-                    SWIGLU,
-                    TILE,
-                    STAGES,
-                    UNROLL,
-                    SPLIT,
-                ),
-            ),
-            (
-                _bring,
-                (
-                    x,
-                    weight,
-                    order,
-                    tiles,
-                    group.to(gl.pointer_type(gl.int32), bitcast=True),
-                    packed,
-                    params._reinterpret(gl.int32, [STAGES, WORDS], FLAT),
-                    low,
-                    high,
-                    full,
-                    empty,
-                    T,
-                    OUTPUTS,
-                    K,
-                    N,
-                    WIDTH,
-                    columns,
-                    BITS,
-                    SPAN,
-                    GROUPED,
-                    CHOICES,
-                    SWIGLU,
-                    TILE,
-                    STAGES,
-                    RUNS,
-                ),
-            ),
-        ],
+        [(multiply, (p, 0)), (multiply, (p, 1)), (_bring, (p, x, weight, words))],
         [4, 4],
         [104, 40] if SPLIT else [240, 40],
     )
