@@ -173,7 +173,7 @@ def test_tokens_that_share_a_program_choose_as_if_alone(
 
 
 def test_more_tokens_share_a_program_once_there_are_programs_enough() -> None:
-    assert {choose_choice(tokens, 128) for tokens in (1, 64, 256)} == {(1, 1)}
+    assert {choose_choice(tokens, 128) for tokens in (1, 64, 256, 4095)} == {(1, 1)}
     assert choose_choice(16384, 128) == (4, 1)
     assert choose_choice(16384, 256) == (2, 1)
     assert choose_choice(16384, 1024) == (1, 4)

@@ -17,9 +17,8 @@ class ChoiceTile(NamedTuple):
 
 def choose_choice(tokens: int, width: int) -> ChoiceTile:
     """For scores of `width` experts, a power of two. One warp a program, because threads of a warp
-    need no barriers between them. It takes several tokens, so that they hide each other's
-    latencies, as far as its registers hold them and enough programs are left to fill a GPU."""
-    together = 1
-    while 2 * together * width <= _OF_WARP and tokens >= 2 * together * _ENOUGH_PROGRAMS:
-        together *= 2
+    need no barriers between them. It takes as many tokens as its registers hold, so that they hide
+    each other's latencies, if enough programs are left to fill a GPU; else one."""
+    most = max(1, _OF_WARP // width)
+    together = most if tokens >= most * _ENOUGH_PROGRAMS else 1
     return ChoiceTile(together, 1 if width <= _OF_WARP else 4)
