@@ -92,7 +92,7 @@ def send(
     outlet: Outlet, source: Prompt, theirs: PageFormat, wire: Wire, found: int, cuts: list[int]
 ) -> None:
     """A prompt that is computed in chunks, layer by layer, and sent meanwhile."""
-    sending = Sending(source, LAYERS)
+    sending = Sending(source, LAYERS, pytest.fail)
     for place, end in enumerate(cuts):
         for layer in range(LAYERS):
             sending.stored([layer], end)
@@ -170,7 +170,7 @@ def test_a_short_prompt_is_sent_as_one() -> None:
     source, target = pages_of("int8"), pages_of("int8")
     prompt = Prompt([0, 1], 0, 100)
     wire = Wire(host(target, prompt, 0))
-    sending = Sending(prompt, LAYERS)
+    sending = Sending(prompt, LAYERS, pytest.fail)
     sending.begin(Route(wire, HostPages(source), page_format(target), 0))  # type: ignore[arg-type]
     for layer in range(LAYERS):
         assert not wire.came
@@ -186,7 +186,7 @@ def test_a_cancelled_sending_sends_nothing_more() -> None:
 
     pages, prompt = pages_of("int8"), Prompt([0, 1], 0, 100)
     wire = Cancelled(host(pages, prompt, 0))
-    sending = Sending(prompt, LAYERS)
+    sending = Sending(prompt, LAYERS, pytest.fail)
     sending.begin(Route(wire, HostPages(pages), page_format(pages), 0))  # type: ignore[arg-type]
     sending.stored(range(LAYERS), 64)
     sending.cancel()
