@@ -22,6 +22,13 @@ class SweepConfig:
     """Train only those whose name holds this."""
     list: bool = False
     """Show the grid and what is done, and train nothing."""
+    workers: int | None = None
+    """Models that are trained at the same time, each by a process on one GPU. Default: as many as
+    there are GPUs; one without any, and one where the grid has a `command`, which may use all."""
+
+    def __post_init__(self) -> None:
+        if self.workers is not None and self.workers < 1:
+            raise ConfigError(f"--workers {self.workers} must be at least 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@
     set = { "model.layers" = 8, "model.width" = 256, "optimizer.rate" = 2e-3 }
 
 A model may have `tokens`, `ratios` and `seeds` of its own. `[sparse]` and `[dense]` hold fields for
-all runs of a kind, `command` the words before the arguments of `fourfold train` where runs are not
-to be trained in this process.
+all runs of a kind, `command` the words before the arguments of `fourfold train` where each run is
+to be trained by several processes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class GridFile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     dense: Fields = {}
     command: tuple[str, ...] = ()
     timeout: float = 86400.0
-    """Seconds that a command may take."""
+    """Seconds that a run may take in a process of its own."""
     keep_checkpoints: bool = False
     """Keep the checkpoints of models that have their records."""
 
@@ -120,6 +120,11 @@ class Grid:
     keep_checkpoints: bool
 
     @property
+    def logs(self) -> Path:
+        """Takes what the processes say that train runs at the same time."""
+        return self.records.parent / "logs"
+
+    @property
     def cells(self) -> list[Cell]:
         return [cell for chain in self.chains for cell in chain.cells]
 
@@ -173,6 +178,12 @@ def _chain(
     for count in tokens:
         cell = _cell(base, out, fields, size.name, ratio, seed, count)
         schedule = cell.config.schedule
+        if len(tokens) > 1 and cell.config.router.bias_frozen > schedule.decay:
+            raise ConfigError(
+                f"router.bias_frozen = {cell.config.router.bias_frozen:g} is more than "
+                f"schedule.decay = {schedule.decay:g}: runs of several `tokens` share their stable "
+                "phase, in which biases move; lower the former"
+            )
         stable = schedule.steps - round(schedule.decay * schedule.steps)
         if len(tokens) > 1:
             before = stretches[-1] if stretches else None

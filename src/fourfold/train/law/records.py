@@ -48,6 +48,7 @@ class RunRecord(
     config_sha256: str
     """Of its whole configuration, but for folders."""
     hardware: str
+    """What each process that trained it computed on."""
     versions: dict[str, str]
 
     def __post_init__(self) -> None:

@@ -1,4 +1,5 @@
-"""Trains what a grid says and has no record yet, one run after the other.
+"""Trains what a grid says and has no record yet: the runs of a chain one after the other, chains at
+the same time where there are several that train.
 
 A run has its record once it is finished, written last and whole, so a sweep that was killed
 goes on where it was: `fourfold train` continues the run it was in. A run that fails has no record;
@@ -7,23 +8,26 @@ the sweep goes on with those that do not need it.
 
 from __future__ import annotations
 
+import collections
+import concurrent.futures
 import hashlib
 import importlib.metadata
 import platform
 import shutil
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import msgspec
 import torch
 from msgspec import UNSET, UnsetType
 
 from fourfold.errors import ConfigError, FourfoldError
+from fourfold.models.loading import resolve_device
 from fourfold.train.data.shards import Shards
 from fourfold.train.law.grid import Cell, Chain, Grid, Run, arguments
 from fourfold.train.law.records import RunRecord, read_record, write_record
 from fourfold.train.metrics import EvaluationRecord, StepRecord, read_records
-from fourfold.train.model import count, model_config
+from fourfold.train.model import Counts, count, model_config
 
 Launch = Callable[[Run], None]
 """Trains a run to its end. RunFailedError where that cannot be."""
@@ -48,30 +52,75 @@ def is_done(grid: Grid, cell: Cell) -> bool:
     return True
 
 
-def sweep(grid: Grid, launch: Launch, tell: Tell, *, only: str = "") -> dict[str, str]:
-    """Trains the runs whose name holds `only`; returns those without a record, and why."""
+def sweep(grid: Grid, launches: Sequence[Launch], tell: Tell, *, only: str = "") -> dict[str, str]:
+    """Trains the runs whose name holds `only`; returns those without a record, and why. As many
+    chains are trained at the same time as there are `launches`."""
     wanted = {cell.name for cell in grid.cells if only in cell.name and not is_done(grid, cell)}
+    chains = [chain for chain in grid.chains if wanted & {cell.name for cell in chain.cells}]
+    if len(launches) > 1:
+        # Else one may still be at work on the longest when all others have nothing left to do.
+        chains.sort(key=_flops, reverse=True)
+    waiting = collections.deque(chains)
     missing: dict[str, str] = {}
-    for chain in grid.chains:
-        for number, cell in enumerate(chain.cells):
-            if cell.name not in wanted:
-                continue
+
+    def work(launch: Launch) -> None:
+        while waiting:
             try:
-                if chain.stretches:
-                    _train_stretch(chain, number, launch, tell)
-                tell(f"training {cell.name}")
-                launch(cell)
-                record = record_of(grid, cell)
-            except RunFailedError as error:
-                missing[cell.name] = str(error)
-                tell(f"{cell.name} is missing: {error}")
-                continue
-            write_record(record, grid.record(cell))
-            tell(f"{cell.name}: held-out loss {record.loss:.4f}")
-        if not grid.keep_checkpoints and all(is_done(grid, cell) for cell in chain.cells):
-            for run in (*chain.cells, *chain.stretches):
-                shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+                chain = waiting.popleft()
+            except IndexError:  # another one took it
+                return
+            missing.update(_train_chain(grid, chain, wanted, launch, tell))
+
+    if len(launches) == 1:
+        work(launches[0])
+        return missing
+    pool = concurrent.futures.ThreadPoolExecutor(len(launches))
+    try:
+        for each in concurrent.futures.as_completed([pool.submit(work, own) for own in launches]):
+            each.result()
+    finally:
+        # After an error nothing more is begun; what was is left to whoever made the launches.
+        waiting.clear()
+        pool.shutdown(wait=False)
     return missing
+
+
+def _train_chain(
+    grid: Grid, chain: Chain, wanted: set[str], launch: Launch, tell: Tell
+) -> dict[str, str]:
+    """Trains the wanted runs of a chain; returns those that are missing, and why."""
+    missing: dict[str, str] = {}
+    for number, cell in enumerate(chain.cells):
+        if cell.name not in wanted:
+            continue
+        try:
+            if chain.stretches:
+                _train_stretch(chain, number, launch, tell)
+            tell(f"training {cell.name}")
+            launch(cell)
+            record = record_of(grid, cell)
+        except RunFailedError as error:
+            missing[cell.name] = str(error)
+            tell(f"{cell.name} is missing: {error}")
+            continue
+        write_record(record, grid.record(cell))
+        tell(f"{cell.name}: held-out loss {record.loss:.4f}")
+        if not grid.keep_checkpoints:
+            _forget(cell)
+    if not grid.keep_checkpoints and all(is_done(grid, cell) for cell in chain.cells):
+        for run in (*chain.cells, *chain.stretches):
+            _forget(run)
+    return missing
+
+
+def _forget(run: Run) -> None:
+    shutil.rmtree(run.folder / "checkpoints", ignore_errors=True)
+
+
+def _flops(chain: Chain) -> float:
+    """About what a chain costs: its longest run."""
+    last = chain.cells[-1]
+    return _counts(last).flops_per_token * last.tokens
 
 
 def _train_stretch(chain: Chain, number: int, launch: Launch, tell: Tell) -> None:
@@ -94,10 +143,7 @@ def record_of(grid: Grid, cell: Cell) -> RunRecord:
     last = evaluations[-1]
     steps = [r for r in found if isinstance(r, StepRecord)][_WARM_UP_RECORDS:]
     mfu = [r.mfu for r in steps if not isinstance(r.mfu, UnsetType)]
-    config = cell.config
-    vocabulary = Shards(config.data.train).meta.vocabulary
-    decoder = model_config(config.model, config.router, vocabulary.tokens, vocabulary.end_of_text)
-    counts = count(decoder, config.data.length)
+    config, counts = cell.config, _counts(cell)
     assert config.data.held_out is not None
     held_out = Shards(config.data.held_out).meta
     try:
@@ -122,11 +168,18 @@ def record_of(grid: Grid, cell: Cell) -> RunRecord:
             mfu=statistics.median(mfu) if mfu else UNSET,
             arguments=tuple(arguments(grid, cell)),
             config_sha256=_fingerprint(cell),
-            hardware=_hardware(),
+            hardware=_hardware(config.run.device),
             versions={name: importlib.metadata.version(name) for name in ("fourfold", "torch")},
         )
     except ValueError as error:
         raise RunFailedError(f"it is no run to learn from: {error}") from error
+
+
+def _counts(cell: Cell) -> Counts:
+    config = cell.config
+    vocabulary = Shards(config.data.train).meta.vocabulary
+    decoder = model_config(config.model, config.router, vocabulary.tokens, vocabulary.end_of_text)
+    return count(decoder, config.data.length)
 
 
 def _fingerprint(cell: Cell) -> str:
@@ -136,7 +189,8 @@ def _fingerprint(cell: Cell) -> str:
     return hashlib.sha256(msgspec.json.encode(config)).hexdigest()
 
 
-def _hardware() -> str:
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+def _hardware(name: str) -> str:
+    device = resolve_device(name)
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()

@@ -150,11 +150,11 @@ def test_a_killed_sweep_goes_on_where_it_was(make: Callable[..., Grid]) -> None:
     grid = make()
     killed = Pretending(killed_at=4)
     with pytest.raises(KeyboardInterrupt):
-        sweep(grid, killed, quiet)
+        sweep(grid, [killed], quiet)
     assert len(read_records(grid.records)) == 2
     before = {path: path.stat().st_mtime_ns for path in grid.records.iterdir()}
     after = Pretending()
-    assert sweep(grid, after, quiet) == {}
+    assert sweep(grid, [after], quiet) == {}
     assert killed.trained + after.trained == [
         name
         for chain in ("small-x1", "small-x4")
@@ -168,14 +168,14 @@ def test_a_killed_sweep_goes_on_where_it_was(make: Callable[..., Grid]) -> None:
     assert all(path.stat().st_mtime_ns == time for path, time in before.items())
     assert [r.name for r in read_records(grid.records)] == [*NAMES, "wide-x4-320-s0"]
     idle = Pretending()
-    assert sweep(grid, idle, quiet) == {}
+    assert sweep(grid, [idle], quiet) == {}
     assert not idle.trained
     assert not list(grid.records.parent.glob("*/checkpoints"))
 
 
 def test_a_record_tells_what_was_trained(make: Callable[..., Grid]) -> None:
     grid = make()
-    sweep(grid, Pretending(), quiet)
+    sweep(grid, [Pretending()], quiet)
     records = {record.name: record for record in read_records(grid.records)}
     sparse, dense = records["small-x4-640-s0"], records["small-x1-640-s0"]
     experts = 3 * 16 * 8
@@ -191,7 +191,7 @@ def test_a_record_tells_what_was_trained(make: Callable[..., Grid]) -> None:
 def test_a_run_that_fails_is_missing(make: Callable[..., Grid]) -> None:
     grid = make()
     failing = Pretending(fails="small-x1-s0-stable-16")
-    missing = sweep(grid, failing, quiet)
+    missing = sweep(grid, [failing], quiet)
     assert missing == {"small-x1-640-s0": "it fell over"}
     assert [r.name for r in read_records(grid.records)] == [
         name for name in (*NAMES, "wide-x4-320-s0") if name != "small-x1-640-s0"
@@ -199,7 +199,7 @@ def test_a_run_that_fails_is_missing(make: Callable[..., Grid]) -> None:
     # What it was to go on from is kept.
     assert grid.chains[0].stretches[0].checkpoint.is_dir()
     again = Pretending()
-    assert sweep(grid, again, quiet) == {}
+    assert sweep(grid, [again], quiet) == {}
     assert again.trained == ["small-x1-s0-stable-16", "small-x1-640-s0"]
 
 
@@ -218,17 +218,17 @@ def test_a_loss_that_is_none_is_missing(
         last = last.replace('"held_out_loss":3.1', kept) if kept else ""
         path.write_text("\n".join([*steps, last]))
 
-    missing = sweep(grid, losing, quiet, only="wide")
+    missing = sweep(grid, [losing], quiet, only="wide")
     assert list(missing) == ["wide-x4-320-s0"]
     assert complaint in missing["wide-x4-320-s0"]
     assert not grid.records.exists()
 
 
 def test_records_of_another_configuration_are_refused(make: Callable[..., Grid]) -> None:
-    sweep(make(), Pretending(), quiet)
+    sweep(make(), [Pretending()], quiet)
     changed = make(more="sparse = { 'router.z_loss' = 0.5 }")
     with pytest.raises(ConfigError, match=r"small-x4-320-s0\.json is of a run with another"):
-        sweep(changed, Pretending(), quiet)
+        sweep(changed, [Pretending()], quiet)
 
 
 SCRIPT = """
