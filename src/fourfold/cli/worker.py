@@ -53,6 +53,12 @@ class Options:
     """TCP port for the same; 0 takes any free one."""
     links: LinkConfig = LinkConfig()
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.port <= 65_535:
+            raise ConfigError(f"--port {self.port} must be between 0 and 65535")
+        if self.revision is not None and self.model is None:
+            raise ConfigError(f"--revision {self.revision} is of a hub id; give that as MODEL")
+
 
 def run(options: Options) -> int:
     from fourfold.cluster.joining import Joining

@@ -14,6 +14,7 @@ from fourfold.gateway.fleet.config import FleetConfig
 from fourfold.transport.config import TlsFiles, TransportConfig, TransportPath, is_loopback
 
 _MIN_KEY_BYTES = 16
+_LOOPBACK = "127.0.0.1"
 _ANY = ("", "0.0.0.0", "::")
 """Every address of a machine."""
 
@@ -34,8 +35,8 @@ class LinkConfig:
     advertise: str | None = None
     """Address by which other machines reach the workers here. Default: the one they listen on."""
     transport: Annotated[TransportPath, tyro.conf.EnumChoicesFromValues] = TransportPath.AUTO
-    """How pages go between workers. auto: over shared memory where they share a machine, else TCP.
-    """
+    """How pages go between workers. auto: over shared memory where they share a machine, else RDMA
+    where both have a device for it and NIXL (pip install 'fourfold[rdma]'), else TCP."""
 
     def __post_init__(self) -> None:
         given = [file is not None for file in (self.tls_cert, self.tls_key, self.tls_ca)]
@@ -49,6 +50,12 @@ class LinkConfig:
             raise ConfigError(
                 f"{host} is no address that other workers could send pages to; say with "
                 "--advertise by which they reach this machine"
+            )
+        if self.advertise is not None and is_loopback(host) and not is_loopback(self.advertise):
+            raise ConfigError(
+                f"--advertise {self.advertise} sends other workers to where nothing listens, for "
+                f"the pages here are at {host} alone; give an address of this machine with --host "
+                "(of fourfold serve: --cluster-host)"
             )
         return TransportConfig(
             host=host,
@@ -77,7 +84,7 @@ class ClusterConfig:
     """Local workers that compute prompts and send their pages on."""
     decode: int = 0
     """Local workers that compute answers."""
-    cluster_host: str = "127.0.0.1"
+    cluster_host: str = _LOOPBACK
     """Address at which workers may join; beyond loopback only with --key-file."""
     cluster_port: int | None = None
     """TCP port at which workers may join; 0 takes any free one. Default: none may."""
@@ -93,16 +100,23 @@ class ClusterConfig:
             raise ConfigError(f"--cluster-port {self.cluster_port} must be between 0 and 65535")
         if not self.roles and self.cluster_port is None:
             raise ConfigError("without workers nothing is served; give a --cluster-port to join at")
+        if self.cluster_port is None:
+            given = {"cluster-host": self.cluster_host, "advertise": self.links.advertise}
+            for name, value in given.items():
+                if value not in (None, _LOOPBACK):
+                    raise ConfigError(
+                        f"--{name} {value} is where workers join, and without a --cluster-port "
+                        "none may; give one"
+                    )
         if self.links.key_file is None and not is_loopback(self.cluster_host):
             raise ConfigError(
                 f"--cluster-host {self.cluster_host} lets anybody join; give a --key-file"
             )
 
     def to_transport(self) -> TransportConfig:
-        """That of local workers, which others reach at `cluster_host` if they may join. Raises as
+        """That of local workers, which others reach at `cluster_host`. Raises as
         `LinkConfig.to_transport`."""
-        open_to_others = self.cluster_port is not None
-        return self.links.to_transport(self.cluster_host if open_to_others else "127.0.0.1")
+        return self.links.to_transport(self.cluster_host)
 
     @property
     def roles(self) -> tuple[Role, ...]:
