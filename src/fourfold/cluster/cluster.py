@@ -10,7 +10,7 @@ from collections.abc import Callable
 from fourfold.cluster.config import ClusterConfig
 from fourfold.cluster.listener import ClusterListener
 from fourfold.cluster.local import LocalWorkers
-from fourfold.engine.building import ModelFacts, Progress
+from fourfold.engine.building import ModelFacts, Progress, checkpoint_of
 from fourfold.gateway.fleet.fleet import Fleet
 from fourfold.gateway.gateway import Gateway
 from fourfold.gateway.local import GatewaySetup, assemble
@@ -63,6 +63,8 @@ def make_cluster(
     local = LocalWorkers(fleet, config.roles)
     try:
         local.start()
+        if listener is not None:  # others bring copies of their own
+            fleet.checkpoint = checkpoint_of(setup.engine)
         tokenizer = load_tokenizer(setup.tokenizer)  # while the model is loading there
         model = asyncio.run(_load(fleet, local, listener, progress))
         gateway = assemble(setup, fleet, tokenizer, model)

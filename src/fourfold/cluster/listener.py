@@ -93,11 +93,11 @@ class ClusterListener:
             if introduction.purpose is not Purpose.GATEWAY:
                 wire.close()
                 raise ForeignError("it wants pages, and a gateway has none")
+            timeout = self._fleet.config.worker_timeout
+            joined = plain_socket(wire, timeout, secured=self._tls is not None)
         except (OSError, FourfoldError) as error:
             logger.warning("a connection from %s to the cluster port is closed: %s", address, error)
             return
-        timeout = self._fleet.config.worker_timeout
-        joined = plain_socket(wire, timeout, secured=self._tls is not None)
         if self._fleet.stopping or self._loop is None:
             joined.close()
             return

@@ -41,6 +41,7 @@ _LONGEST_PAUSE = 30.0
 _LONG_LIFE = 60.0
 """Seconds after which a process that ends is not one that keeps ending."""
 _MOST_FAILED_LOADS = 3
+"""In a row, of every worker there is to be, with none that takes requests: then the server ends."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -74,6 +75,7 @@ class LocalWorkers:
         self._progress: Progress = lambda done, total: None
         fleet.on_event = self._hear
         fleet.on_stop = self.reap
+        fleet.reserved = frozenset(place.name for place in self._places)
 
     def start(self) -> None:
         """Starts all processes; they load once they are listened to."""
@@ -81,8 +83,9 @@ class LocalWorkers:
             self._start(place)
 
     async def load(self, progress: Progress) -> None:
-        """Waits until all take requests, while the fleet listens. Raises what `build_engine`
-        raises there, and `FourfoldError` where one ends before."""
+        """Waits until all take requests, while the fleet listens, or will again: one may have died
+        since. Raises what `build_engine` raises there, and `FourfoldError` where one ends before.
+        """
         self._progress = progress
         loop = asyncio.get_running_loop()
         for place in self._places:
@@ -90,6 +93,8 @@ class LocalWorkers:
         firsts = [place.first for place in self._places if place.first is not None]
         try:
             await asyncio.gather(*firsts)
+            while self._burials:  # which would end with this loop
+                await asyncio.wait(self._burials)
         finally:
             self._progress = lambda done, total: None
             for first in firsts:
@@ -170,13 +175,14 @@ class LocalWorkers:
             return
         if not place.ready:
             place.failed_loads += 1
-            if place.failed_loads >= _MOST_FAILED_LOADS:
+            if self._is_hopeless():
                 self._fleet.fail(error)
                 return
         if time.monotonic() - place.born > _LONG_LIFE:
             place.deaths = 0
         pause = min(_LONGEST_PAUSE, 2.0**place.deaths)
-        place.deaths += 1
+        if pause < _LONGEST_PAUSE:
+            place.deaths += 1
         reason = f": {place.failure}" if place.failure else ""
         logger.warning(
             "worker %s: its process %s%s; it starts again in %g s", place.name, end, reason, pause
@@ -190,6 +196,12 @@ class LocalWorkers:
                 pause = _LONGEST_PAUSE
             else:
                 return
+
+    def _is_hopeless(self) -> bool:
+        """Whether there is no use in starting workers again, and nobody else to compute."""
+        if any(member.takes_requests for member in self._fleet.members):
+            return False
+        return all(place.failed_loads >= _MOST_FAILED_LOADS for place in self._places)
 
 
 def _named(roles: Sequence[Role]) -> list[tuple[str, Role]]:

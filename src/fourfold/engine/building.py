@@ -52,8 +52,15 @@ class ModelFacts(msgspec.Struct, frozen=True, kw_only=True):
     """Number of token ids that may be asked for."""
     eos_token_ids: tuple[int, ...]
     """Ends of text that the model's configuration names."""
+    checkpoint: str
+    """`checkpoint_of` what it was built from."""
     fingerprint: str
     """Equal for engines whose keys and values mean the same."""
+
+
+def checkpoint_of(setup: EngineSetup) -> str:
+    """Equal for setups that load copies of one checkpoint, whatever they make of them."""
+    return " ".join((fingerprint(setup.source), *["dummy"] * setup.dummy))
 
 
 def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelFacts]:
@@ -85,12 +92,12 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
         runner.warm()
     logger.info("weights: %s", told(weight_bytes(model)))
     logger.info("engine %s", phases.ready())
+    checkpoint = checkpoint_of(setup)
     facts = ModelFacts(
         vocabulary=model.config.vocabulary,
         eos_token_ids=model.config.eos_token_ids,
-        fingerprint=" ".join(
-            (fingerprint(setup.source), *["dummy"] * setup.dummy, model.precision.value)
-        ),
+        checkpoint=checkpoint,
+        fingerprint=f"{checkpoint} {model.precision.value}",
     )
     return Engine(runner, setup.config), facts
 

@@ -90,7 +90,7 @@ class Progress(msgspec.Struct, frozen=True, tag=True):
 
 
 class Ready(msgspec.Struct, frozen=True, tag=True):
-    """The engine takes requests."""
+    """The engine takes requests. `ValueError` where its peer has no pages."""
 
     model: ModelFacts
     max_context: int
@@ -98,9 +98,18 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
     stats: EngineStats
     peer: Peer
     """How others reach its pages."""
-    pages: PageFormat
     device: str
     """What it computes on."""
+
+    def __post_init__(self) -> None:
+        if self.peer.pages is None:
+            raise ValueError("a worker without pages")
+
+    @property
+    def pages(self) -> PageFormat:
+        """What its pages are."""
+        assert self.peer.pages is not None, "checked above"
+        return self.peer.pages
 
 
 class LoadFailed(msgspec.Struct, frozen=True, tag=True):

@@ -225,7 +225,6 @@ class Worker:
             engine.max_context,
             engine.stats,
             self._node.peer,
-            engine.page_format,
             setup.device,
         )
 

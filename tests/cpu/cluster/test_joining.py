@@ -101,6 +101,13 @@ def test_a_worker_outlives_its_gateway_and_leaves_in_good_order(
     )
     gateway = start("gateway", *serve)
     gateway.wait_for(f"waiting for a worker: fourfold worker --join {join}")
+    # Whoever has another model is told so and let go, even where it is the first.
+    strange = (str(checkpoint("llama")), *little[2:], "--key-file", str(key))
+    stranger = start("stranger", "worker", *strange, "--join", join)
+    assert stranger.process.wait(PATIENCE) == 2
+    assert "fourfold: this worker serves the model" in stranger.said
+    assert "start both with the same checkpoint" in stranger.said
+    gateway.wait_for("is refused: this worker serves the model")
     worker = start(
         "worker",
         *("worker", "--join", join, "--name", "far", "--key-file", str(key), *little[2:]),
@@ -108,13 +115,7 @@ def test_a_worker_outlives_its_gateway_and_leaves_in_good_order(
     url = gateway.wait_for(r"at (http://\S+)/v1")
     answer = ask(url, "the rain in spain")
 
-    # Whoever has another model, or another key, is told so and let go.
-    strange = (str(checkpoint("llama")), *little[2:], "--key-file", str(key))
-    stranger = start("stranger", "worker", *strange, "--join", join)
-    assert stranger.process.wait(PATIENCE) == 2
-    assert "fourfold: this worker serves the model" in stranger.said
-    assert "start both with the same checkpoint and precision" in stranger.said
-    gateway.wait_for("is refused: this worker serves the model")
+    # So is whoever has another key.
     assert run(["worker", "--join", join]) == 2
     assert "key differs from ours" in capsys.readouterr().err
     assert run(["cluster", "list", "--url", url]) == 0
@@ -156,6 +157,14 @@ def test_a_worker_outlives_its_gateway_and_leaves_in_good_order(
         (("worker", "--join", "a:1", "--host", "10.0.0.1"), "needs a shared key"),
         (("worker", "--join", "a:1", "--tls-cert", "a"), "needs all of --tls-cert"),
         (("worker", "--join", "a:1", "--key-file", "/nowhere"), "cannot be read"),
+        (
+            ("worker", "--join", "a:1", "--port", "65536"),
+            "--port 65536 must be between 0 and 65535",
+        ),
+        (("worker", "--join", "a:1", "--revision", "main"), "give that as MODEL"),
+        (("worker", "--join", "a:1", "--advertise", "gpu-1"), "sends other workers to where"),
+        (("serve", "--cluster-host", "::1"), "without a --cluster-port none may; give one"),
+        (("serve", "--advertise", "gpu-1"), "without a --cluster-port none may; give one"),
         (("serve", "--workers", "0"), "give a --cluster-port"),
         (("serve", "--prefill", "-1"), "--prefill -1 must be 0 or more"),
         (("serve", "--cluster-port", "0", "--cluster-host", "0.0.0.0"), "give a --key-file"),

@@ -26,20 +26,20 @@ from fourfold.models.checkpoint.source import Source, SourceKind
 from fourfold.transport.format import PageFormat
 from fourfold.transport.peer import Peer
 
+PAGES = PageFormat(
+    layers=1,
+    kv_heads=1,
+    head_width=1,
+    page_tokens=1,
+    code="int8",
+    open_code="float32",
+    record_bytes=1,
+)
 READY = Ready(
-    ModelFacts(vocabulary=9, eos_token_ids=(), fingerprint=""),
+    ModelFacts(vocabulary=9, eos_token_ids=(), checkpoint="", fingerprint=""),
     64,
     EngineStats(),
-    Peer(name="both-0", epoch=1, host="", port=1),
-    PageFormat(
-        layers=1,
-        kv_heads=1,
-        head_width=1,
-        page_tokens=1,
-        code="int8",
-        open_code="float32",
-        record_bytes=1,
-    ),
+    Peer(name="both-0", epoch=1, host="", port=1, pages=PAGES),
     "cpu",
 )
 
@@ -63,17 +63,17 @@ class Process:
 
 
 class Watched:
-    """One local worker whose processes are made up, and whose pauses take no time."""
+    """Local workers whose processes are made up, and whose pauses take no time."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, count: int = 1) -> None:
         self.failures: list[FourfoldError] = []
         self.pauses: list[float] = []
         self.born: list[Any] = []
         self.process = Process()
-        fleet: Any = SimpleNamespace(stopping=False, fail=self.failures.append)
+        fleet: Any = SimpleNamespace(stopping=False, fail=self.failures.append, members=[])
         fleet.add = self._add
         self.fleet = fleet
-        self.workers = LocalWorkers(fleet, [Role.BOTH])
+        self.workers = LocalWorkers(fleet, [Role.BOTH] * count)
         monkeypatch.setattr(local.subprocess, "Popen", lambda *_, **__: self.process)
         monkeypatch.setattr(local.asyncio, "sleep", self._sleep)
 
@@ -89,12 +89,12 @@ class Watched:
     def start(self) -> None:
         self.workers.start()
 
-    def ready(self) -> None:
-        self.fleet.on_event(self.born[-1], READY, "")
+    def ready(self, number: int = -1) -> None:
+        self.fleet.on_event(self.born[number], READY, "")
 
-    async def end(self, why: str = CLOSED) -> None:
-        """Its last process ends; returns when it is dealt with."""
-        self.fleet.on_event(self.born[-1], None, why)
+    async def end(self, why: str = CLOSED, number: int = -1) -> None:
+        """Of the processes that there were, the last ends; returns when it is dealt with."""
+        self.fleet.on_event(self.born[number], None, why)
         await asyncio.gather(*self.workers._burials)
 
 
@@ -112,6 +112,66 @@ def test_one_that_keeps_ending_waits_ever_longer(watched: Watched) -> None:
         assert watched.pauses == [1, 2, 4, 8, 16, 30, 30]
         assert len(watched.born) == 8
         assert not watched.failures
+
+    asyncio.run(main())
+
+
+def test_one_that_keeps_ending_for_days_is_started_again(watched: Watched) -> None:
+    async def main() -> None:
+        watched.start()
+        for _ in range(2000):
+            watched.ready()
+            await watched.end()
+        assert watched.pauses[-1] == 30
+        assert len(watched.born) == 2001
+
+    asyncio.run(main())
+
+
+def test_one_that_cannot_load_ends_the_server_only_with_all_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        watched = Watched(monkeypatch, 2)
+        watched.start()
+        watched.ready(0)
+        watched.ready(1)
+        watched.fleet.members = [SimpleNamespace(takes_requests=True)]
+        await watched.end(number=1)
+        for _ in range(5):
+            await watched.end()
+        watched.fleet.members = []
+        await watched.end()
+        assert not watched.failures, "the other one may be back soon"
+        await watched.end(number=0)
+        for _ in range(3):
+            assert not watched.failures
+            await watched.end()
+        assert len(watched.failures) == 1
+
+    asyncio.run(main())
+
+
+def test_one_that_dies_while_others_load_is_started_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        watched = Watched(monkeypatch, 2)
+        go_on = asyncio.Event()
+
+        async def sleep(seconds: float) -> None:
+            await go_on.wait()
+
+        monkeypatch.setattr(local.asyncio, "sleep", sleep)
+        watched.start()
+        loading = asyncio.create_task(watched.workers.load(lambda done, total: None))
+        await asyncio.wait({loading}, timeout=0.01)
+        watched.ready(0)
+        watched.fleet.on_event(watched.born[0], None, CLOSED)
+        watched.ready(1)
+        await asyncio.wait({loading}, timeout=0.01)
+        assert not loading.done(), "its loop would end before the worker is started"
+        go_on.set()
+        await loading
+        assert len(watched.born) == 3
 
     asyncio.run(main())
 

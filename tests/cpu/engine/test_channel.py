@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from fourfold.engine.building import EngineSetup, ModelFacts
@@ -72,11 +73,10 @@ FROM_ENGINE: list[FromEngine] = [
     Progress(5, 2**40),
     Hello("both-0", Role.BOTH, 5),
     Ready(
-        ModelFacts(vocabulary=320, eos_token_ids=(2,), fingerprint="a model"),
+        ModelFacts(vocabulary=320, eos_token_ids=(2,), checkpoint="a", fingerprint="a float32"),
         1024,
         EngineStats(pages_total=9),
         Peer(name="both-0", epoch=2**63, host="::1", port=9, pages=PAGES),
-        PAGES,
         "cpu",
     ),
     LoadFailed("ConfigError", "a sentence"),
@@ -173,3 +173,14 @@ def test_a_part_of_a_message_is_none_yet_and_an_end_is_noticed(
     ours.close()
     with pytest.raises(EOFError):
         channel.receive()
+
+
+def test_a_worker_without_pages_is_no_message(wire: tuple[socket.socket, socket.socket]) -> None:
+    ours, theirs = wire
+    facts = ModelFacts(vocabulary=9, eos_token_ids=(), checkpoint="a", fingerprint="a float32")
+    peer = Peer(name="a", epoch=1, host="::1", port=9, pages=PAGES)
+    message = msgspec.msgpack.decode(encode(Ready(facts, 64, EngineStats(), peer, "cpu"))[12:])
+    del message["peer"]["pages"]
+    theirs.sendall(encode(message))
+    with pytest.raises(msgspec.MsgspecError, match="without pages"):
+        Channel[FromEngine](ours, FromEngine).receive()

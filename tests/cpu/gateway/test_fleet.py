@@ -66,9 +66,11 @@ PATIENCE = 20.0
 class Scripted:
     """The worker's end of a connection, which says what a test has it say."""
 
-    def __init__(self, fleet: Fleet, name: str, role: Role = Role.BOTH) -> None:
+    def __init__(
+        self, fleet: Fleet, name: str, role: Role = Role.BOTH, *, local: bool = False
+    ) -> None:
         ours, self.socket = socket.socketpair()
-        self.member = fleet.add(ours)
+        self.member = fleet.add(ours, local=local)
         self.socket.setblocking(False)
         self.channel: Channel[ToEngine] = Channel(self.socket, ToEngine)
         self.heard: list[ToEngine] = []
@@ -98,9 +100,13 @@ class Scripted:
         usual = {"max_context": 1024, "stats": self.stats}
         self.say(
             Ready(
-                model=ModelFacts(vocabulary=320, eos_token_ids=(2,), fingerprint=model),
+                model=ModelFacts(
+                    vocabulary=320,
+                    eos_token_ids=(2,),
+                    checkpoint=model,
+                    fingerprint=f"{model} float32",
+                ),
                 peer=Peer(name=self.name, epoch=5, host="127.0.0.1", port=9, pages=PAGES),
-                pages=PAGES,
                 device="cpu",
                 **(usual | fields),
             )
@@ -282,6 +288,35 @@ def test_a_second_worker_of_a_name_may_ask_again_later() -> None:
             assert refused.again
             assert "named a is here already" in refused.message
             assert first.member.takes_requests
+
+    go(main)
+
+
+def test_a_name_of_a_worker_that_was_started_here_is_nobody_elses() -> None:
+    async def main() -> None:
+        async with running() as run:
+            run.fleet.reserved = frozenset({"both-0"})
+            stranger = Scripted(run.fleet, "both-0")
+            refused = await stranger.hear(Refused)
+            assert not refused.again, "while it is started again the name is not free"
+            assert "--name" in refused.message
+            own = Scripted(run.fleet, "both-0", local=True)
+            await own.hear(Load)
+
+    go(main)
+
+
+def test_the_first_worker_too_must_have_what_is_served() -> None:
+    async def main() -> None:
+        async with running() as run:
+            run.fleet.checkpoint = "one"
+            other = Scripted(run.fleet, "a")
+            await other.be_ready("two")
+            refused = await other.hear(Refused)
+            assert not refused.again
+            assert "serves the model two, the gateway one" in refused.message
+            assert run.fleet.model is None
+            await run.worker("b", model="one")
 
     go(main)
 

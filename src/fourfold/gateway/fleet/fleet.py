@@ -75,6 +75,11 @@ class Fleet:
         gone."""
         self.on_stop: Callable[[], None] = lambda: None
         """Called by `stop` in its thread, once every worker has been told."""
+        self.checkpoint: str | None = None
+        """As `checkpoint_of`: what every worker must have a copy of; None for whatever the first
+        has."""
+        self.reserved: frozenset[str] = frozenset()
+        """Names that only workers started here may have."""
         self._setup = setup
         self._transport = transport
         self._drain_timeout = drain_timeout
@@ -284,9 +289,12 @@ class Fleet:
     def _greet(self, member: Member, hello: Hello) -> None:
         if member.state is not State.JOINING:
             return
-        if any(other.name == hello.name for other in self.members):
+        here = any(other.name == hello.name for other in self.members)
+        reserved = hello.name in self.reserved and not member.local
+        if here or reserved:
             why = f"a worker named {hello.name} is here already"
-            member.send(Refused(f"{why}; give this one another --name", again=True))
+            refusal = Refused(f"{why}; give this one another --name", again=not reserved)
+            member.send(refusal)
             member.end(why)
             return
         member.hello, member.state = hello, State.LOADING
@@ -297,10 +305,13 @@ class Fleet:
     def _welcome(self, member: Member, ready: Ready) -> None:
         if member.ready is not None or not member.name:
             return
-        if self._first is None:
-            self._first, self.model = ready, ready.model
+        first = self._first or ready
         try:
-            first = self._first
+            if self.checkpoint not in (None, ready.model.checkpoint):
+                raise ConfigError(
+                    f"this worker serves the model {ready.model.checkpoint}, the gateway "
+                    f"{self.checkpoint}; start both with the same checkpoint"
+                )
             check_agreement(
                 ready.pages, first.pages, ready.model.fingerprint, first.model.fingerprint
             )
@@ -309,6 +320,7 @@ class Fleet:
             member.send(Refused(str(error)))
             member.end(str(error))
             return
+        self._first, self.model = first, first.model
         member.welcome(ready)
         # It may have computed for an earlier connection: that is counted already, or is not ours.
         self._past = _sum(self._past, _counters(ready.stats), -1)
