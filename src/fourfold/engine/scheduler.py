@@ -374,7 +374,7 @@ class Scheduler:
     def _output(self, sequence: Sequence, result: Sampled) -> TokenOutput:
         sampling = sequence.request.sampling
         token = sequence.tokens[-1]
-        if token in sampling.stop_token_ids:
+        if token in sequence.stop_token_ids:
             sequence.finish = FinishReason.STOP
         elif len(sequence.tokens) >= sequence.longest:
             sequence.finish = FinishReason.LENGTH

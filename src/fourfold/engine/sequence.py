@@ -35,6 +35,7 @@ class Sequence:
         self.leader = leader
         self.longest = longest
         self.stage = request.stage if leader is None else Stage.WHOLE
+        self.stop_token_ids = frozenset(request.sampling.stop_token_ids)
         self.tokens = [*request.prompt_ids, *request.generated]
         self.given = len(self.tokens)
         self.pages: list[int] = []

@@ -62,7 +62,7 @@ def check_options(options: GenerationOptions, limits: GatewayLimits, vocabulary:
     if sampling.seed is not None:
         _within("seed", sampling.seed, -(2 ** (_SEED_BITS - 1)), 2**_SEED_BITS - 1)
     if sampling.logprobs is not None:
-        _within("top_logprobs", sampling.logprobs, 0, limits.max_logprobs)
+        _within("top_logprobs", sampling.logprobs, 0, min(limits.max_logprobs, vocabulary))
     if len(options.stop) > limits.max_stop:
         raise RequestError(
             f"{len(options.stop)} stop strings are too many; send at most {limits.max_stop}",

@@ -207,7 +207,7 @@ class Gateway:
             )
         self._admitting += 1
         try:
-            ids = await self._encode(prompt, add_special_tokens)
+            ids = await self._encode(prompt, add_special_tokens, field)
             if self.draining:
                 raise DrainingError(_DRAINING)
             request = self._request(ids, options, field)
@@ -227,14 +227,18 @@ class Gateway:
         self._engine.submit(request)
         return generation
 
-    async def _encode(self, prompt: str | Sequence[int], add_special_tokens: bool) -> list[int]:
+    async def _encode(
+        self, prompt: str | Sequence[int], add_special_tokens: bool, field: str
+    ) -> list[int]:
         if not isinstance(prompt, str):
             return list(prompt)
-        if any("\ud800" <= character <= "\udfff" for character in prompt):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError:
             raise RequestError(
                 "the text holds half of a surrogate pair, which is no character; remove it",
-                param="prompt",
-            )
+                param=field,
+            ) from None
 
         def encode() -> tuple[list[int], float]:
             began = time.perf_counter()
@@ -263,6 +267,7 @@ class Gateway:
         )
         sampling = options.sampling
         ends = () if options.ignore_eos else self._tokenizer.eos_token_ids
+        stops = dict.fromkeys((*sampling.stop_token_ids, *ends))
         return Submit(
             request_id=next(self._ids),
             prompt_ids=tuple(ids),
@@ -270,7 +275,7 @@ class Gateway:
             sampling=msgspec.structs.replace(
                 sampling,
                 max_tokens=max_tokens,
-                stop_token_ids=(*sampling.stop_token_ids, *ends),
+                stop_token_ids=tuple(stops),
                 seed=secrets.randbits(63) if sampling.seed is None else sampling.seed,
             ),
         )

@@ -109,6 +109,7 @@ class Generation:
     ) -> None:
         self.request_id = request.request_id
         self._request = request
+        self._stop_token_ids = frozenset(request.sampling.stop_token_ids)
         self._tokenizer = tokenizer
         self._prompt_text = prompt_text
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
@@ -219,7 +220,7 @@ class Generation:
         begins = sample.made
         if output.token is not None:
             sample.token_ids.append(output.token)
-            ends_sample = output.token in self._request.sampling.stop_token_ids
+            ends_sample = output.token in self._stop_token_ids
             piece = "" if ends_sample else sample.detokenizer.push(output.token)
             sample.made += len(piece)
             text, stopped = sample.stops.push(piece)

@@ -171,3 +171,11 @@ def test_limits_that_would_serve_nobody_are_refused(limits: dict[str, Any]) -> N
     [name] = limits
     with pytest.raises(ConfigError, match="--" + name.replace("_", "-")):
         GatewayLimits(**limits)
+
+
+def test_more_alternatives_than_tokens_are_refused_whatever_the_limit() -> None:
+    """A step that had to find them would fail, with all others in it."""
+    limits = GatewayLimits(max_logprobs=10 * VOCABULARY)
+    check(asking(logprobs=VOCABULARY), limits=limits)
+    with pytest.raises(RequestError, match=f"between 0 and {VOCABULARY}"):
+        check(asking(logprobs=VOCABULARY + 1), limits=limits)

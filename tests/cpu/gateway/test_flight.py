@@ -145,6 +145,18 @@ def test_what_was_delivered_is_not_computed_again() -> None:
     world.check_end()
 
 
+def test_what_was_ended_waits_for_no_worker() -> None:
+    world = World()
+    flight = world.request(2)
+    request = flight.request.request_id
+    for index, waits in ((0, True), (1, False)):
+        assert flight.parked
+        world.abort(request, index)
+        assert flight.parked is waits
+    world.settle()
+    world.check_end()
+
+
 def test_samples_that_have_tokens_go_on_one_by_one() -> None:
     world = World()
     number = world.join()

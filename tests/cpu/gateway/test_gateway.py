@@ -58,11 +58,12 @@ def test_a_conversation_becomes_tokens_and_the_answer_text(tokenizer: Tokenizer)
 def test_what_is_asked_reaches_the_engine(tokenizer: Tokenizer) -> None:
     async def main() -> None:
         gateway, engine = make_gateway(tokenizer)
-        sampling = SamplingParams(temperature=0.5, seed=7, stop_token_ids=(9,), logprobs=3)
+        stops = (9, 4) * 1000
+        sampling = SamplingParams(temperature=0.5, seed=7, stop_token_ids=stops, logprobs=3)
         await gateway.complete("ab", asking(sampling=sampling, n=3, ignore_eos=True))
         [request] = engine.submitted
         assert request.n == 3
-        assert request.sampling.stop_token_ids == (9,)
+        assert request.sampling.stop_token_ids == (9, 4)
         assert (request.sampling.temperature, request.sampling.seed) == (0.5, 7)
         assert request.sampling.max_tokens == engine.max_context - len(request.prompt_ids)
         tokens = await gateway.complete([5, 6], asking())
@@ -301,6 +302,16 @@ def test_a_conversation_too_long_is_refused_naming_its_field(tokenizer: Tokenize
         assert caught.value.param == "messages"
         assert caught.value.code == "context_length_exceeded"
         assert gateway.active == 0
+
+    asyncio.run(main())
+
+
+def test_a_conversation_that_is_no_text_is_refused_naming_its_field(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        gateway, _ = make_gateway(tokenizer)
+        with pytest.raises(RequestError, match="surrogate") as caught:
+            await gateway.chat([{"role": "user", "content": "half \udc00 of one"}], asking())
+        assert caught.value.param == "messages"
 
     asyncio.run(main())
 

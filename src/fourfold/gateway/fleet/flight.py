@@ -115,7 +115,8 @@ class Flight:
     @property
     def parked(self) -> bool:
         """Whether some of it waits for a worker."""
-        return bool(self._parked)
+        waiting = (index for indices in self._parked for index in indices)
+        return any(not self._samples[index].ended for index in waiting)
 
     def begin(self) -> None:
         """Sends the request out."""
