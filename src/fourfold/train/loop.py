@@ -68,6 +68,9 @@ class Trainer:
         self._resume()
         if config.run.compile:
             for block in self.model.blocks:
+                # A training step does not tell layers apart, and what is compiled for one serves
+                # all; torch gives up after eight.
+                block.layer = 0
                 block.compile()
 
     def _resume(self) -> None:

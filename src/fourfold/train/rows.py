@@ -83,6 +83,8 @@ class _GatedSwiglu(torch.autograd.Function):
         return gated_swiglu_backward(grad_RF.contiguous(), *ctx.saved_tensors)
 
 
+# Left out of what is compiled: it is one kernel already, of Triton on a GPU.
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def trained_swiglu(gate_up_RF: Tensor, gates_R: Tensor | None = None) -> Tensor:
     """`silu(gate) * up` times the row's gate, in the dtype of the rows; [R, 2F] -> [R, F]."""
     hidden_RF: Tensor = _GatedSwiglu.apply(  # type: ignore[no-untyped-call]

@@ -178,11 +178,13 @@ def _chain(
     for count in tokens:
         cell = _cell(base, out, fields, size.name, ratio, seed, count)
         schedule = cell.config.schedule
-        if len(tokens) > 1 and cell.config.router.bias_frozen > schedule.decay:
+        router = cell.config.router
+        biased = ratio > 1 and router.score == "sigmoid"
+        if biased and len(tokens) > 1 and router.bias_frozen > schedule.decay:
             raise ConfigError(
-                f"router.bias_frozen = {cell.config.router.bias_frozen:g} is more than "
-                f"schedule.decay = {schedule.decay:g}: runs of several `tokens` share their stable "
-                "phase, in which biases move; lower the former"
+                f"router.bias_frozen = {router.bias_frozen:g} is more than schedule.decay = "
+                f"{schedule.decay:g}: runs of several `tokens` share their stable phase, in which "
+                "biases move; lower the former"
             )
         stable = schedule.steps - round(schedule.decay * schedule.steps)
         if len(tokens) > 1:

@@ -287,6 +287,14 @@ def test_a_shared_stable_phase_gives_what_each_run_gives_by_itself(
         (("tokens = [640, 320]", "tokens = [640, 64]"), "schedule.warmup = 2"),
         (("[[model]]", "more = 1\n[[model]]"), "unknown field `more`"),
         (("[640, 320]", "[640"), "cannot be read as a grid"),
+        (
+            (
+                "1e-3 }}",
+                '1e-3, "router.score" = "sigmoid", "router.bias_frozen" = 0.3,'
+                ' "model.shared_experts" = 1 }}',
+            ),
+            r"router\.bias_frozen = 0\.3",
+        ),
     ],
 )
 def test_grids_that_cannot_be_are_refused(
