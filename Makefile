@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What is imported is compiled then: half a minute less than compiling all that comes with it.
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check
 
-.PHONY: serve test chaos check-gpu clean
+.PHONY: serve test chaos check-rdma check-gpu clean
 
 # Serves the embedded default model; ARGS are passed on: make serve ARGS="--port 9000"
 serve: $(VENV)/.installed
@@ -23,6 +23,12 @@ test: $(VENV)/.tested-with
 # Ten minutes of faults against a fleet of workers; SEED=... repeats a run.
 chaos: $(VENV)/.tested-with
 	$(BIN)/python -m tests.cpu.chaos $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+# The transport's tests with NIXL, which the CPU tests do without: 130 MB to download. No RDMA device
+# is needed: UCX reads over TCP, and from another process's memory.
+check-rdma: $(VENV)/.tested-with
+	$(PIP) $$(command -v nvidia-smi >/dev/null || echo "--constraint constraints-cpu.txt") --editable '.[rdma]'
+	$(BIN)/python -m pytest tests/cpu/transport $(ARGS)
 
 # The tests that need a GPU; on a machine without one they say so and pass nothing.
 check-gpu: $(VENV)/.tested-with

@@ -20,6 +20,7 @@ class TransportPath(enum.StrEnum):
     AUTO = "auto"
     TCP = "tcp"
     SHARED_MEMORY = "shared-memory"
+    RDMA = "rdma"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,7 +47,8 @@ class TransportConfig:
     tls: TlsFiles | None = None
     """Encrypts everything, pages included."""
     path: TransportPath = TransportPath.AUTO
-    """auto: shared memory with peers that can map it, else TCP."""
+    """auto: shared memory with peers that can map it, else RDMA where both sides have a device for
+    it and NIXL, else TCP."""
     streams: int | None = None
     """TCP connections for pages to each peer. Default: 2 on up to 4 cores, else 4."""
     slice_bytes: int = 2 << 20

@@ -57,6 +57,24 @@ class Offer(msgspec.Struct, frozen=True, tag=True):
     regions: list[Region]
 
 
+class ExposedRegion(msgspec.Struct, frozen=True, kw_only=True):
+    """A piece of memory that may be read over RDMA, by its address at the owner."""
+
+    number: int
+    address: int
+    size: int
+
+
+class Exposed(msgspec.Struct, frozen=True, kw_only=True, tag=True):
+    """Memory of the sender that the receiver may read over RDMA."""
+
+    agent: bytes
+    """What NIXL needs to know of the sender's agent, and of all these regions."""
+    checksum: int
+    """xxh3_64 of that."""
+    regions: list[ExposedRegion]
+
+
 class Finish(msgspec.Struct, frozen=True, tag=True):
     """All of a transfer has been sent, in so many frames."""
 
@@ -84,6 +102,13 @@ class Mapped(msgspec.Struct, frozen=True, tag=True):
     refusal: str
 
 
+class Joined(msgspec.Struct, frozen=True, tag=True):
+    """Which of the exposed regions the receiver can read, or why it can read none."""
+
+    regions: list[int]
+    refusal: str
+
+
 class Grant(msgspec.Struct, frozen=True, tag=True):
     """So many more bytes may be sent, because as many were dealt with."""
 
@@ -103,8 +128,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
     reason: str
 
 
-ToReceiver = Ping | Offer | Finish | Cancel
-ToSender = Pong | Welcome | Mapped | Grant | Complete | Failed
+ToReceiver = Ping | Offer | Exposed | Finish | Cancel
+ToSender = Pong | Welcome | Mapped | Joined | Grant | Complete | Failed
 
 Incoming = TypeVar("Incoming")
 

@@ -36,7 +36,7 @@ class Kind(enum.IntEnum):
     DATA = 1
     """The payload."""
     DESCRIBED = 2
-    """Where the payload lies in the sender's shared memory: `extents` pieces."""
+    """Where the payload lies in memory of the sender that the receiver reads: `extents` pieces."""
     PROBE = 3
     """A payload that nobody wants, to time the path."""
     DESCRIBED_PROBE = 4
@@ -70,7 +70,7 @@ class Header(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Extent(NamedTuple):
-    """A piece of a payload in the shared memory of its sender."""
+    """A piece of a payload in memory of its sender that the receiver reads."""
 
     region: int
     length: int
@@ -126,7 +126,7 @@ def decode_header(data: bytes | bytearray | memoryview, max_payload: int) -> Hea
         raise FrameError(f"bytes from {offset} on, {length} of them, are no part of {size}")
     described = kind in (Kind.DESCRIBED, Kind.DESCRIBED_PROBE)
     if described != (extents > 0) or extents > MAX_EXTENTS:
-        raise FrameError(f"{extents} pieces of shared memory do not suit kind {kind}")
+        raise FrameError(f"{extents} pieces of memory do not suit kind {kind}")
     return Header(
         kind=_KINDS[kind],
         epoch=epoch,
@@ -154,7 +154,7 @@ def decode_extents(data: bytes | bytearray | memoryview, length: int) -> list[Ex
     extents = [Extent(*fields) for fields in _EXTENT.iter_unpack(data)]
     total = sum(extent.length for extent in extents)
     if total != length or not all(extent.length for extent in extents):
-        raise FrameError(f"its pieces of shared memory have {total} bytes, its payload {length}")
+        raise FrameError(f"its pieces of memory have {total} bytes, its payload {length}")
     return extents
 
 

@@ -19,8 +19,8 @@ from fourfold.transport.control import (
     Failed,
     Finish,
     Grant,
+    Joined,
     Mapped,
-    Offer,
     Ping,
     Pong,
     ToSender,
@@ -29,13 +29,15 @@ from fourfold.transport.control import (
 from fourfold.transport.cutting import Slice
 from fourfold.transport.frames import Extent, Header, Kind, checksum, encode_extents, encode_header
 from fourfold.transport.handshake import Handshake, Purpose, Role
-from fourfold.transport.identity import Identity, host_id
+from fourfold.transport.identity import Identity
 from fourfold.transport.notifier import Notifier
 from fourfold.transport.peer import Peer
+from fourfold.transport.rdma import Exposure
 from fourfold.transport.self_test import PROBE_ROUND_TRIPS, Probe, RoundTrips
 from fourfold.transport.shared import Regions
-from fourfold.transport.stats import SHARED_MEMORY, Counters
+from fourfold.transport.stats import Counters
 from fourfold.transport.transfers import Done, Transfer, Transfers
+from fourfold.transport.ways import Ways
 from fourfold.transport.wire import Wire, dial
 
 __all__ = ["Link", "Transfer"]
@@ -57,21 +59,21 @@ class Link:
         config: TransportConfig,
         tls: ssl.SSLContext | None,
         regions: Regions,
+        exposure: Exposure | None,
         counters: Counters,
         notifier: Notifier,
     ) -> None:
-        """`identity` and `regions` are this node's own."""
+        """`identity`, `regions` and `exposure` are this node's own."""
         self.peer = peer
         self._identity, self._config, self._tls = identity, config, tls
         self._regions, self._counters = regions, counters
+        self._ways = Ways(config, peer, regions, exposure)
         self._transfers = Transfers(config.slice_bytes, counters, notifier, self._tell)
         self._control: Control[ToSender] | None = None
         self._session = os.urandom(16)
         self._lock = threading.Lock()
         self._streams: list[Wire] = []
         self._senders: list[threading.Thread] = []
-        self._shared: frozenset[int] = frozenset()
-        """Regions that the peer has mapped."""
         self._opened = False
         self._window = 0
         self._slice_bytes = config.slice_bytes
@@ -100,10 +102,13 @@ class Link:
         self._ping(RoundTrips(count, times.put))
         return times.get(timeout=seconds)
 
-    def offer(self) -> None:
-        """Tells the peer of this node's regions as they are now, if it could map them."""
-        if self._control is not None and self._may_share() is None:
-            self._control.post(Offer(self._regions.offers()))
+    def offer(self) -> bool:
+        """Tells the peer of this node's regions as they are now, if it may read them; whether it
+        was told."""
+        offer = self._ways.offer() if self._control is not None else None
+        if self._control is not None and offer is not None:
+            self._control.post(offer)
+        return offer is not None
 
     def close(self, reason: str) -> None:
         """Breaks the link: what is under way fails."""
@@ -201,7 +206,9 @@ class Link:
                 self._slice_bytes = min(self._slice_bytes, max_payload)
                 self._choose()
             case Mapped(regions, refusal):
-                self._mapped(regions, refusal)
+                self._answered(TransportPath.SHARED_MEMORY, regions, refusal)
+            case Joined(regions, refusal):
+                self._answered(TransportPath.RDMA, regions, refusal)
             case Grant(count):
                 self._granted(count)
             case Complete(lease):
@@ -209,54 +216,28 @@ class Link:
             case Failed(lease, reason):
                 self._transfers.ended(lease, reason)
 
-    def _may_share(self) -> str | None:
-        """Why pages cannot go through shared memory; None where that is to be tried."""
-        mine, theirs = host_id(), self.peer.host_id
-        if self._config.path is TransportPath.TCP:
-            return "TCP was asked for"
-        if not mine or mine != theirs:
-            return (
-                "shared memory needs one host and one namespace of processes "
-                f"(here {mine or 'unknown'}, there {theirs or 'unknown'})"
-            )
-        if not self._regions.offers():
-            return "no memory of this worker can be shared"
-        return None
-
     def _choose(self) -> None:
-        """Which way pages will go, as far as this side knows."""
-        why_not = self._may_share()
+        """Which way pages will go: the best that the peer has not refused."""
+        if self.offer():
+            return  # and wait for its answer
+        why_not = self._ways.settle()
         if why_not is None:
-            self.offer()
-        elif self._config.path is TransportPath.SHARED_MEMORY:
+            self._open()
+        else:
             self._break(why_not)
-        else:
-            mine, theirs = host_id(), self.peer.host_id
-            if mine != theirs and mine.partition("/")[0] == theirs.partition("/")[0] != "":
-                logger.warning(
-                    "pages to %s go over TCP though it is on this host; start the containers of "
-                    "both in one namespace of processes for shared memory",
-                    self.peer.name,
-                )
-            self._open()
 
-    def _mapped(self, regions: list[int], refusal: str) -> None:
-        """The peer has mapped what it could."""
-        self._shared = frozenset(regions) & {each.number for each in self._regions.offers()}
-        if not self._shared and self._config.path is TransportPath.SHARED_MEMORY:
-            self._break(f"shared memory was asked for, but {refusal}")
-            return
-        if refusal:
-            logger.warning(
-                "pages to %s go over TCP though it is on this host: %s", self.peer.name, refusal
-            )
-        if not self._opened:
+    def _answered(self, way: TransportPath, regions: list[int], refusal: str) -> None:
+        """The peer reads what it can of this node's memory."""
+        self._ways.answered(way, regions, refusal)
+        if self._opened:
+            self._counters.path = self._path()
+        elif self._ways.readable:
             self._open()
         else:
-            self._counters.path = self._path()
+            self._choose()
 
     def _path(self) -> str:
-        return SHARED_MEMORY if self._shared else f"tcp x{len(self._streams)}"
+        return self._ways.describe(len(self._streams))
 
     def _open(self) -> None:
         """Opens the streams, and begins the test of the link."""
@@ -285,8 +266,8 @@ class Link:
     def _start_probe(self, round_trips: list[float]) -> None:
         """The second half of the test: payloads on all streams, which then stay open."""
         payload, extents = memoryview(bytes(self._slice_bytes)), []
-        if self._shared:
-            number = max(self._shared, key=lambda number: self._regions[number].size)
+        if readable := self._ways.readable:
+            number = max(readable, key=lambda number: self._regions[number].size)
             payload = self._regions[number].buffer[: self._slice_bytes]
             extents = [Extent(region=number, length=len(payload), offset=0)]
         self._probe = Probe(
@@ -341,14 +322,15 @@ class Link:
         self._counters.begin()
         sent, problem = 0, None
         try:
-            extents = self._regions.find(part.views, self._shared) if self._shared else None
+            readable = self._ways.readable
+            extents = self._regions.find(part.views, readable) if readable else None
             if extents is not None:
                 head = self._head(part, Kind.DESCRIBED, len(extents))
                 wire.send([memoryview(head + encode_extents(extents))])
-            elif self._config.path is not TransportPath.SHARED_MEMORY:
+            elif self._ways.may_send:
                 wire.send([memoryview(self._head(part, Kind.DATA, 0)), *part.views])
             else:
-                problem = "shared memory was asked for, and the pages lie in none"
+                problem = self._ways.missing()
             sent = part.length
         finally:
             self._counters.end(0 if problem else sent)

@@ -9,7 +9,8 @@ import threading
 import time
 from collections.abc import Callable
 
-from fourfold.errors import FourfoldError
+from fourfold.errors import ConfigError, FourfoldError
+from fourfold.transport import nixl
 from fourfold.transport.config import TransportConfig, TransportPath
 from fourfold.transport.handshake import Handshake, Introduction, Purpose, Role
 from fourfold.transport.identity import Identity, host_id
@@ -18,6 +19,7 @@ from fourfold.transport.link import Link
 from fourfold.transport.notifier import Notifier
 from fourfold.transport.peer import Peer
 from fourfold.transport.pieces import Landing
+from fourfold.transport.rdma import ExposeError, Exposure
 from fourfold.transport.session import Session
 from fourfold.transport.shared import Regions, SharedRegion
 from fourfold.transport.stats import Counters, PathStats
@@ -42,9 +44,11 @@ class Node:
     """
 
     def __init__(self, identity: Identity, config: TransportConfig) -> None:
-        """Listens at once. Raises `ConfigError` where it cannot, or where TLS cannot be used."""
+        """Listens at once. Raises `ConfigError` where it cannot, or where TLS or RDMA was asked for
+        and cannot be used."""
         self._identity, self._config = identity, config
         self._tls = None if config.tls is None else load_tls(config.tls)
+        self._exposure = _expose(identity, config)
         self._listener = listen(config.host, config.port)
         self._listener.settimeout(_LOOK_SECONDS)
         self.peer = Peer(
@@ -53,6 +57,7 @@ class Node:
             host=config.advertise or config.host,
             port=self._listener.getsockname()[1],
             host_id=host_id(),
+            rdma=self._exposure is not None,
             pages=identity.pages,
             device=identity.device,
         )
@@ -76,13 +81,21 @@ class Node:
 
     @property
     def may_share(self) -> bool:
-        """Whether pages may go another way than over TCP."""
-        return self._config.path is not TransportPath.TCP
+        """Whether pages may go through memory of this machine."""
+        return self._config.path in (TransportPath.AUTO, TransportPath.SHARED_MEMORY)
 
     def register(self, region: SharedRegion) -> None:
-        """Lets peers on this host read a region: pages that lie in it need not be sent. Keeps it
-        for as long as this node lives."""
-        self._regions.add(region)
+        """Lets peers read a region, those on this host and those with RDMA: pages that lie in it
+        need not be sent. Keeps it for as long as this node lives. Raises `ConfigError` where RDMA
+        was asked for, and cannot be had for it."""
+        number = self._regions.add(region)
+        if self._exposure is not None:
+            try:
+                self._exposure.add(number, region)
+            except ExposeError as error:
+                if self._config.path is TransportPath.RDMA:
+                    raise ConfigError(str(error)) from error
+                logger.warning("pages to other machines go over TCP: %s", error)
         with self._lock:
             links = list(self._links.values())
         for link in links:
@@ -118,6 +131,7 @@ class Node:
                     config=self._config,
                     tls=None if self._tls is None else self._tls.client,
                     regions=self._regions,
+                    exposure=self._exposure,
                     counters=self._counters_of(peer.name, sends=True),
                     notifier=self._notifier,
                 )
@@ -150,6 +164,8 @@ class Node:
             threads = list(self._threads)
         for thread in threads:
             thread.join(max(0.0, deadline - time.monotonic()))
+        if self._exposure is not None:
+            self._exposure.close()
         self._leases.lose(None, reason)
         self._notifier.close(_CLOSE_SECONDS)
 
@@ -240,6 +256,7 @@ class Node:
                 me=self._identity,
                 config=self._config,
                 leases=self._leases,
+                rdma=self._exposure is not None,
                 counters=self._counters_of(introduction.identity.name, sends=False),
             )
             return session
@@ -252,3 +269,24 @@ class Node:
                 del self._counters[next(iter(self._counters))]
             self._counters[key] = Counters(peer, sends=sends)
         return self._counters[key]
+
+
+def _expose(identity: Identity, config: TransportConfig) -> Exposure | None:
+    """What lets peers read this node's memory over RDMA, if that was asked for, or may be chosen
+    and can be had. Raises `ConfigError` where it was asked for in vain."""
+    asked = config.path is TransportPath.RDMA
+    # A device that nobody asked for is not used by software, whatever the environment says of UCX.
+    chosen = config.path is TransportPath.AUTO and nixl.devices() and not nixl.chosen_transports()
+    if not asked and not chosen:
+        return None
+    if (why_not := nixl.why_not(config.host)) is not None:
+        if asked:
+            raise ConfigError(f"pages cannot go over RDMA: {why_not}")
+        return None  # links to other machines warn of it
+    try:
+        return Exposure(f"{identity.name} {identity.epoch:x}", config.host)
+    except ConfigError as error:
+        if asked:
+            raise
+        logger.warning("pages to other machines go over TCP: %s", error)
+        return None

@@ -36,6 +36,8 @@ class Peer(msgspec.Struct, frozen=True, kw_only=True):
     port: int
     host_id: str = ""
     """Equal for nodes that can read each other's shared memory."""
+    rdma: bool = False
+    """Whether it reads other nodes' memory over RDMA."""
     pages: PageFormat | None = None
     """What its pages are; None for a node without any."""
     device: DevicePages | None = None

@@ -46,7 +46,7 @@ class Probe:
 
     payload: memoryview
     extents: list[Extent]
-    """Where the payload lies in shared memory; empty for one that is sent."""
+    """Where the payload lies in memory that the receiver reads; empty for one that is sent."""
     streams: int
     round_trip: float
     """Median seconds of a message there and back, found before."""

@@ -6,15 +6,19 @@ import collections
 import logging
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 
+from fourfold.errors import ConfigError
 from fourfold.transport.config import MAX_STREAMS, TransportConfig, TransportPath
 from fourfold.transport.control import (
     Cancel,
     Complete,
     Control,
+    Exposed,
     Failed,
     Finish,
     Grant,
+    Joined,
     Mapped,
     Offer,
     Ping,
@@ -36,8 +40,10 @@ from fourfold.transport.frames import (
 from fourfold.transport.handshake import Introduction
 from fourfold.transport.identity import Identity
 from fourfold.transport.leases import Claim, Leases
-from fourfold.transport.shared import MappingError, Mappings, copy
-from fourfold.transport.stats import SHARED_MEMORY, Counters
+from fourfold.transport.rdma import ExposeError, RemoteMemory
+from fourfold.transport.shared import MappingError, Mappings
+from fourfold.transport.sources import Fill, ReadError, Source
+from fourfold.transport.stats import Counters
 from fourfold.transport.wire import Wire
 
 logger = logging.getLogger(__name__)
@@ -46,6 +52,8 @@ _DROP_BYTES = 1 << 18
 _MAX_REGIONS = 64
 _REMEMBERED = 1024
 """Leases whose refusal was told, so that it is told once."""
+_MAX_OFFERS = 64
+"""Of one peer's memory for RDMA, each of which takes a while."""
 _GRANTS = 4
 """In how many parts the window is given back: each wakes a thread on both sides."""
 
@@ -62,7 +70,9 @@ class Session:
         config: TransportConfig,
         leases: Leases,
         counters: Counters,
+        rdma: bool,
     ) -> None:
+        """`rdma`: whether this node may read the peer's memory so."""
         self.peer = introduction.identity
         self.number = introduction.session
         self.lost = False
@@ -76,7 +86,12 @@ class Session:
         """Why the link has ended."""
         self._refused: collections.OrderedDict[int, None] = collections.OrderedDict()
         self._dealt_with = 0
-        self._mappings = Mappings()
+        self._rdma = rdma
+        self._memory: Source | None = None
+        """Of the peer, once it may be read."""
+        # The control stream must not wait for NIXL, which may take seconds to begin.
+        self._joining = ThreadPoolExecutor(1, f"{me.name} joins {self.peer.name}")
+        self._offers = 0
         self._control: Control[ToReceiver] = Control(
             wire,
             ToReceiver,
@@ -108,13 +123,16 @@ class Session:
                 wire.close()
                 return
             self._streams.add(wire)
-            if self._counters.path != SHARED_MEMORY:
+            if self._memory is None:
                 self._counters.path = f"tcp x{len(self._streams)}"
         try:
             self._receive(wire)
         except FrameError as error:
             logger.warning("closed the link from %s: a frame is wrong: %s", self._name, error)
             self.close("a frame was wrong")
+        except ReadError as error:
+            logger.warning("closed the link from %s: %s", self._name, error)
+            self.close(str(error))
         except (OSError, EOFError):
             pass  # as below
         finally:
@@ -161,7 +179,9 @@ class Session:
         self._leases.lose(self, self._why())
         with self._left:
             self._left.wait_for(lambda: not self._streams)
-        self._mappings.close()
+        self._joining.shutdown(cancel_futures=True)
+        if self._memory is not None:
+            self._memory.close()
         self._wire.close()
 
     def _why(self) -> str:
@@ -177,21 +197,61 @@ class Session:
                 self._leases.cancel(lease, self)
             case Offer(regions):
                 self._control.post(self._map(regions))
+            case Exposed():
+                self._offers += 1
+                if self._offers > _MAX_OFFERS:
+                    self._control.end("it offered its memory too often")
+                    return
+                self._joining.submit(self._try_to_join, message)
 
     def _map(self, regions: Sequence[Region]) -> Mapped:
         """Maps the peer's memory, as far as that is allowed and possible."""
         if self._config.path is TransportPath.TCP:
             return Mapped([], f"{self._me.name} was told to take pages over TCP")
+        memory = Mappings() if self._memory is None else self._memory
+        if not isinstance(memory, Mappings):
+            return Mapped([], f"{self._me.name} reads this memory over RDMA already")
         mapped, refusal = [], ""
         for region in regions[:_MAX_REGIONS]:
             try:
-                self._mappings.add(region)
+                memory.add(region)
                 mapped.append(region.number)
             except MappingError as error:
                 refusal = str(error)
         if mapped:
-            self._counters.path = SHARED_MEMORY
+            self._memory, self._counters.path = memory, memory.path
         return Mapped(mapped, refusal)
+
+    def _try_to_join(self, exposed: Exposed) -> None:
+        try:
+            self._control.post(self._join(exposed))
+        except Exception:
+            logger.exception("the memory of %s could not be joined", self._name)
+            self.close("its memory could not be joined")
+
+    def _join(self, exposed: Exposed) -> Joined:
+        """Makes the peer's memory readable over RDMA, as far as that is allowed and possible."""
+        memory, mine = self._memory, self._me.name
+        try:
+            if not self._rdma:
+                return Joined([], f"{mine} was not started with --transport rdma")
+            if memory is None:
+                memory = RemoteMemory(
+                    f"{mine} {self.number.hex()}",
+                    self._config.host,
+                    max_payload=self._config.max_payload,
+                    seconds=self._config.stall_seconds,
+                    ended=lambda: bool(self._closed),
+                )
+            if not isinstance(memory, RemoteMemory):
+                return Joined([], f"{mine} has mapped this memory already")
+            joined = memory.add(exposed)
+        except (ConfigError, ExposeError) as error:
+            if isinstance(memory, RemoteMemory) and memory is not self._memory:
+                memory.close()
+            return Joined([], f"{mine} cannot read its memory: {error}")
+        self._memory, self._counters.path = memory, memory.path
+        return Joined(joined, "")
 
     def _receive(self, wire: Wire) -> None:
         """Deals with frames until the stream ends. Raises `FrameError`, `OSError`, `EOFError`."""
@@ -232,8 +292,9 @@ class Session:
             else:
                 payload.fill(views)
                 problem = self._verify(views, header) or _landed(claim)
-        except (OSError, EOFError):
-            self.close("a stream ended amid a page")
+        except (OSError, EOFError) as error:
+            reads = isinstance(error, ReadError)
+            self.close(str(error) if reads else "a stream ended amid a page")
             problem = self._why()
             raise
         finally:
@@ -243,11 +304,13 @@ class Session:
     def _payload(self, wire: Wire, header: Header) -> _Payload:
         """Where a payload comes from. Raises `FrameError` where it can come from nowhere."""
         if not header.extents:
-            return _Payload(wire, header.length, [])
+            return _Payload(wire, header.length, None)
         described = memoryview(bytearray(header.extents * EXTENT_BYTES))
         wire.receive([described])
         extents = decode_extents(described, header.length)
-        return _Payload(wire, header.length, self._mappings.sources(extents))
+        if self._memory is None:
+            raise FrameError("it describes pages, and no memory of its sender can be read here")
+        return _Payload(wire, header.length, self._memory.find(extents))
 
     def _verify(self, views: Sequence[memoryview], header: Header) -> str | None:
         if checksum(views) == header.checksum:
@@ -282,21 +345,21 @@ def _landed(claim: Claim) -> str | None:
 
 
 class _Payload:
-    """The bytes that a frame is about: to come on its stream, or in the peer's shared memory."""
+    """The bytes that a frame is about: to come on its stream, or in memory of the peer."""
 
-    def __init__(self, wire: Wire, length: int, sources: list[tuple[int, int]]) -> None:
-        self._wire, self._length, self._sources = wire, length, sources
+    def __init__(self, wire: Wire, length: int, described: Fill | None) -> None:
+        self._wire, self._length, self._described = wire, length, described
 
     def fill(self, views: Sequence[memoryview]) -> None:
         """Puts them into views of as many bytes."""
-        if self._sources:
-            copy(self._sources, views)
+        if self._described is not None:
+            self._described(views)
         else:
             self._wire.receive(views)
 
     def drop(self) -> None:
         """Reads them away, where they come on the stream."""
-        length = 0 if self._sources else self._length
+        length = 0 if self._described is not None else self._length
         scratch = memoryview(bytearray(min(length, _DROP_BYTES)))
         while length:
             part = scratch[:length]

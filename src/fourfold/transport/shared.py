@@ -10,6 +10,7 @@ from __future__ import annotations
 import bisect
 import ctypes
 import fcntl
+import functools
 import mmap
 import os
 import stat
@@ -20,6 +21,8 @@ from typing import NamedTuple
 
 from fourfold.transport.control import Region
 from fourfold.transport.frames import MAX_EXTENTS, Extent, FrameError
+from fourfold.transport.sources import Fill
+from fourfold.transport.stats import SHARED_MEMORY
 
 _LARGE_BYTES = 256 << 10
 """From here on other threads may run during a copy."""
@@ -65,11 +68,13 @@ class Regions:
         self._sorted: list[tuple[int, int, int]] = []
         """Begin, end and number of each, by address."""
 
-    def add(self, region: SharedRegion) -> None:
+    def add(self, region: SharedRegion) -> int:
+        """Returns the region's number."""
         with self._lock:
             number = len(self._regions)
             self._regions.append(region)
             bisect.insort(self._sorted, (region.address, region.address + region.size, number))
+            return number
 
     def offers(self) -> list[Region]:
         """What others need to map them."""
@@ -120,8 +125,10 @@ class _Mapping(NamedTuple):
 
 
 class Mappings:
-    """A peer's regions in this process, read only. For one thread at a time to `add` and `close`;
-    `copy` is for any, before `close`."""
+    """A peer's regions in this process, read only: a `Source`. For one thread at a time to `add`
+    and `close`; what `find` returns is for any, before `close`."""
+
+    path = SHARED_MEMORY
 
     def __init__(self) -> None:
         self._mappings: dict[int, _Mapping] = {}
@@ -142,15 +149,15 @@ class Mappings:
             _libc.munmap(mapping.address, mapping.size)
         self._mappings.clear()
 
-    def sources(self, extents: Sequence[Extent]) -> list[tuple[int, int]]:
-        """Address and length of each piece. Raises `FrameError` for one outside of the regions."""
+    def find(self, extents: Sequence[Extent]) -> Fill:
+        """See `Source`."""
         found = []
         for extent in extents:
             mapping = self._mappings.get(extent.region)
             if mapping is None or extent.offset + extent.length > mapping.size:
                 raise FrameError(f"its pages lie outside of the shared region {extent.region}")
             found.append((mapping.address + extent.offset, extent.length))
-        return found
+        return functools.partial(copy, found)
 
 
 def copy(sources: Sequence[tuple[int, int]], views: Sequence[memoryview]) -> None:

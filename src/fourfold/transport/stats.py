@@ -8,7 +8,7 @@ import time
 import msgspec
 
 SHARED_MEMORY = "shared memory"
-"""A path; the other is such as "tcp x2"."""
+"""A path; others are such as "tcp x2" and "rdma (ucx over mlx5_0)"."""
 
 
 class PathStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,9 +42,9 @@ class PathStats(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rate(self) -> float:
-        """Bytes per second while busy; 0 before anything came, and at the sender for shared memory,
-        which the receiver copies."""
-        copied_there = self.sends and self.path == SHARED_MEMORY
+        """Bytes per second while busy; 0 before anything came, and at the sender for memory that
+        the receiver reads."""
+        copied_there = self.sends and not self.path.startswith("tcp")
         return self.bytes / self.seconds if self.seconds and not copied_there else 0.0
 
 

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import random
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+from unittest import mock
+
+import pytest
 
 from fourfold.transport import (
     Identity,
@@ -133,16 +139,48 @@ class Memory:
                 yield Piece(Part.OPEN, layer, 0, 1, [self.rows(layer)])
 
 
-class Pair:
-    """A sender and a receiver, whose pages go by a certain path."""
+class Way(NamedTuple):
+    """A path, and the transports that UCX may use for it."""
 
-    def __init__(self, path: TransportPath, **options: object) -> None:
-        self.path = path
+    path: TransportPath
+    ucx: str = ""
+
+    @property
+    def described(self) -> str:
+        """What figures call it."""
+        if self.path is TransportPath.RDMA:
+            return f"rdma (ucx, UCX_TLS={self.ucx})"
+        return "tcp x2" if self.path is TransportPath.TCP else "shared memory"
+
+
+needs_nixl = pytest.mark.skipif(
+    importlib.util.find_spec("nixl") is None,
+    reason="NIXL is not installed; make check-rdma installs it",
+)
+RDMA_WAYS = [
+    # By software of both sides, and by the reader alone, as a device for RDMA does.
+    pytest.param(Way(TransportPath.RDMA, "tcp"), id="rdma-tcp", marks=needs_nixl),
+    pytest.param(Way(TransportPath.RDMA, "tcp,cma"), id="rdma-cma", marks=needs_nixl),
+]
+WAYS = [
+    pytest.param(Way(TransportPath.TCP), id="tcp"),
+    pytest.param(Way(TransportPath.SHARED_MEMORY), id="shared-memory"),
+    *RDMA_WAYS,
+]
+
+
+class Pair:
+    """A sender and a receiver, whose pages go by a certain way."""
+
+    def __init__(self, way: Way, **options: object) -> None:
+        self.way, path = way, way.path
+        self._environment = mock.patch.dict(os.environ, {"UCX_TLS": way.ucx} if way.ucx else {})
+        self._environment.start()  # heard when nodes are made, and when they link
         self.sender = make_node("prefill", 1, path=path, **options)
         self.receiver = make_node("decode", 2, path=path, **options)
         self._arena: SharedRegion | None = None
         self._used = 0
-        if path is TransportPath.SHARED_MEMORY:
+        if path is not TransportPath.TCP:
             self._arena = SharedRegion(ARENA_BYTES)
             self.sender.register(self._arena)
 
@@ -161,6 +199,7 @@ class Pair:
     def close(self) -> None:
         self.sender.close()
         self.receiver.close()
+        self._environment.stop()
 
 
 def until(condition: Callable[[], object]) -> None:

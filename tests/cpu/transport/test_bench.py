@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from msgspec import UNSET
 
 from fourfold.bench.record import load
 from fourfold.bench.transport.config import TransportBenchConfig
 from fourfold.bench.transport.main import main
 from fourfold.errors import ConfigError
+from tests.cpu.transport.nodes import needs_nixl
 
 
 def test_a_small_run_leaves_a_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -27,6 +29,24 @@ def test_a_small_run_leaves_a_record(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert [rate.unit for rate in rates] == ["GB/s"] * 4
     assert [rate.case.endswith("scattered") for rate in rates] == [False, False, True, True]
     assert "round_trip_p50" in capsys.readouterr().out
+
+
+@needs_nixl
+def test_rdma_is_measured_beside_copies_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("UCX_TLS", "tcp,cma")
+    out = tmp_path / "transport.json"
+    config = TransportBenchConfig(
+        size=4, page_bytes=10_000, streams=2, rounds=1, run_pages=(32,), paths=("rdma",), out=out
+    )
+    assert main(config) == 0
+    results = load(out).results
+    assert all(result.case.startswith("rdma (ucx, UCX_TLS=tcp,cma), ") for result in results)
+    (rate,) = [result for result in results if result.metric == "rate"]
+    assert rate.peer is not None
+    assert "memcpy" in rate.peer
+    assert rate.mark is UNSET
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,17 @@ import pytest
 
 from fourfold.errors import ConfigError
 from fourfold.transport import SharedRegion, TlsFiles, TransportPath
-from tests.cpu.transport.nodes import Memory, Outcome, Pair, make_node, send, until, works
+from tests.cpu.transport.nodes import (
+    WAYS,
+    Memory,
+    Outcome,
+    Pair,
+    Way,
+    make_node,
+    send,
+    until,
+    works,
+)
 from tests.cpu.transport.proxy import Proxy
 
 FILES = Path(__file__).parent / "certificates"
@@ -51,11 +61,13 @@ def mappings() -> set[str]:
     return {line for line in lines if "fourfold-pages" in line}
 
 
-@pytest.mark.parametrize("path", [TransportPath.TCP, TransportPath.SHARED_MEMORY])
-def test_nothing_is_left_after_close(path: TransportPath) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_nothing_is_left_after_close(way: Way) -> None:
+    if way.path is TransportPath.RDMA:
+        Pair(way).close()  # what UCX keeps for a process
     gc.collect()
     threads, before, mapped = our_threads(), descriptors(), mappings()
-    pair = Pair(path)
+    pair = Pair(way)
     source, target, arrived = pair.memory(2, 10, 5000).fill(1), Memory(2, 10, 5000), Outcome()
     unfinished, waiting = Outcome(), Outcome()
     pair.receiver.expect(1, None, target, arrived)
@@ -105,7 +117,7 @@ def test_the_memory_of_a_region_outlives_it() -> None:
 
 def test_a_link_says_what_it_found(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        pair = Pair(TransportPath.TCP)
+        pair = Pair(Way(TransportPath.TCP))
         pair.sender.link(pair.receiver.peer)
         until(lambda: "go over" in caplog.text)
         pair.close()
@@ -118,9 +130,9 @@ def test_a_link_says_what_it_found(caplog: pytest.LogCaptureFixture) -> None:
 # TLS
 
 
-@pytest.mark.parametrize("path", [TransportPath.TCP, TransportPath.SHARED_MEMORY])
-def test_pages_arrive_under_tls(path: TransportPath) -> None:
-    pair = Pair(path, tls=TLS, key=b"0123456789abcdef", slice_bytes=50_000)
+@pytest.mark.parametrize("way", WAYS)
+def test_pages_arrive_under_tls(way: Way) -> None:
+    pair = Pair(way, tls=TLS, key=b"0123456789abcdef", slice_bytes=50_000)
     for lease in range(3):
         source, target, arrived = (
             pair.memory(4, 30, 16_400, 3000),

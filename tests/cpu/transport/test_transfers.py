@@ -11,14 +11,13 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fourfold.transport import Part, Piece, TransportPath
-from tests.cpu.transport.nodes import Memory, Outcome, Pair, make_node, send, until
+from fourfold.transport import Part, Piece
+from tests.cpu.transport.nodes import WAYS, Memory, Outcome, Pair, make_node, send, until
 
 LEASES = itertools.count(1000)
-PATHS = [TransportPath.TCP, TransportPath.SHARED_MEMORY]
 
 
-@pytest.fixture(scope="module", params=PATHS)
+@pytest.fixture(scope="module", params=WAYS)
 def shared_pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     pair = Pair(request.param, slice_bytes=4096)
     yield pair
@@ -56,7 +55,7 @@ def test_pages_and_open_rows_arrive(
     assert target.content() == source.content()
     pair.receiver.forget(lease)
     (stats,) = pair.sender.stats()
-    assert stats.path == ("tcp x2" if pair.path is TransportPath.TCP else "shared memory")
+    assert stats.path == pair.way.described
     assert stats.tested > 0
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from fourfold.errors import ConfigError
 from fourfold.transport.config import MAX_STREAMS
 
-PathName = Literal["tcp", "shared-memory"]
+PathName = Literal["tcp", "shared-memory", "rdma"]
 LAYERS = 32
 """Over which the pages are spread."""
 
@@ -32,7 +32,7 @@ class TransportBenchConfig:
     streams: int | None = None
     """TCP connections for pages. Default: as when serving."""
     paths: tuple[PathName, ...] = ("tcp", "shared-memory")
-    """Which ways to measure."""
+    """Which ways to measure. rdma needs NIXL, and a device or UCX_TLS."""
     rounds: int = 7
     """Turns."""
     name: str = "transport"

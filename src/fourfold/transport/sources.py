@@ -1,0 +1,32 @@
+"""Memory of a peer that described payloads lie in, however this side reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from fourfold.transport.frames import Extent
+
+Fill = Callable[[Sequence[memoryview]], None]
+"""Puts a payload into views of as many bytes. Raises `ReadError` where it cannot be had."""
+
+
+class ReadError(OSError):
+    """A peer's memory cannot be read any more; `str(error)` says why. Its link is of no use."""
+
+
+class Source(Protocol):
+    """A peer's regions, by number."""
+
+    @property
+    def path(self) -> str:
+        """What this way is called in figures."""
+        ...
+
+    def find(self, extents: Sequence[Extent]) -> Fill:
+        """What reads these pieces. Raises `FrameError` for one outside of the regions."""
+        ...
+
+    def close(self) -> None:
+        """Gives everything back; nothing may be reading."""
+        ...
