@@ -119,14 +119,18 @@ def _of_another_model(path: Path, how: str) -> CheckpointError:
     )
 
 
-def weights_of(model: Decoder, optimizer: Optimizer) -> dict[str, Tensor]:
+def weights_of(model: Decoder, optimizer: Optimizer, parallel: Parallel) -> dict[str, Tensor]:
     """The master weights and selection biases of a model, whole, on the CPU, by the names that
-    families place tensors at. Every process must call it."""
+    families place tensors at. Every process must call it; only the first gets them."""
     dense = {path for path, module in model.named_modules() if isinstance(module, DenseWeight)}
-    weights = {}
+    weights: dict[str, Tensor] = {}
     for name, tensor in optimizer.weights():
+        if parallel.rank:
+            continue
         owner = name.removesuffix(".weight")
         weights[owner if owner in dense else name] = tensor.cpu()
+    if parallel.rank:
+        return weights
     return weights | {name: bias_E.cpu() for name, bias_E in _biases(model)}
 
 

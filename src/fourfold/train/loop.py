@@ -238,7 +238,7 @@ class Trainer:
 
     def export(self, folder: Path, tokenizer: Path | None = None) -> None:
         """Writes the model as a Hugging Face directory. Every process must call it."""
-        weights = checkpoint.weights_of(self.model, self.optimizer)
+        weights = checkpoint.weights_of(self.model, self.optimizer, self._parallel)
         if self._parallel.rank == 0:
             export(weights, self.model.config, folder, dtype=self.dtype, tokenizer=tokenizer)
 

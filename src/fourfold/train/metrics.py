@@ -18,6 +18,7 @@ from msgspec import UNSET, UnsetType
 # Dense bfloat16 FLOP/s that a device's makers state.
 _PEAKS = {
     "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
     "H100": 989e12,
     "H200": 989e12,
     "A100": 312e12,

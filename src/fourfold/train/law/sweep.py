@@ -33,6 +33,8 @@ Launch = Callable[[Run], None]
 """Trains a run to its end. RunFailedError where that cannot be."""
 Tell = Callable[[str], None]
 _WARM_UP_RECORDS = 1
+_CONFIG = "config.sha256"
+"""In a run's folder: what it is of."""
 
 
 class RunFailedError(FourfoldError):
@@ -57,6 +59,9 @@ def sweep(grid: Grid, launches: Sequence[Launch], tell: Tell, *, only: str = "")
     chains are trained at the same time as there are `launches`."""
     wanted = {cell.name for cell in grid.cells if only in cell.name and not is_done(grid, cell)}
     chains = [chain for chain in grid.chains if wanted & {cell.name for cell in chain.cells}]
+    for chain in chains:
+        for run in (*chain.stretches, *chain.cells):
+            _check_folder(run)
     if len(launches) > 1:
         # Else one may still be at work on the longest when all others have nothing left to do.
         chains.sort(key=_flops, reverse=True)
@@ -96,8 +101,7 @@ def _train_chain(
         try:
             if chain.stretches:
                 _train_stretch(chain, number, launch, tell)
-            tell(f"training {cell.name}")
-            launch(cell)
+            _train(cell, launch, tell)
             record = record_of(grid, cell)
         except RunFailedError as error:
             missing[cell.name] = str(error)
@@ -130,8 +134,23 @@ def _train_stretch(chain: Chain, number: int, launch: Launch, tell: Tell) -> Non
         return
     if number:
         _train_stretch(chain, number - 1, launch, tell)
-    tell(f"training {stretch.name}")
-    launch(stretch)
+    _train(stretch, launch, tell)
+
+
+def _train(run: Run, launch: Launch, tell: Tell) -> None:
+    tell(f"training {run.name}")
+    run.folder.mkdir(parents=True, exist_ok=True)
+    (run.folder / _CONFIG).write_text(_fingerprint(run))
+    launch(run)
+
+
+def _check_folder(run: Run) -> None:
+    """ConfigError for a run that would go on from what another configuration left."""
+    path = run.folder / _CONFIG
+    if path.exists() and path.read_text() != _fingerprint(run):
+        raise ConfigError(
+            f"{run.folder} is of a run with another configuration; delete it, or name another `out`"
+        )
 
 
 def record_of(grid: Grid, cell: Cell) -> RunRecord:
@@ -182,10 +201,10 @@ def _counts(cell: Cell) -> Counts:
     return count(decoder, config.data.length)
 
 
-def _fingerprint(cell: Cell) -> str:
+def _fingerprint(run: Run) -> str:
     """What makes two runs the same but for where they are kept."""
-    run = msgspec.structs.replace(cell.config.run, folder="", start_from=None)
-    config = msgspec.structs.replace(cell.config, run=run)
+    section = msgspec.structs.replace(run.config.run, folder="", start_from=None)
+    config = msgspec.structs.replace(run.config, run=section)
     return hashlib.sha256(msgspec.json.encode(config)).hexdigest()
 
 

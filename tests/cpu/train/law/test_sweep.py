@@ -231,6 +231,15 @@ def test_records_of_another_configuration_are_refused(make: Callable[..., Grid])
         sweep(changed, [Pretending()], quiet)
 
 
+def test_a_stable_phase_of_another_configuration_is_refused(make: Callable[..., Grid]) -> None:
+    """Runs that are missing would branch from it."""
+    sweep(make(), [Pretending(fails="small-x4-640")], quiet)
+    (make().records / "small-x4-320-s0.json").unlink()
+    changed = make(more="sparse = { 'router.z_loss' = 0.5 }")
+    with pytest.raises(ConfigError, match=r"small-x4-s0-stable-8 is of a run with another"):
+        sweep(changed, [Pretending()], quiet, only="small-x4")
+
+
 SCRIPT = """
 import json, pathlib, sys
 base, option, *overrides = sys.argv[1:]
