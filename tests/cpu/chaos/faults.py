@@ -84,8 +84,10 @@ class Faults:
         self._armed: list[tuple[Fault, int]] = []
         self._healing = 0
         self._stopped: dict[int, float] = {}
-        self.struck_at: dict[int, float] = {}
-        """When a process was killed or stopped, by its number."""
+        self.struck: dict[int, tuple[float, str]] = {}
+        """When a process was killed or frozen, and how, by its number; until the fleet notices, or
+        it goes on unnoticed: what loads may be silent, and a gateway that stood still blames
+        nobody."""
 
     @property
     def over(self) -> bool:
@@ -181,14 +183,14 @@ class Faults:
     # What strikes a process.
 
     def _kill(self, member: Member, joiner: Joiner | None) -> None:
-        self.struck_at[member.number] = time.monotonic()
+        self._note_strike(member, "killed")
         self._signal(member, joiner, signal.SIGKILL)
 
     def _pause(self, member: Member, joiner: Joiner | None) -> None:
         self._stop(member, joiner, self._rng.uniform(0.05, 0.6))
 
     def _freeze(self, member: Member, joiner: Joiner | None) -> None:
-        self.struck_at[member.number] = time.monotonic()
+        self._note_strike(member, "frozen")
         self._stop(member, joiner, self._run.timeout + self._rng.uniform(0.7, 1.5))
 
     def _stop(self, member: Member, joiner: Joiner | None, seconds: float) -> None:
@@ -200,10 +202,15 @@ class Faults:
 
         def wake() -> None:
             del self._stopped[pid]
+            if self.struck.pop(member.number, None) is not None:
+                self._run.story.tell(f"nobody noticed that {member.name} was frozen")
             self._signal(member, joiner, signal.SIGCONT)
             self._run.story.tell(f"{member.name} goes on")
 
         self._later(seconds, wake)
+
+    def _note_strike(self, member: Member, how: str) -> None:
+        self.struck[member.number] = time.monotonic(), f"{member.name}, {member.state}, was {how}"
 
     def _signal(self, member: Member, joiner: Joiner | None, number: signal.Signals) -> None:
         if joiner is not None and joiner.pid == member.hello.pid:

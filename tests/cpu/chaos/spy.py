@@ -91,8 +91,9 @@ class Spy:
         self._faults.come_to(point, members)
 
     def _end(self, member: Member, why: str) -> None:
-        struck = self._faults.struck_at.pop(member.number, None)
+        struck = self._faults.struck.pop(member.number, None)
         if struck is not None:
-            self._story.detections.append(time.monotonic() - struck)
+            when, how = struck
+            self._story.detections.append((time.monotonic() - when, how))
         self._story.tell(f"{member.name} is gone: {why}")
         self._ended(member, why)

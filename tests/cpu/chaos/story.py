@@ -25,8 +25,8 @@ class Story:
         self.violations: collections.Counter[str] = collections.Counter()
         self.causes: collections.Counter[str] = collections.Counter()
         """Of requests that ended with a typed error."""
-        self.detections: list[float] = []
-        """Seconds from a worker's death, or its silence, until the fleet knew."""
+        self.detections: list[tuple[float, str]] = []
+        """Seconds from a worker's death, or its silence, until the fleet knew, and whose."""
         self.recoveries: list[tuple[float, str]] = []
         """Seconds that a request went without a new token, the longest of each."""
         self.releases: list[float] = []
@@ -64,6 +64,7 @@ class Story:
             points[point] += count
         broken = [f"{kind} {self.violations[kind]}" for kind in _VIOLATIONS]
         worst, whose = max(self.recoveries, default=(0.0, ""))
+        latest, of_whom = max(self.detections, default=(0.0, "nobody was struck"))
         return "\n".join(
             [
                 f"seed {seed}, {self.seconds:.0f} s",
@@ -73,7 +74,7 @@ class Story:
                 f"faults {self.faults.total()}: {_counted(kinds)}",
                 f"at: {_counted(points)}",
                 f"longest wait for a token {worst:.1f} s{whose}; "
-                f"detection {max(self.detections, default=0.0):.1f} s at most; "
+                f"detection {latest:.1f} s at most ({of_whom}); "
                 f"all free {max(self.releases, default=0.0):.1f} s after the last request at most",
                 f"processes: {max((each.resident_mib for each in self.sizes), default=0):.0f} MiB, "
                 f"{max((each.descriptors for each in self.sizes), default=0)} descriptors, "
