@@ -148,8 +148,11 @@ class Channel(Generic[Incoming]):
         self._arrived = bytearray()
 
     def send(self, message: ToEngine | FromEngine) -> None:
-        """Sends a message, waiting until there is room. Raises `OSError` where nobody listens."""
-        self._connection.sendall(encode(message))
+        """Sends a message, waiting until there is room. Raises `OSError` where nobody listens, or
+        where there was no room for as long as the socket waits."""
+        left = memoryview(encode(message))
+        while left:  # `sendall` would wait for the whole of it only so long
+            left = left[self._connection.send(left) :]
 
     def receive(self) -> list[Incoming]:
         """The messages that one read completes: none where only a part of one came.

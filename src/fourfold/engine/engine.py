@@ -66,11 +66,17 @@ class Engine:
     """Computes requests with one runner. Messages may be given to it from any thread."""
 
     def __init__(self, runner: Runner, config: EngineConfig) -> None:
+        """Raises `ConfigError` where pages or steps are too small for what `config` asks."""
         self._runner = runner
         config = config.on(runner.device.type)
         context = runner.max_context
         if config.max_context is not None:
-            context = min(context, config.max_context)
+            if config.max_context > context:
+                raise ConfigError(
+                    f"--max-context {config.max_context} exceeds {context}, the tokens that the "
+                    "model knows and the KV pages hold; lower it, or raise --kv-memory-gib"
+                )
+            context = config.max_context
         multiple = runner.pages.chunk_multiple
         if config.tokens - config.running < multiple:
             raise ConfigError(

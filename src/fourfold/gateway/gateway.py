@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,6 +30,8 @@ from fourfold.gateway.chat_template import ChatTemplate
 from fourfold.gateway.config import GatewayLimits
 from fourfold.gateway.generation import Generation, GenerationOptions
 from fourfold.gateway.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 # Tokenising more than this many characters would hold the loop up; a thread does it.
 _LONG_TEXT = 4096
@@ -284,8 +287,14 @@ class Gateway:
         began = time.perf_counter()
         for output in outputs:
             generation = self._active.get(output.request_id)
-            if generation is not None:
+            if generation is None:
+                continue
+            try:
                 generation.receive(output)
+            except Exception as error:  # the others' tokens must not be lost with this one
+                logger.exception("news of request %d could not be taken in", output.request_id)
+                why = f"its answer could not be put together: {type(error).__name__}: {error}"
+                generation.cancel(RequestFailedError(why))
         stats = self._stats
         stats.detokenize_seconds += time.perf_counter() - began
         stats.news += 1

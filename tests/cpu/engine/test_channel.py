@@ -184,3 +184,18 @@ def test_a_worker_without_pages_is_no_message(wire: tuple[socket.socket, socket.
     theirs.sendall(encode(message))
     with pytest.raises(msgspec.MsgspecError, match="without pages"):
         Channel[FromEngine](ours, FromEngine).receive()
+
+
+def test_what_takes_long_to_send_is_sent_while_any_of_it_goes() -> None:
+    """A socket's timeout is for silence, not for the whole of a long message."""
+    sent = bytearray()
+
+    class Slow:
+        """Takes a little at a time."""
+
+        def send(self, data: memoryview) -> int:
+            sent.extend(data[:100])
+            return min(100, len(data))
+
+    Channel[ToEngine](Slow(), FromEngine).send(FROM_ENGINE[-1])  # type: ignore[arg-type]
+    assert bytes(sent) == encode(FROM_ENGINE[-1])

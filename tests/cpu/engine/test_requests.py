@@ -16,6 +16,7 @@ from fourfold.engine.engine import Engine
 from fourfold.engine.messages import Abort, FinishReason, SamplingParams, TokenLogprob, TokenOutput
 from fourfold.engine.runner import Launched
 from fourfold.engine.scheduler import StepPlan
+from fourfold.errors import ConfigError
 from fourfold.models.decoder import Decoder
 from tests.cpu.driving import GREEDY, generate, load_tiny, make_engine, run, submit, tokens
 
@@ -91,6 +92,14 @@ def test_the_context_limit_ends_a_sample(
     outputs = run(engine, [submit(0, prompt, GREEDY)])[0, 0]
     assert tokens(outputs) == hf_greedy(hf, prompt, 7)
     assert finishes(outputs) == [FinishReason.LENGTH]
+
+
+@pytest.mark.parametrize(("max_context", "pages"), [(129, 2), (1025, 64)])
+def test_a_context_that_cannot_be_held_is_refused(
+    model: Decoder, max_context: int, pages: int
+) -> None:
+    with pytest.raises(ConfigError, match=f"--max-context {max_context} exceeds {max_context - 1}"):
+        make_engine(model, pages=pages, max_context=max_context)
 
 
 @pytest.mark.parametrize(("prefix_cache", "cached"), [(True, 128), (False, 0)])

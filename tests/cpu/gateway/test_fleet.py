@@ -531,3 +531,31 @@ def test_a_worker_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch
             assert run.fleet.parked == 19
 
     go(main)
+
+
+def test_what_cannot_be_dealt_with_leaves_no_gap_in_an_answer(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        async with running() as run:
+            first = await run.worker("a")
+            run.ask(1)
+            part = await first.hear(Submit)
+            first.answer(part, 7, ends=False)
+            await eventually(lambda: run.tokens(1) == [7])
+            second = await run.worker("b")
+            with monkeypatch.context() as patch:
+
+                def fail(number: int) -> None:
+                    raise RuntimeError("a mistake of ours")
+
+                patch.setattr(run.fleet._dispatcher, "flight", fail)
+                first.answer(part, 8, ends=False)
+                await eventually(lambda: first.member.state is members.State.GONE)
+            again = await second.hear(Submit)
+            assert again.generated == (7,)
+            second.answer(again, 8)
+            await eventually(lambda: run.ended(1))
+            assert run.tokens(1) == [7, 8]
+
+    go(main)

@@ -325,3 +325,33 @@ def test_a_model_without_template_cannot_chat(tmp_path: Path) -> None:
             await gateway.chat([{"role": "user", "content": "hi"}], asking())
 
     asyncio.run(main())
+
+
+def test_an_answer_that_cannot_be_put_together_fails_alone(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both have news in one message of the engine; what comes of one must not cost the other's."""
+
+    async def main() -> None:
+        gateway, engine = make_gateway(tokenizer)
+        broken, other = [await gateway.complete("x", asking()) for _ in range(2)]
+
+        def fail(output: TokenOutput) -> None:
+            raise ValueError("no such token")
+
+        monkeypatch.setattr(broken, "receive", fail)
+        [token] = engine.encode("a")
+        gateway._deliver(
+            [
+                TokenOutput(request_id=g.request_id, index=0, token=token, finish=STOP)
+                for g in (broken, other)
+            ],
+            0.0,
+        )
+        assert text(await hear(other)) == "a"
+        with pytest.raises(RequestFailedError, match="ValueError: no such token"):
+            await hear(broken)
+        assert [message.request_id for message in engine.aborted] == [broken.request_id]
+        assert gateway.active == 0
+
+    asyncio.run(main())

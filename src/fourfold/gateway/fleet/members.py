@@ -222,7 +222,11 @@ class Member:
             if isinstance(message, News):
                 self.note(message.stats)
                 self.paths = self.paths if message.paths is None else message.paths
-            self._listener.heard(self, message)
+            try:
+                self._listener.heard(self, message)
+            except Exception:  # what follows would leave a gap: what it holds goes on elsewhere
+                logger.exception("what worker %s said could not be dealt with", self.name)
+                self.end("what it said could not be dealt with")
             if self.state is State.GONE:
                 return
 
