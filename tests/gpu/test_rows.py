@@ -80,6 +80,36 @@ def test_turned_rows(dtype: torch.dtype, kept: torch.dtype, tokens: int, channel
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("kept", "tokens", "channels"),
+    [
+        (torch.bfloat16, 1, 64),
+        (torch.bfloat16, 9000, 768),
+        (torch.bfloat16, 33, 14336),
+        (torch.float16, 33, 768),
+        (torch.float32, 33, 768),
+    ],
+)
+def test_rows_of_gates_and_ups(
+    dtype: torch.dtype, kept: torch.dtype, tokens: int, channels: int
+) -> None:
+    turn = input_turn(channels)
+    assert turn is not None
+    turn = turn.cuda()
+    gate_up = torch.cat([rows_with_outliers(tokens, channels, kept) for _ in range(2)], 1)
+    gate, up = gate_up.double().chunk(2, 1)
+    hidden = torch.nn.functional.silu(gate) * up
+    poison()
+    ours = quantize_rows(gate_up, dtype, channels, turn_bb=turn, swiglu=True)
+    turned = (hidden.view(-1, 32) @ turn.double()).view(hidden.shape).float()
+    exact = reference.quantize_rows(turned, dtype, channels)
+    torch.testing.assert_close(ours.scale_T, exact.scale_T, rtol=6e-3, atol=1e-30)
+    error, allowed = ((values(out) - turned).norm() / turned.norm() for out in (ours, exact))
+    assert error < 1.05 * allowed
+    assert same(ours, quantize_rows(gate_up, dtype, channels, turn_bb=turn, swiglu=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("tokens", "channels"), [(1, 64), (33, 768), (1000, 2048), (3, 5120)])
 def test_a_norm_and_its_codes(

@@ -193,7 +193,12 @@ class DenseFFN(nn.Module):
         return self.gate_up.weight
 
     def forward(self, x: Activations, quadrants: Quadrants) -> Tensor:
-        out_TD: Tensor = self.down(Activations(swiglu(self.gate_up(x))))
+        gate_up, reader = self.gate_up(x), self.down.weight
+        if isinstance(reader, DenseWeight | W8A8Weight):
+            hidden = Activations(swiglu(gate_up))
+        else:
+            hidden = Activations(None, reader.encode(gate_up, swiglu=True), gate_up.dtype)
+        out_TD: Tensor = self.down(hidden)
         return out_TD
 
 

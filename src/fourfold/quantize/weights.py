@@ -120,8 +120,9 @@ class CudaW8A8Weight(nn.Module):
         """The dtype and the padded width of the rows that the product reads."""
         return torch.int8, self.codes_OI.shape[1]
 
-    def encode(self, x_TI: Tensor) -> Encoded:
-        return tuple(quantize_rows(x_TI, *self.activations))
+    def encode(self, x_TI: Tensor, *, swiglu: bool = False) -> Encoded:
+        """`swiglu` as `quantize_rows` takes it."""
+        return tuple(quantize_rows(x_TI, *self.activations, swiglu=swiglu))
 
     def product(self, encoded: Encoded) -> Tensor:
         """`x @ weight.T`, [T, O]."""
@@ -149,8 +150,9 @@ class CudaW4A8Weight(nn.Module):
         """The dtype and the padded width of the rows that the product reads."""
         return self.packed.recipe.activations, padded(self.packed.inputs)
 
-    def encode(self, x_TI: Tensor) -> Encoded:
-        return tuple(quantize_rows(x_TI, *self.activations, turn_bb=self.turn))
+    def encode(self, x_TI: Tensor, *, swiglu: bool = False) -> Encoded:
+        """`swiglu` as `quantize_rows` takes it."""
+        return tuple(quantize_rows(x_TI, *self.activations, turn_bb=self.turn, swiglu=swiglu))
 
     def product(self, encoded: Encoded) -> Tensor:
         """`x @ weight.T`, [T, O], of a weight that is not stacked."""

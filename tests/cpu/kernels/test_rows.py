@@ -94,6 +94,26 @@ def test_turned_rows_keep_their_norm_and_lose_their_outliers(dtype: torch.dtype)
     assert off < (1e-3 if dtype == torch.int8 else 0.2)  # see `same_codes`
 
 
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("kept", [torch.float32, torch.float16])
+def test_rows_of_gates_and_ups(turned: bool, kept: torch.dtype) -> None:
+    gate_up_T2K = torch.cat((rows_with_outliers(5, 96, kept), torch.randn(5, 96).to(kept)), 1)
+    gate_up_T2K[3, :96] = -200  # whose exponential overflows
+    turn_bb = TURN if turned else None
+    gate_TK, up_TK = gate_up_T2K.double().chunk(2, 1)
+    exact_TK = torch.nn.functional.silu(gate_TK) * up_TK
+    if turn_bb is not None:
+        exact_TK = (exact_TK.view(-1, 32) @ turn_bb.double()).view(5, 96)
+    plain = quantize_rows(gate_up_T2K, torch.int8, 128, turn_bb=turn_bb, swiglu=True)
+    ours = launch_quantize(gate_up_T2K, torch.int8, 128, turn_bb, swiglu=True)
+    for rows in (plain, ours):
+        assert rows.codes_TW.shape == (5, 128)
+        error = (dequantized(rows, 96) - exact_TK).norm() / exact_TK.norm()
+        assert error < (0.01 if turned else 0.02)
+        assert int(rows.codes_TW[:, 96:].abs().max()) == 0
+    torch.testing.assert_close(ours.scale_T, plain.scale_T, rtol=1e-3, atol=1e-30)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize("keep_normed", [False, True])
@@ -168,9 +188,17 @@ def test_no_rows() -> None:
 
 
 @settings(derandomize=True, deadline=None)
-@given(rows=st.integers(1, 1 << 17), width=st.integers(1, WIDEST), turned=st.booleans())
-def test_every_tile_holds_a_row_and_fits_a_block(rows: int, width: int, turned: bool) -> None:
-    tile = choose_tile(rows, width, turned=turned)
+@given(
+    rows=st.integers(1, 1 << 17),
+    width=st.integers(1, WIDEST),
+    turned=st.booleans(),
+    swiglu=st.booleans(),
+)
+def test_every_tile_holds_a_row_and_fits_a_block(
+    rows: int, width: int, turned: bool, swiglu: bool
+) -> None:
+    tile = choose_tile(rows, width, turned=turned, swiglu=swiglu)
+    assert tile.rows * tile.channels <= 32 * tile.warps * (32 if swiglu else 64)
     assert width <= tile.channels < 2 * max(width, 32)
     assert tile.channels & (tile.channels - 1) == 0
     assert tile.rows == 1 or tile.rows * tile.channels <= (8192 if turned else 4096)

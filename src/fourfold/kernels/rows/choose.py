@@ -21,17 +21,20 @@ class Tile(NamedTuple):
     warps: int
 
 
-def choose_tile(rows: int, width: int, *, turned: bool = False) -> Tile:
+def choose_tile(rows: int, width: int, *, turned: bool = False, swiglu: bool = False) -> Tile:
     """Several short rows a block, so that each thread has some loads in flight, and more of them
     where each block also fetches a matrix to turn them by; but one row a block, and more threads
-    for it, while there are too few blocks to fill a GPU."""
-    elements = _ELEMENTS_TURNED if turned else _ELEMENTS
+    for it, while there are too few blocks to fill a GPU. With `swiglu` an element is made of two,
+    and a thread has half as many."""
+    elements = _ELEMENTS_TURNED if turned and not swiglu else _ELEMENTS
     channels = _power_of_two(max(width, 32))
     together = 1
     while 2 * together * channels <= elements and rows // (2 * together) >= _ENOUGH_BLOCKS:
         together *= 2
     alone = rows < _ENOUGH_BLOCKS and channels >= _ELEMENTS // 2
     warps = 8 if alone or channels > elements else 4
+    if swiglu and channels > 2 * elements:
+        warps = 16
     return Tile(together, channels, warps)
 
 

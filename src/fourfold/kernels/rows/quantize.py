@@ -18,21 +18,32 @@ WIDEST = 16384
 
 
 def quantize_rows(
-    x_TK: Tensor, dtype: torch.dtype, width: int, *, turn_bb: Tensor | None = None
+    x_TK: Tensor,
+    dtype: torch.dtype,
+    width: int,
+    *,
+    turn_bb: Tensor | None = None,
+    swiglu: bool = False,
 ) -> Rows:
     """Codes of rows [T, K] of float32 or 16 bits, symmetric, with one scale a row.
 
     `dtype` is int8 or float8_e4m3fn; codes are padded with zeros to `width` channels. The row's
     largest magnitude becomes 127 or 448. With `turn_bb`, an orthogonal float32 [32, 32] matrix,
     every 32 channels are multiplied by it first (K a multiple of 32; on a GPU to about 16 bits,
-    float32 rows in TF32). A row of zeros has codes 0 and a tiny scale. No host synchronisation.
+    float32 rows in TF32). With `swiglu`, `x_TK` is [T, 2 K], gates first, and stands for
+    `silu(gate) * up`, computed in float32 and rounded to its dtype. A row of zeros has codes 0 and
+    a tiny scale. No host synchronisation.
     """
-    _check(x_TK, dtype, width, turn_bb)
+    if swiglu:
+        assert x_TK.shape[1] % 2 == 0, "rows hold as many gates as ups"
+        _check(x_TK.chunk(2, 1)[0], dtype, width, turn_bb)
+    else:
+        _check(x_TK, dtype, width, turn_bb)
     if not x_TK.is_cuda:
-        return reference.quantize_rows(x_TK, dtype, width, turn_bb=turn_bb)
+        return reference.quantize_rows(x_TK, dtype, width, turn_bb=turn_bb, swiglu=swiglu)
     from fourfold.kernels.rows.triton_rows import launch_quantize
 
-    return launch_quantize(x_TK, dtype, width, turn_bb)
+    return launch_quantize(x_TK, dtype, width, turn_bb, swiglu=swiglu)
 
 
 def rms_norm_quantize(

@@ -47,9 +47,17 @@ def largest_code(dtype: torch.dtype) -> float:
 
 
 def quantize_rows(
-    x_TK: Tensor, dtype: torch.dtype, width: int, *, turn_bb: Tensor | None = None
+    x_TK: Tensor,
+    dtype: torch.dtype,
+    width: int,
+    *,
+    turn_bb: Tensor | None = None,
+    swiglu: bool = False,
 ) -> Rows:
     """Codes of rows [T, K], symmetric, one scale a row; see `fourfold.kernels.rows`."""
+    if swiglu:
+        gate_TK, up_TK = x_TK.float().chunk(2, 1)
+        x_TK = (F.silu(gate_TK) * up_TK).to(x_TK.dtype)
     x_TK = x_TK.float()
     if turn_bb is not None:
         x_TK = (x_TK.reshape(-1, turn_bb.shape[0]) @ turn_bb.float()).view(x_TK.shape)

@@ -66,6 +66,7 @@ def _quantize_kernel(
     width,
     LARGEST: tl.constexpr,
     INT8: tl.constexpr,
+    SWIGLU: tl.constexpr,
     TURN: tl.constexpr,
     ROWS: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -83,6 +84,10 @@ def _quantize_kernel(
         gdc_wait()
         gdc_launch_dependents()
     y = tl.load(x_ptr + place, mask=inside, other=0.0)
+    if SWIGLU:
+        up = tl.load(x_ptr + place + channels, mask=inside, other=0.0)
+        gate = y.to(tl.float32)
+        y = (gate / (1 + tl.exp(-gate)) * up.to(tl.float32)).to(up.dtype)
     if TURN > 0:
         blocks = tl.reshape(y, (ROWS * CHANNELS // TURN, TURN))
         if y.dtype == tl.float32:
@@ -208,11 +213,20 @@ def _norm_kernel(
     )  # fmt: skip
 
 
-def launch_quantize(x_TK: Tensor, dtype: torch.dtype, width: int, turn_bb: Tensor | None) -> Rows:
+def launch_quantize(
+    x_TK: Tensor,
+    dtype: torch.dtype,
+    width: int,
+    turn_bb: Tensor | None,
+    *,
+    swiglu: bool = False,
+) -> Rows:
     """`quantize_rows` on checked arguments."""
     rows, channels = x_TK.shape
+    if swiglu:
+        channels //= 2
     out = _empty(x_TK, dtype, width)
-    tile = choose_tile(rows, width, turned=turn_bb is not None)
+    tile = choose_tile(rows, width, turned=turn_bb is not None, swiglu=swiglu)
     if rows > 0:
         _quantize_kernel[_grid(rows, tile)](
             x_TK,
@@ -223,6 +237,7 @@ def launch_quantize(x_TK: Tensor, dtype: torch.dtype, width: int, turn_bb: Tenso
             x_TK.stride(0),
             channels,
             width,
+            SWIGLU=swiglu,
             TURN=0 if turn_bb is None else turn_bb.shape[0],
             **_settings(x_TK, dtype, tile),
         )

@@ -1,4 +1,5 @@
-"""Rows in 8 bits, the norm before them, and rotated heads; in the shapes of Qwen3-30B-A3B.
+"""Rows in 8 bits, the norm before them, and rotated heads; in the shapes of Qwen3-30B-A3B, and of
+Llama-3-8B where a dense FFN is meant.
 
 Shapes: T tokens, K channels, D model width, A = (H + 2 G) C for H query heads, G KV heads and C
 head width.
@@ -18,7 +19,7 @@ from fourfold.kernels.rope import norm_rope
 from fourfold.kernels.rope import reference as rope_reference
 from fourfold.kernels.rows import Rows, quantize_rows, rms_norm_quantize
 
-_WIDTH, _EXPERT_WIDTH = 2048, 768
+_WIDTH, _EXPERT_WIDTH, _FFN_WIDTH = 2048, 768, 14336
 _HEADS, _KV_HEADS, _HEAD_WIDTH = 32, 4, 128
 _EPS = 1e-6
 _Verb = Callable[..., tuple[Tensor, Tensor, Tensor]]
@@ -32,6 +33,8 @@ def cases(device: torch.device) -> Iterator[Case]:
     yield _quantize(64, _WIDTH, "int8", device)
     yield _quantize(131072, _EXPERT_WIDTH, "int8", device)
     yield _quantize(131072, _EXPERT_WIDTH, "int8", device, turned=True)
+    for tokens in (16384, 64):
+        yield _swiglu(tokens, device)
     for codes in _CODES:
         yield _norm(16384, codes, device)
     yield _norm(16384, "int8", device, keep_normed=True)
@@ -77,6 +80,38 @@ def _quantize(
         unit="B",
         ceiling="copy bandwidth",
         error=error,
+    )
+
+
+def _swiglu(tokens: int, device: torch.device) -> Case:
+    gate_up_T2K = _random(tokens, 2 * _FFN_WIDTH, device)
+    turn = torch.linalg.qr(torch.randn(32, 32, device=device)).Q.contiguous()
+    quantize = partial(quantize_rows, dtype=torch.int8, width=_FFN_WIDTH, turn_bb=turn)
+    run = partial(quantize, gate_up_T2K, swiglu=True)
+
+    def plain() -> Tensor:
+        gate_TK, up_TK = gate_up_T2K.chunk(2, 1)
+        return F.silu(gate_TK).mul_(up_TK)
+
+    def error() -> float:
+        gate_TK, up_TK = gate_up_T2K.float().chunk(2, 1)
+        hidden = (F.silu(gate_TK) * up_TK).view(-1, 32)
+        # Not in TF32, whatever the process allows, and not all of it in float64 at once.
+        parts = [(part.double() @ turn.double()).float() for part in hidden.chunk(16)]
+        return _off(_values(run(), _FFN_WIDTH), torch.cat(parts).view(tokens, _FFN_WIDTH))
+
+    size = 5.0 * tokens * _FFN_WIDTH + 4 * tokens
+    return Case(
+        kernel="quantize_rows",
+        case=f"{tokens} x {_FFN_WIDTH}, SwiGLU, int8, turned",
+        run=run,
+        work=size,
+        unit="B",
+        ceiling="copy bandwidth",
+        error=error,
+        baseline=lambda: quantize(plain()),
+        baseline_name="torch silu, mul, then quantised",
+        baseline_work=size,
     )
 
 
