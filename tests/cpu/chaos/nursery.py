@@ -64,6 +64,8 @@ class Holdings(msgspec.Struct, frozen=True, kw_only=True):
 
     moving: tuple[str, ...] = ()
     """Parts of requests that wait for pages, or for others to have them."""
+    parts: int = 0
+    """Of requests, wherever they are."""
     leases: tuple[str, ...] = ()
     sendings: tuple[str, ...] = ()
     transfers: int = 0
@@ -74,6 +76,15 @@ class Holdings(msgspec.Struct, frozen=True, kw_only=True):
 def main() -> None:
     folder = Path(sys.argv[1])
     children: dict[int, str] = {}
+    try:
+        _nurse(folder, children)
+    finally:  # whoever asked for them may have died at any moment
+        for pid in children:
+            os.kill(pid, signal.SIGKILL)
+
+
+def _nurse(folder: Path, children: dict[int, str]) -> None:
+    """Gives birth to workers, and says who was born and who died, until nobody asks any more."""
     lines = os.fdopen(os.dup(0), "rb", buffering=0)
     waiting = b""
     while True:
@@ -87,7 +98,7 @@ def main() -> None:
             continue
         data = lines.read(1 << 16)
         if not data:
-            break
+            return
         *whole, waiting = (waiting + data).split(b"\n")
         for line in whole:
             birth = msgspec.json.decode(line, type=Birth, dec_hook=_decode_path)
@@ -96,8 +107,6 @@ def main() -> None:
                 _live(birth, folder)
             children[pid] = birth.name
             _say(Born(name=birth.name, pid=pid))
-    for pid in children:
-        os.kill(pid, signal.SIGKILL)
 
 
 def _decode_path(kind: type[Path], value: str) -> Path:
@@ -178,6 +187,7 @@ def _holdings(watched: worker.Worker) -> Holdings:
             f"{number} {sequence.stage.value}, {sequence.computed} of {sequence.given} computed"
             for number, sequence in list(engine.scheduler.moving.items())
         ),
+        parts=len(engine.scheduler._parts),
         leases=tuple(
             f"{number}: {lease.missing} runs missing, over {lease.over}, {lease.problem}"
             for number, lease in list(node._leases._leases.items())
