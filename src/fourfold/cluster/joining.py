@@ -35,7 +35,7 @@ class Joining:
         self._worker = worker
         self._host, self._port = split_address(address)
         self._key = transport.key
-        self._tls = None if transport.tls is None else load_tls(transport.tls).client
+        self._tls = None if transport.tls is None else load_tls(transport.tls)
         self._name = name
         self._known = False
         self._leaving = threading.Event()

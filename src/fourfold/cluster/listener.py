@@ -35,7 +35,7 @@ class ClusterListener:
         `ConfigError` where the port, or TLS, cannot be had."""
         self._fleet = fleet
         self._key = transport.key
-        self._tls = None if transport.tls is None else load_tls(transport.tls).server
+        self._tls = None if transport.tls is None else load_tls(transport.tls)
         self._socket = listen(transport.host, port)
         self._socket.setblocking(False)
         # The same for all workers that join: none of them has pages yet to compare.

@@ -13,7 +13,9 @@ checks that they can work together.
     identity                           ->
 
 This secures who connects. What is sent later is secret, and safe from someone who can change
-packets on their way, only under TLS.
+packets on their way, only under TLS. There both proofs are also about the listener's certificate
+(RFC 5929, tls-server-end-point): somebody in between, with a certificate of the same authority but
+without the key, cannot pass proofs on.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ import msgspec
 from fourfold.errors import AuthenticationError, FourfoldError
 from fourfold.transport.identity import Identity, check_identities
 
-VERSION = 1
+VERSION = 2
 _MAGIC = b"4FLD"
 _LENGTH = struct.Struct("<I")
 _NONCE_BYTES = 32
@@ -40,6 +42,8 @@ _MAX_IDENTITY = 1 << 16
 _REFUSED = bytes(_PROOF_BYTES)
 """Sent in place of a proof, so that the dialler learns at once that the keys differ."""
 NO_SESSION = bytes(16)
+_NO_CERTIFICATE = bytes(32)
+"""Shown by a listener without TLS."""
 
 
 _Steps = Generator[int, bytes, "Introduction"]
@@ -78,8 +82,8 @@ class Introduction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Handshake:
-    """One side of a handshake. Send `start()`, then what each `feed` returns, until `over`; then
-    raise `error` if there is one.
+    """One side of a handshake. Under TLS, `bind` it. Send `start()`, then what each `feed` returns,
+    until `over`; then raise `error` if there is one.
     """
 
     def __init__(
@@ -94,6 +98,7 @@ class Handshake:
         """`purpose` and `session` are the dialler's to choose."""
         self._identity, self._key = identity, key or b""
         self._nonce = os.urandom(_NONCE_BYTES)
+        self._certificate = _NO_CERTIFICATE
         self._arrived, self._sending = bytearray(), bytearray()
         dials = role is Role.DIALLER
         self._steps = self._dial(purpose, session) if dials else self._listen()
@@ -115,6 +120,11 @@ class Handshake:
     def rest(self) -> bytes:
         """What came after the last byte of the handshake."""
         return bytes(self._arrived)
+
+    def bind(self, certificate: bytes) -> None:
+        """Makes both proofs hold for one certificate of the listener only, by its 32-byte hash: the
+        one that it has, at the listener; the one that was shown, at the dialler."""
+        self._certificate = certificate
 
     def start(self) -> bytes:
         """What to send before anything came."""
@@ -143,7 +153,7 @@ class Handshake:
     def _dial(self, purpose: Purpose, session: bytes) -> _Steps:
         self._sending += _HELLO.pack(_MAGIC, VERSION, purpose, session, self._nonce)
         _, _, nonce = _open_hello((yield _HELLO.size))
-        words = _words(purpose, session, self._nonce, nonce)
+        words = self._words(purpose, session, self._nonce, nonce)
         self._sending += self._prove(Role.DIALLER, words)
         self._check((yield _PROOF_BYTES), Role.LISTENER, words)
         theirs = yield from self._meet(introduce_first=False)
@@ -152,7 +162,7 @@ class Handshake:
     def _listen(self) -> _Steps:
         purpose, session, nonce = _open_hello((yield _HELLO.size))
         self._sending += _HELLO.pack(_MAGIC, VERSION, purpose, session, self._nonce)
-        words = _words(purpose, session, nonce, self._nonce)
+        words = self._words(purpose, session, nonce, self._nonce)
         proof = yield _PROOF_BYTES
         try:
             self._check(proof, Role.DIALLER, words)
@@ -166,13 +176,26 @@ class Handshake:
         except ValueError:
             raise ForeignError(f"a connection for purpose {purpose} means nothing here") from None
 
+    def _words(
+        self, purpose: int, session: bytes, dialler_nonce: bytes, listener_nonce: bytes
+    ) -> bytes:
+        """What both proofs are about; all of fixed length."""
+        hello = _HELLO.pack(_MAGIC, VERSION, purpose, session, dialler_nonce)
+        return hello + listener_nonce + self._certificate
+
     def _prove(self, role: Role, words: bytes) -> bytes:
         return hmac.digest(self._key, role.encode() + words, hashlib.sha256)
 
     def _check(self, proof: bytes, role: Role, words: bytes) -> None:
         if not hmac.compare_digest(proof, self._prove(role, words)):
+            between = (
+                ""
+                if self._certificate == _NO_CERTIFICATE
+                else ", or somebody with another certificate is in between"
+            )
             raise AuthenticationError(
-                "the other side's key differs from ours; start both with the same --key-file"
+                f"the other side's key differs from ours{between}; start both with the same "
+                "--key-file"
             )
 
     def _meet(self, *, introduce_first: bool) -> Generator[int, bytes, Identity]:
@@ -206,8 +229,3 @@ def _open_hello(data: bytes) -> tuple[int, bytes, bytes]:
             "run the same release on both"
         )
     return purpose, session, nonce
-
-
-def _words(purpose: int, session: bytes, dialler_nonce: bytes, listener_nonce: bytes) -> bytes:
-    """What both proofs are about; all of fixed length."""
-    return _HELLO.pack(_MAGIC, VERSION, purpose, session, dialler_nonce) + listener_nonce

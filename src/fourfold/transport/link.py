@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import ssl
 import statistics
 import threading
 import time
@@ -36,6 +35,7 @@ from fourfold.transport.rdma import Exposure
 from fourfold.transport.self_test import PROBE_ROUND_TRIPS, Probe, RoundTrips
 from fourfold.transport.shared import Regions
 from fourfold.transport.stats import Counters
+from fourfold.transport.tls import Tls
 from fourfold.transport.transfers import Done, Transfer, Transfers
 from fourfold.transport.ways import Ways
 from fourfold.transport.wire import Wire, dial
@@ -57,7 +57,7 @@ class Link:
         *,
         identity: Identity,
         config: TransportConfig,
-        tls: ssl.SSLContext | None,
+        tls: Tls | None,
         regions: Regions,
         exposure: Exposure | None,
         counters: Counters,

@@ -129,7 +129,7 @@ class Node:
                     peer,
                     identity=self._identity,
                     config=self._config,
-                    tls=None if self._tls is None else self._tls.client,
+                    tls=self._tls,
                     regions=self._regions,
                     exposure=self._exposure,
                     counters=self._counters_of(peer.name, sends=True),
@@ -212,8 +212,7 @@ class Node:
             address = f"{host}:{port}"
         handshake = Handshake(Role.LISTENER, self._identity, self._config.key)
         try:
-            tls = None if self._tls is None else self._tls.server
-            return answer(connection, handshake, self._config.connect_seconds, tls)
+            return answer(connection, handshake, self._config.connect_seconds, self._tls)
         except (FourfoldError, OSError) as error:
             logger.warning("closed the connection from %s: %s", address, error)
             return None

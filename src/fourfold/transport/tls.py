@@ -2,32 +2,46 @@
 
 from __future__ import annotations
 
+import hashlib
 import ssl
+from pathlib import Path
 from typing import NamedTuple
 
 from fourfold.errors import ConfigError
 from fourfold.transport.config import TlsFiles
 
+_BEGIN, _END = "-----BEGIN CERTIFICATE-----", "-----END CERTIFICATE-----"
 
-class TlsContexts(NamedTuple):
-    """For connections that are accepted, and for those that are made."""
+
+class Tls(NamedTuple):
+    """One side's TLS."""
 
     server: ssl.SSLContext
+    """For connections that are accepted."""
     client: ssl.SSLContext
+    """For those that are made."""
+    certificate: bytes
+    """Hash of this side's certificate, as `hash_certificate` makes it."""
 
 
-def load_tls(files: TlsFiles) -> TlsContexts:
+def hash_certificate(certificate: bytes) -> bytes:
+    """SHA-256 of a certificate in DER: 32 bytes."""
+    return hashlib.sha256(certificate).digest()
+
+
+def load_tls(files: TlsFiles) -> Tls:
     """TLS 1.3 with these files. Raises `ConfigError` where they cannot be used.
 
     Any certificate of the authority will do, whatever host it names: workers move, and an authority
     of the service's own signs nobody else.
     """
-    contexts = TlsContexts(
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    server, client = (
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER),
+        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT),
     )
-    contexts.server.num_tickets = 0  # nobody resumes, and diallers of streams would never read them
-    contexts.client.check_hostname = False
-    for context in contexts:
+    server.num_tickets = 0  # nobody resumes, and diallers of streams would never read them
+    client.check_hostname = False
+    for context in (server, client):
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
         try:
@@ -43,7 +57,19 @@ def load_tls(files: TlsFiles) -> TlsContexts:
             raise ConfigError(
                 f"the authority {files.authority} cannot be used: {_why(error)}; check --tls-ca"
             ) from error
-    return contexts
+    return Tls(server, client, hash_certificate(_read_certificate(files.certificate)))
+
+
+def _read_certificate(path: Path) -> bytes:
+    """The first certificate of a PEM file, which is the one that is shown, in DER. Raises
+    `ConfigError`."""
+    _, begin, rest = path.read_text(encoding="ascii", errors="replace").partition(_BEGIN)
+    body, end, _ = rest.partition(_END)
+    if not begin or not end:
+        raise ConfigError(
+            f"{path} holds no certificate between {_BEGIN} and {_END}; check --tls-cert"
+        )
+    return ssl.PEM_cert_to_DER_cert(begin + body + end)
 
 
 def _why(error: OSError) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from fourfold.errors import ConfigError
 from fourfold.transport.handshake import ForeignError, Handshake, Introduction
+from fourfold.transport.tls import Tls, hash_certificate
 
 _MAX_VIEWS = 1024
 """Pieces of memory that one system call takes."""
@@ -109,7 +110,7 @@ def remaining(views: Sequence[memoryview], done: int) -> Sequence[memoryview]:
 
 
 def dial(
-    host: str, port: int, handshake: Handshake, seconds: float, tls: ssl.SSLContext | None
+    host: str, port: int, handshake: Handshake, seconds: float, tls: Tls | None
 ) -> tuple[Wire, Introduction]:
     """A connection whose handshake is done. Raises `OSError` or `FourfoldError`."""
     deadline = time.monotonic() + seconds
@@ -122,7 +123,7 @@ def dial(
 
 
 def answer(
-    connection: socket.socket, handshake: Handshake, seconds: float, tls: ssl.SSLContext | None
+    connection: socket.socket, handshake: Handshake, seconds: float, tls: Tls | None
 ) -> tuple[Wire, Introduction]:
     """The listener's side of `dial`. Raises the same; closes what it raises for."""
     try:
@@ -136,16 +137,20 @@ def _secure(
     connection: socket.socket,
     handshake: Handshake,
     deadline: float,
-    tls: ssl.SSLContext | None,
+    tls: Tls | None,
     *,
     server: bool,
 ) -> tuple[Wire, Introduction]:
     _until(connection, deadline)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if tls is not None:
+        context = tls.server if server else tls.client
         # Closes `connection`, whose place it takes, where it fails.
-        connection = tls.wrap_socket(connection, server_side=server)
+        connection = context.wrap_socket(connection, server_side=server)
     try:
+        if tls is not None:
+            assert isinstance(connection, ssl.SSLSocket)
+            handshake.bind(tls.certificate if server else _shown(connection))
         connection.sendall(handshake.start())
         while not handshake.over:
             _until(connection, deadline)
@@ -164,6 +169,13 @@ def _secure(
     except BaseException:
         connection.close()
         raise
+
+
+def _shown(connection: ssl.SSLSocket) -> bytes:
+    """Hash of the certificate that the listener showed."""
+    certificate = connection.getpeercert(binary_form=True)
+    assert certificate is not None, "TLS let somebody in without a certificate"
+    return hash_certificate(certificate)
 
 
 def _until(connection: socket.socket, deadline: float) -> None:

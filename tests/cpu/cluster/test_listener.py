@@ -55,7 +55,7 @@ class Door:
         """Joins as a worker does."""
         identity = Identity(name="far", epoch=5, model="")
         handshake = Handshake(Side.DIALLER, identity, key, purpose=purpose)
-        context = None if tls is None else load_tls(tls).client
+        context = None if tls is None else load_tls(tls)
         wire, _ = dial(self.host, self.port, handshake, PATIENCE, context)
         return plain_socket(wire, 5.0, secured=tls is not None)
 

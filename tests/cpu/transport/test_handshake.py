@@ -67,6 +67,23 @@ def test_both_learn_that_keys_differ_and_tell_nothing(key: bytes | None) -> None
         assert "--key-file" in str(side.error)
 
 
+@pytest.mark.parametrize(
+    ("shown", "had"), [(b"a" * 32, b"b" * 32), (b"a" * 32, None), (None, b"b" * 32)]
+)
+def test_both_refuse_a_certificate_that_is_not_the_listeners(
+    shown: bytes | None, had: bytes | None
+) -> None:
+    """The dialler sees that of somebody in between, who may leave TLS out on one way."""
+    one, other = dialler(), listener()
+    for side, certificate in ((one, shown), (other, had)):
+        if certificate is not None:
+            side.bind(certificate)
+    meet(one, other)
+    for side, certificate in ((one, shown), (other, had)):
+        assert isinstance(side.error, AuthenticationError)
+        assert ("in between" in str(side.error)) == (certificate is not None)
+
+
 def test_a_proof_serves_once() -> None:
     """What a dialler said to one listener is refused by another, and by the same again."""
     heard: list[bytes] = []

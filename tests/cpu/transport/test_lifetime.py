@@ -7,14 +7,19 @@ import dataclasses
 import gc
 import logging
 import os
+import socket
+import ssl
 import threading
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from fourfold.errors import ConfigError
-from fourfold.transport import SharedRegion, TlsFiles, TransportPath
+from fourfold.transport import Peer, SharedRegion, TlsFiles, TransportPath
+from fourfold.transport.handshake import Handshake
+from fourfold.transport.tls import load_tls
 from tests.cpu.transport.nodes import (
     WAYS,
     Memory,
@@ -180,6 +185,92 @@ def test_pages_are_not_seen_on_the_way_under_tls(tls: TlsFiles | None) -> None:
     assert (bytes(source.page(0, 0)) in heard) == (tls is None)
     for each in (sender, receiver, proxy):
         each.close()
+
+
+class Eavesdropper:
+    """Has a certificate of the same authority, and no key: takes connections meant for a node, and
+    passes on what it reads."""
+
+    def __init__(self, peer: Peer, tls: TlsFiles) -> None:
+        self._tls, self._target = load_tls(tls), (peer.host, peer.port)
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.peer = msgspec.structs.replace(peer, port=self._listener.getsockname()[1])
+        """The node as it is reached through here."""
+        self.heard = bytearray()
+        self._sockets: list[ssl.SSLSocket] = []
+        self._threads = [threading.Thread(target=self._accept)]
+        self._threads[0].start()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._tls.server.wrap_socket(self._listener.accept()[0], server_side=True)
+                far = self._tls.client.wrap_socket(socket.create_connection(self._target))
+                self._sockets += [near, far]
+                for source, target in ((near, far), (far, near)):
+                    thread = threading.Thread(target=self._pass_on, args=(source, target))
+                    thread.start()
+                    self._threads.append(thread)
+
+    def _pass_on(self, source: ssl.SSLSocket, target: ssl.SSLSocket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                self.heard += data
+                target.sendall(data)
+        for each in (source, target):
+            with contextlib.suppress(OSError):
+                socket.socket.shutdown(each, socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """When both ends have closed."""
+        with contextlib.suppress(OSError):
+            self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        for thread in self._threads:
+            thread.join(10)
+        for each in self._sockets:
+            each.close()
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_somebody_in_between_with_another_valid_certificate_is_refused(
+    bound: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As it is, and as it would be if proofs were not about certificates."""
+    both = tmp_path / "authorities.pem"
+    both.write_text("".join(each.authority.read_text() for each in (TLS, STRANGER)))
+    files, theirs = (dataclasses.replace(each, authority=both) for each in (TLS, STRANGER))
+    if not bound:
+        monkeypatch.setattr(Handshake, "bind", lambda self, certificate: None)
+    nodes = [
+        make_node(name, epoch, tls=files, key=b"0123456789abcdef")
+        for name, epoch in (("prefill", 1), ("decode", 2))
+    ]
+    sender, receiver = nodes
+    between = Eavesdropper(receiver.peer, theirs)
+    source, target, arrived, sent = Memory(1, 1, 99).fill(1), Memory(1, 1, 99), Outcome(), Outcome()
+    receiver.expect(1, None, target, arrived)
+    transfer = sender.link(between.peer).begin(1, sent)
+    transfer.write(list(source.pieces()))
+    transfer.finish()
+    if bound:
+        assert "somebody with another certificate is in between" in sent.failure()
+        until(lambda: "somebody with another certificate" in caplog.text)
+    else:
+        assert sent.wait() is arrived.wait() is None
+    assert (bytes(source.page(0, 0)) in between.heard) != bound
+    assert any(target.buffer) != bound
+    for each in (*nodes, between):
+        each.close()
+
+
+def test_the_first_certificate_of_a_file_is_the_one_that_counts(tmp_path: Path) -> None:
+    chain = tmp_path / "chain.pem"
+    parts = [TLS.key, TLS.certificate, TLS.authority]
+    chain.write_text("".join(f"made for tests\n{part.read_text()}" for part in parts))
+    loaded = load_tls(dataclasses.replace(TLS, certificate=chain))
+    assert loaded.certificate == load_tls(TLS).certificate
+    assert loaded.certificate != load_tls(STRANGER).certificate
 
 
 @pytest.mark.parametrize(
