@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fourfold.kernels.rope import OpenRows, norm_rope, norm_rope_append, reference
+from fourfold.kernels.rope import (
+    OpenRows,
+    norm_rope,
+    norm_rope_append,
+    reference,
+    rope_angles,
+)
 
 SHAPES = [(1, 9, 3, 64), (37, 32, 4, 128), (2000, 8, 8, 64)]
 
@@ -74,3 +80,15 @@ def test_keys_and_values_go_to_their_open_pages(
     if k is not None and v is not None:
         assert torch.equal(k, expected[1])
         assert torch.equal(v, expected[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("tokens", "width"), [(1, 128), (1000, 64), (16384, 128)])
+def test_angles_of_positions(tokens: int, width: int, dtype: torch.dtype) -> None:
+    positions_T = torch.randint(100_000, (tokens,), dtype=torch.int32, device="cuda")
+    frequencies = 1e4 ** -(torch.arange(0, width, 2, device="cuda") / width)
+    ours = rope_angles(positions_T, frequencies, dtype)
+    exact = reference.rope_angles(positions_T, frequencies, torch.float32)
+    for out, expected in zip(ours, exact, strict=True):
+        tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+        torch.testing.assert_close(out.float(), expected, rtol=0, atol=tolerance)

@@ -18,6 +18,7 @@ TOLERANCES = {
     "sample": {"": 1e-3},
     "quantize_rows": {"int8": 0.05, "fp8": 0.05},
     "rms_norm_quantize": {"int8": 0.05, "fp8": 0.05},
+    "rope_angles": {"": 0.01},
     "norm_rope": {"": 0.01},
     "norm_rope_append": {"": 0.01},
     "seal_pages": {"int8": 0.05, "fp8": 0.05},

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourfold.kernels.rope import rope_angles
 from fourfold.kernels.rows import rms_norm_quantize
 from fourfold.models.config import ModelConfig, RopeConfig
 from fourfold.models.router import Router
@@ -106,9 +107,7 @@ class Rope(NamedTuple):
     @classmethod
     def at(cls, positions_T: Tensor, frequencies: Tensor, dtype: torch.dtype) -> Rope:
         """Angles of `positions_T` for inverse `frequencies` [C / 2], rounded to `dtype`."""
-        angle_TC = positions_T[:, None].float() * frequencies[None]
-        cos, sin = angle_TC.cos(), angle_TC.sin()
-        return cls(torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype))
+        return cls(*rope_angles(positions_T, frequencies, dtype))
 
 
 def rope_frequencies(config: RopeConfig, head_width: int) -> Tensor:

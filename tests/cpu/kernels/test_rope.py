@@ -7,8 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourfold.kernels.rope import OpenRows, norm_rope, norm_rope_append, reference, triton_rope
+from fourfold.kernels.rope import (
+    OpenRows,
+    norm_rope,
+    norm_rope_append,
+    reference,
+    rope_angles,
+    triton_rope,
+)
 from fourfold.kernels.rope.choose import Tile, choose_tile
+from fourfold.kernels.rope.triton_angles import launch_angles
 from fourfold.kernels.rope.triton_rope import launch
 
 HEADS, KV_HEADS, WIDTH, TOKENS = 6, 2, 16, 5
@@ -52,6 +60,26 @@ def test_the_offset_is_taken_from_the_rotated_keys_alone() -> None:
     moved = norm_rope(qkv_TA, HEADS, KV_HEADS, WIDTH, cos_TC, sin_TC, k_offset_GC=offset_GC)
     for out, expected in zip(moved, (q, k - offset_GC, v), strict=True):
         torch.testing.assert_close(out, expected)
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("tokens", "width"), [(0, 16), (1, 128), (37, 48)])
+def test_angles_of_positions(
+    tokens: int, width: int, dtype: torch.dtype, index: torch.dtype
+) -> None:
+    positions_T = torch.randint(100_000, (tokens,)).to(index)
+    frequencies = 1e4 ** -(torch.arange(0, width, 2) / width)
+    angle_TC = (positions_T[:, None].float() * frequencies).double().repeat(1, 2)
+    sign_C = torch.tensor([-1.0, 1.0]).repeat_interleave(width // 2)
+    for cos_TC, sin_TC in (
+        rope_angles(positions_T, frequencies, dtype),
+        launch_angles(positions_T, frequencies, dtype),
+    ):
+        for out, exact in ((cos_TC, angle_TC.cos()), (sin_TC, angle_TC.sin() * sign_C)):
+            assert out.dtype == dtype
+            tolerance = 1e-6 if dtype == torch.float32 else 1e-3
+            torch.testing.assert_close(out.double(), exact, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("q_norm", [False, True])

@@ -1,4 +1,4 @@
-"""Heads normed and rotated, in plain PyTorch: what the CPU computes, and the kernel's oracle.
+"""Heads normed and rotated, in plain PyTorch: what the CPU computes, and the kernels' oracle.
 
 Shapes: T tokens, H query heads, G KV heads, C head width, A = (H + 2 G) C, S slots of sequences,
 N = 64 tokens per page.
@@ -20,6 +20,15 @@ class OpenRows(NamedTuple):
     open_v: Tensor
     place_T: Tensor
     """The row of the open pages for each token, int32 [T]; negative: none."""
+
+
+def rope_angles(
+    positions_T: Tensor, frequencies: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of a step's positions; see `fourfold.kernels.rope`."""
+    angle_TC = positions_T[:, None].float() * frequencies[None]
+    cos, sin = angle_TC.cos(), angle_TC.sin()
+    return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def norm_rope(

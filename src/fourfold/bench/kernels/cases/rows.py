@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourfold.bench.kernels.case import Case
-from fourfold.kernels.rope import norm_rope
+from fourfold.kernels.rope import norm_rope, rope_angles
 from fourfold.kernels.rope import reference as rope_reference
 from fourfold.kernels.rows import Rows, quantize_rows, rms_norm_quantize
 
@@ -39,6 +39,8 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield _norm(16384, codes, device)
     yield _norm(16384, "int8", device, keep_normed=True)
     yield _norm(64, "int8", device, keep_normed=True)
+    for tokens in (16384, 1):
+        yield _angles(tokens, device)
     for tokens in (16384, 64):
         yield _rope(tokens, device)
 
@@ -147,6 +149,31 @@ def _norm(tokens: int, codes: str, device: torch.device, *, keep_normed: bool = 
         baseline=lambda: F.rms_norm(x_TD + residual_TD, (_WIDTH,), weight_16, _EPS),
         baseline_name="torch add, rms_norm",
         baseline_work=8.0 * tokens * _WIDTH,
+    )
+
+
+def _angles(tokens: int, device: torch.device) -> Case:
+    positions_T = torch.randint(40_000, (tokens,), dtype=torch.int32, device=device)
+    exponent = torch.arange(0, _HEAD_WIDTH, 2, device=device) / _HEAD_WIDTH
+    frequencies = 1e6**-exponent
+    run = partial(rope_angles, positions_T, frequencies, torch.bfloat16)
+
+    def error() -> float:
+        exact = rope_reference.rope_angles(positions_T, frequencies, torch.float32)
+        return max(_off(*both) for both in zip(run(), exact, strict=True))
+
+    size = tokens * (4.0 * _HEAD_WIDTH + 4)
+    return Case(
+        kernel="rope_angles",
+        case=f"{tokens} tokens, heads of {_HEAD_WIDTH}",
+        run=run,
+        work=size,
+        unit="B",
+        ceiling="copy bandwidth",
+        error=error,
+        baseline=partial(rope_reference.rope_angles, positions_T, frequencies, torch.bfloat16),
+        baseline_name="torch cos, sin, cat",
+        baseline_work=size,
     )
 
 
