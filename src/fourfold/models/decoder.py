@@ -23,7 +23,7 @@ from fourfold.models.layers import (
     rope_frequencies,
 )
 from fourfold.models.precision import Precision
-from fourfold.quadrants.experts import Delta, combined
+from fourfold.quadrants.experts import Delta
 from fourfold.quantize.weights import Activations
 
 
@@ -93,8 +93,8 @@ class Decoder(nn.Module):
         delta: Delta | None = None
         for block in self.blocks:
             stream_TD, delta = block(stream_TD, delta, rope, quadrants)
-        hidden_TD: Tensor = self.norm(stream_TD if delta is None else stream_TD + combined(delta))
-        return hidden_TD
+        hidden, _ = self.norm.add_and_norm(stream_TD, delta, self.head.weight, keep=True)
+        return hidden.kept
 
     def logits(self, hidden_SD: Tensor) -> Tensor:
         """Logits [S, V] of chosen rows, in the dtype of the head's products."""
