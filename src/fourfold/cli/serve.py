@@ -11,8 +11,9 @@ import time
 
 from fourfold.api.config import ApiConfig
 from fourfold.cli.options import ModelOptions, loading_bar
-from fourfold.cluster.config import ClusterConfig
+from fourfold.cluster.config import EVERY_ADDRESS, ClusterConfig
 from fourfold.engine.config import EngineConfig
+from fourfold.errors import ConfigError
 from fourfold.gateway.config import GatewayLimits
 
 
@@ -27,6 +28,12 @@ class Options:
     limits: GatewayLimits = GatewayLimits()
     cluster: ClusterConfig = ClusterConfig()
     api: ApiConfig = ApiConfig()
+
+    def __post_init__(self) -> None:
+        port, hosts = self.api.port, (self.api.host, self.cluster.cluster_host)
+        overlap = hosts[0] == hosts[1] or not EVERY_ADDRESS.isdisjoint(hosts)
+        if port and port == self.cluster.cluster_port and overlap:
+            raise ConfigError(f"--port and --cluster-port are both {port}; give one another number")
 
 
 def _share_cores(engine: EngineConfig, workers: int) -> EngineConfig:

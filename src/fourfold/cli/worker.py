@@ -64,9 +64,11 @@ def run(options: Options) -> int:
     from fourfold.cluster.joining import Joining
     from fourfold.engine.channel import Hello
     from fourfold.engine.worker import Worker
+    from fourfold.transport.wire import listen
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     transport = options.links.to_transport(options.host, options.port)
+    listen(options.host, options.port).close()  # a taken port is known before the model is loaded
     source = None
     if options.model is not None:
         source = find_source(options.model, revision=options.revision)

@@ -15,8 +15,8 @@ from fourfold.transport.config import TlsFiles, TransportConfig, TransportPath, 
 
 _MIN_KEY_BYTES = 16
 _LOOPBACK = "127.0.0.1"
-_ANY = ("", "0.0.0.0", "::")
-"""Every address of a machine."""
+EVERY_ADDRESS = frozenset(("", "0.0.0.0", "::"))
+"""Hosts that stand for all addresses of a machine."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +45,8 @@ class LinkConfig:
 
     def to_transport(self, host: str, port: int = 0) -> TransportConfig:
         """That of a node that listens at an address. Raises `ConfigError` where others could not
-        reach it, or the key cannot be read."""
-        if host in _ANY and self.advertise is None:
+        reach it, or key and TLS files cannot be used."""
+        if host in EVERY_ADDRESS and self.advertise is None:
             raise ConfigError(
                 f"{host} is no address that other workers could send pages to; say with "
                 "--advertise by which they reach this machine"
@@ -57,6 +57,10 @@ class LinkConfig:
                 f"the pages here are at {host} alone; give an address of this machine with --host "
                 "(of fourfold serve: --cluster-host)"
             )
+        if self._tls is not None:
+            from fourfold.transport.tls import load_tls
+
+            load_tls(self._tls)  # nobody should load a model first
         return TransportConfig(
             host=host,
             port=port,

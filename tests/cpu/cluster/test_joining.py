@@ -149,6 +149,10 @@ def test_a_worker_outlives_its_gateway_and_leaves_in_good_order(
     assert "Traceback" not in worker.said + gateway.said
 
 
+KEY = ("--key-file", __file__)
+TLS_NOWHERE = ("--tls-cert", "/nowhere", "--tls-key", "/nowhere", "--tls-ca", "/nowhere")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -165,6 +169,9 @@ def test_a_worker_outlives_its_gateway_and_leaves_in_good_order(
         (("worker", "--join", "a:1", "--advertise", "gpu-1"), "sends other workers to where"),
         (("serve", "--cluster-host", "::1"), "without a --cluster-port none may; give one"),
         (("serve", "--advertise", "gpu-1"), "without a --cluster-port none may; give one"),
+        (("worker", "--join", "a:1", "--host", "192.0.2.1", *KEY), "choose another address"),
+        (("serve", "--port", "0", *TLS_NOWHERE), "/nowhere"),
+        (("serve", "--port", "7000", "--cluster-port", "7000"), "are both 7000"),
         (("serve", "--workers", "0"), "give a --cluster-port"),
         (("serve", "--prefill", "-1"), "--prefill -1 must be 0 or more"),
         (("serve", "--cluster-port", "0", "--cluster-host", "0.0.0.0"), "give a --key-file"),
