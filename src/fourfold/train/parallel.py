@@ -96,8 +96,8 @@ class ExpertExchange:
         dist.all_to_all_single(count_PN, count_E, group=self._group)
         count_PN = count_PN.view(self._size, -1)
         local = torch.arange(count_PN.shape[1], device=count_PN.device).expand_as(count_PN)
-        sent = count_E.view(self._size, -1).sum(1).tolist()
-        received = count_PN.sum(1).tolist()
+        own_PN = count_E.view(self._size, -1)
+        sent, received = torch.stack((own_PN.sum(1), count_PN.sum(1))).tolist()
         expert_Q = local.flatten().repeat_interleave(count_PN.flatten(), output_size=sum(received))
         order_Q = expert_Q.argsort(stable=True)
         ends = count_PN.sum(0).cumsum(0).int()
@@ -220,11 +220,23 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _own_gpu(device: torch.device, world: int) -> torch.device:
+    if world == 1:
+        return torch.device("cuda", device.index or 0)
+    local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= gpus:
+        raise ConfigError(
+            f"process {local} of this host has no GPU, there are {gpus}; start as many with "
+            "torchrun --nproc-per-node"
+        )
+    return torch.device("cuda", local)
+
+
 @contextlib.contextmanager
 def joined(section: ParallelSection, device: torch.device) -> Iterator[Parallel]:
     """This process among those that `torchrun` started, or alone, while it lasts.
 
-    ConfigError where the processes cannot be divided into groups.
+    ConfigError where the processes cannot be divided into groups, or are more than there are GPUs.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world % section.experts:
@@ -232,12 +244,13 @@ def joined(section: ParallelSection, device: torch.device) -> Iterator[Parallel]
             f"parallel.experts = {section.experts} does not divide {world} processes; "
             "start a multiple of it with torchrun"
         )
+    if device.type == "cuda":
+        device = _own_gpu(device, world)
+        # Kernels of Triton are launched on the current one, wherever their arguments are.
+        torch.cuda.set_device(device)
     if world == 1:
         yield Parallel(0, 1, device)
         return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
     dist.init_process_group(
         "nccl" if device.type == "cuda" else "gloo",
         timeout=datetime.timedelta(seconds=section.timeout),

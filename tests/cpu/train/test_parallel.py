@@ -86,3 +86,19 @@ def test_experts_that_cannot_be_dealt_are_refused(monkeypatch: pytest.MonkeyPatc
     refused = pytest.raises(ConfigError, match=r"parallel\.experts = 2")
     with refused, joined(section, torch.device("cpu")):
         pass
+
+
+def test_a_process_computes_on_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a lone one on a GPU that is not the first: kernels are launched on the current one."""
+    section = toy.config(Path("nowhere")).parallel
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for asked, given in (("cuda", "cuda:0"), ("cuda:1", "cuda:1")):
+        with joined(section, torch.device(asked)) as parallel:
+            assert parallel.device == current.pop() == torch.device(given)
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    refused = pytest.raises(ConfigError, match="process 2 of this host has no GPU")
+    with refused, joined(section, torch.device("cuda")):
+        pass

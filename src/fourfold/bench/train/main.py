@@ -22,6 +22,7 @@ from fourfold.models.loading import resolve_device
 from fourfold.train.config import TrainConfig, read_config
 from fourfold.train.metrics import peak_flops
 from fourfold.train.model import count, model_config
+from fourfold.train.parallel import joined
 
 _GIB = 1 << 30
 _MFU_MARK = 40.0
@@ -32,12 +33,14 @@ _SPEED_MARK = 1.3
 def main(options: TrainBenchConfig) -> int:
     """Runs the benchmark, prints its figures and writes its record."""
     config = read_config(options.config, options.set)
-    device = resolve_device(config.run.device)
     results = []
-    for form in options.forms:
-        for result in _measure_form(options, config, form, device):
-            print(_line(result), flush=True)
-            results.append(result)
+    with joined(config.parallel, resolve_device(config.run.device)) as parallel:
+        if parallel.world > 1:
+            raise ConfigError("steps are measured on one device; start it without torchrun")
+        for form in options.forms:
+            for result in _measure_form(options, config, form, parallel.device):
+                print(_line(result), flush=True)
+                results.append(result)
     if options.out is not None:
         command = command_line("fourfold bench train", options, positional="config")
         packages = (*DEFAULT_PACKAGES, "torchtitan")

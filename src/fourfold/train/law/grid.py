@@ -151,6 +151,8 @@ def read_grid(path: Path) -> Grid:
         for ratio in size.ratios or file.ratios
         for seed in size.seeds or file.seeds
     ]
+    for chain in chains:
+        _check_same_text(chains[0].cells[0], chain.cells[0])
     return Grid(
         base=base,
         records=out / "records",
@@ -159,6 +161,24 @@ def read_grid(path: Path) -> Grid:
         timeout=file.timeout,
         keep_checkpoints=file.keep_checkpoints,
     )
+
+
+def _check_same_text(first: Cell, other: Cell) -> None:
+    """ConfigError for runs that would be evaluated on different texts."""
+    ours, theirs = first.config.data, other.config.data
+    for name in ("held_out", "length", "seed"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise ConfigError(
+                f"data.{name} of {other.name} is another than of {first.name}, so they would be "
+                "evaluated on different texts; give all models the same"
+            )
+    batches = first.config.run.evaluate_batches, other.config.run.evaluate_batches
+    if batches[0] * ours.rows != batches[1] * theirs.rows:
+        raise ConfigError(
+            f"{other.name} would be evaluated on {batches[1]} * {theirs.rows} rows, and "
+            f"{first.name} on {batches[0]} * {ours.rows}; set run.evaluate_batches so that both "
+            "read as many"
+        )
 
 
 def _chain(

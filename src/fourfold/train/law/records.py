@@ -77,11 +77,20 @@ def read_record(path: Path) -> RunRecord:
 
 
 def read_records(folder: Path) -> list[RunRecord]:
-    """The records in a folder, sorted by name. ConfigError where there is none, or a name twice."""
+    """The records in a folder, sorted by name. ConfigError where there is none, a name twice, or
+    losses on different texts."""
     records = sorted(map(read_record, folder.glob("*.json")), key=lambda record: record.name)
     if not records:
         raise ConfigError(f"{folder} holds no records; run `fourfold law sweep` first")
     names = [record.name for record in records]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ConfigError(f"{folder} holds {', '.join(sorted(twice))} twice; delete one of each")
+    first = records[0]
+    for other in records:
+        texts = [(each.bytes_per_token, each.evaluated_tokens) for each in (first, other)]
+        if texts[0] != texts[1]:
+            raise ConfigError(
+                f"{folder}: {first.name} and {other.name} were evaluated on different texts, so "
+                "their losses cannot be compared; delete the records of one kind"
+            )
     return records

@@ -240,6 +240,15 @@ def test_a_stable_phase_of_another_configuration_is_refused(make: Callable[..., 
         sweep(changed, [Pretending()], quiet, only="small-x4")
 
 
+def test_losses_on_different_texts_are_not_compared(make: Callable[..., Grid]) -> None:
+    grid = make()
+    sweep(grid, [Pretending()], quiet, only="320")
+    path = grid.records / "wide-x4-320-s0.json"
+    path.write_text(path.read_text().replace('"evaluated_tokens": 9', '"evaluated_tokens": 8'))
+    with pytest.raises(ConfigError, match="small-x1-320-s0 and wide-x4-320-s0 were evaluated on"):
+        read_records(grid.records)
+
+
 SCRIPT = """
 import json, pathlib, sys
 base, option, *overrides = sys.argv[1:]
@@ -296,6 +305,8 @@ def test_a_shared_stable_phase_gives_what_each_run_gives_by_itself(
         (("tokens = [640, 320]", "tokens = [640, 64]"), "schedule.warmup = 2"),
         (("[[model]]", "more = 1\n[[model]]"), "unknown field `more`"),
         (("[640, 320]", "[640"), "cannot be read as a grid"),
+        (('"router.z_loss"', '"data.rows" = 4, "router.z_loss"'), r"1 \* 4 rows, .* 1 \* 2"),
+        (('"router.z_loss"', '"data.length" = 8, "router.z_loss"'), r"data\.length of wide"),
         (
             (
                 "1e-3 }}",
