@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import queue
 import secrets
-import threading
 
 from fourfold import errors
 from fourfold.cluster.wiring import plain_socket
@@ -38,13 +39,16 @@ class Joining:
         self._tls = None if transport.tls is None else load_tls(transport.tls)
         self._name = name
         self._known = False
-        self._leaving = threading.Event()
+        self._leaving = False
+        # Whoever waits for an event holds its lock now and then, and a signal handler would wait
+        # for that for ever.
+        self._wake: queue.SimpleQueue[None] = queue.SimpleQueue()
 
     def run(self) -> None:
         """Returns when the gateway has let this worker go, or has nothing of it to take back.
         Raises what was wrong where it is of no use to try again."""
         failures, told = 0, False
-        while not self._leaving.is_set():
+        while not self._leaving:
             try:
                 end = self._serve()
             except (OSError, FourfoldError) as error:
@@ -67,16 +71,18 @@ class Joining:
                 if end is End.LOST:
                     failures = 0
                     logger.warning("the gateway is lost; joining again")
-            self._leaving.wait(min(_LONGEST_PAUSE, 0.25 * 2**failures))
+            with contextlib.suppress(queue.Empty):
+                self._wake.get(timeout=min(_LONGEST_PAUSE, 0.25 * 2**failures))
             failures = min(failures + 1, 10)
 
     @property
     def leaving(self) -> bool:
-        return self._leaving.is_set()
+        return self._leaving
 
     def leave(self) -> None:
         """Ends `run`, once the gateway has taken back what is here."""
-        self._leaving.set()
+        self._leaving = True
+        self._wake.put(None)
         self._worker.leave()
 
     def _serve(self) -> End:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import socket
 import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -193,9 +195,35 @@ class Served:
 
     def __init__(self) -> None:
         self.ends = [End.LOST, End.STOPPED]
+        self.left = False
+
+    def leave(self) -> None:
+        self.left = True
 
     def serve(self, connection: object) -> End:
         return self.ends.pop(0)
+
+
+def test_whoever_waits_for_a_gateway_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The handler of a signal runs in the thread that waits."""
+    monkeypatch.setattr(joining, "_LONGEST_PAUSE", 1e6)
+    worker = Served()
+    joins = joining.Joining(worker, "w", "127.0.0.1:1", TransportConfig())  # type: ignore[arg-type]
+
+    def refuse(*arguments: object) -> None:
+        raise OSError("nobody is there")
+
+    monkeypatch.setattr(joining, "dial", refuse)
+    before = signal.signal(signal.SIGUSR1, lambda number, frame: joins.leave())
+    striking = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGUSR1))
+    try:
+        striking.start()
+        joins.run()
+    finally:
+        striking.join()
+        signal.signal(signal.SIGUSR1, before)
+    assert joins.leaving
+    assert worker.left
 
 
 @pytest.mark.parametrize("known", [True, False])
