@@ -314,6 +314,10 @@ class World:
             self.join()
         for _ in range(100_000):
             quiet = True
+            for flight in self.flights.values():
+                if flight.rests:
+                    flight.try_again()
+                    quiet = False
             for number, worker in list(self.workers.items()):
                 while worker.inbox:
                     worker.take()

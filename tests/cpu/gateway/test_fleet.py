@@ -559,3 +559,20 @@ def test_what_cannot_be_dealt_with_leaves_no_gap_in_an_answer(
             assert run.tokens(1) == [7, 8]
 
     go(main)
+
+
+def test_a_request_outlives_any_number_of_workers_that_die_together() -> None:
+    async def main() -> None:
+        async with running(max_attempts=3) as run:
+            dying = [await run.worker(f"dies {number}") for number in range(6)]
+            run.ask(1)
+            last = await run.worker("z")
+            for worker in dying:
+                worker.socket.close()
+            await eventually(lambda: len(run.fleet.members) == 1)
+            assert not run.ended(1)
+            last.answer(await last.hear(Submit), 7)
+            await eventually(lambda: run.ended(1))
+            assert run.tokens(1) == [7]
+
+    go(main)

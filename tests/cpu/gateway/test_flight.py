@@ -243,6 +243,20 @@ def test_a_request_that_kills_every_worker_fails_in_the_end() -> None:
         assert end.error == "it was tried 3 times in a row; at last, it died"
 
 
+def test_many_workers_that_die_together_are_not_many_attempts() -> None:
+    world = World(max_attempts=3)
+    numbers = [world.join() for _ in range(8)]
+    flight = world.request(2)
+    for number in numbers:
+        world.die(number)
+    assert flight.parked
+    assert flight.rests
+    world.join()
+    assert not flight.rests
+    world.settle()
+    world.check_end()
+
+
 def test_a_new_token_is_a_new_start() -> None:
     world = World(max_attempts=3)
     flight = world.request(1)

@@ -117,7 +117,7 @@ class Fleet:
     @property
     def parked(self) -> int:
         """Requests of which something waits for a worker."""
-        return sum(flight.parked for flight in self._flights.values())
+        return len(self._parked())
 
     @property
     def workers(self) -> list[WorkerStatus]:
@@ -189,7 +189,7 @@ class Fleet:
             if member.name == name:
                 logger.info("worker %s takes %s from now on, not %s", name, role, member.role)
                 member.role = self._roles[name] = role
-                self._unpark()
+                self._try_again(self._parked())
                 return describe(member)
         known = ", ".join(worker.name for worker in self.workers)
         raise RequestError(f"there is no worker {name!r}; the workers are {known}", param="name")
@@ -279,12 +279,14 @@ class Fleet:
             outputs, self._outputs[:] = list(self._outputs), []
             self._emit(outputs, since)
 
-    def _unpark(self) -> None:
-        """Sends out what waited for a worker."""
-        parked = [flight for flight in self._flights.values() if flight.parked]
-        for flight in parked:
+    def _parked(self) -> list[Flight]:
+        return [flight for flight in self._flights.values() if flight.parked]
+
+    def _try_again(self, waiting: list[Flight]) -> None:
+        """Sends out what waited."""
+        for flight in waiting:
             flight.try_again()
-        self._settle(parked)
+        self._settle(waiting)
 
     def _greet(self, member: Member, hello: Hello) -> None:
         if member.state is not State.JOINING:
@@ -325,7 +327,7 @@ class Fleet:
         # It may have computed for an earlier connection: that is counted already, or is not ours.
         self._past = _sum(self._past, _counters(ready.stats), -1)
         self._measure_context()
-        self._unpark()
+        self._try_again(self._parked())
 
     def _measure_context(self) -> None:
         longest = [member.ready.max_context for member in self.members if member.ready is not None]
@@ -362,6 +364,7 @@ class Fleet:
             elif now > member.leaves_at:
                 member.send(Stop())
                 member.end("it leaves, and was not done in time")
+        self._try_again([flight for flight in self._flights.values() if flight.rests])
         self._look_for_stalls(now)
 
     def _look_for_stalls(self, now: float) -> None:

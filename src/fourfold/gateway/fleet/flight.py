@@ -102,6 +102,9 @@ class Flight:
     def __init__(self, request: Submit, post: Post, max_attempts: int) -> None:
         self.request = request
         self.parts: dict[int, Part] = {}
+        self.rests = False
+        """Whether what waits lost its workers more than once in a row, and is to be tried again
+        soon: where many workers die together, each would cost it an attempt within an instant."""
         self._post = post
         self._max_attempts = max_attempts
         self._samples = [_Sample() for _ in range(request.n)]
@@ -124,6 +127,7 @@ class Flight:
 
     def try_again(self) -> None:
         """Sends out what waits for a worker, where there is one now."""
+        self.rests = False
         parked, self._parked = self._parked, []
         for indices in parked:
             self._dispatch(indices)
@@ -186,6 +190,10 @@ class Flight:
             self._samples[index].losses += blame
         if any(self._samples[index].losses >= self._max_attempts for index in live):
             self._fail(f"it was tried {self._max_attempts} times in a row; at last, {why}")
+            return
+        if any(self._samples[index].losses > 1 for index in live):
+            self.rests = True
+            self._parked += groups
             return
         for indices in groups:
             self._dispatch(indices)
