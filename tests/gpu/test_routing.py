@@ -5,7 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fourfold.kernels.routing import Rule, Spread, combine, group_rows, reference, route
+from fourfold.kernels.routing import (
+    Rule,
+    Spread,
+    combine,
+    group_rows,
+    reference,
+    route,
+    route_and_group,
+)
 from fourfold.kernels.rows import rms_norm_quantize
 from tests.gpu.test_rows import poison, same
 
@@ -38,6 +46,30 @@ def test_routes(rule: Rule, biased: bool, spread: bool, tokens: int) -> None:
     differ_TK = experts_TK != experts
     assert differ_TK.float().mean() < 1e-3
     torch.testing.assert_close(gates_TK, gates.float(), rtol=3e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("experts", [60, 128, 256])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 8, 16, 17])
+@pytest.mark.parametrize("padded", [False, True])
+def test_few_tokens_choose_and_are_sorted_at_once(tokens: int, experts: int, padded: bool) -> None:
+    torch.manual_seed(tokens)
+    x_TD = torch.randn(tokens, 2048, device="cuda", dtype=torch.bfloat16)
+    weight_ED = torch.randn(experts, 2048, device="cuda") / 45
+    live_T = (torch.rand(tokens, device="cuda") < 0.6).int() if padded else None
+    poison()
+    gates_TK, experts_TK, groups = route_and_group(x_TD, weight_ED, Rule(8), live_T=live_T)
+    alone = route(x_TD, weight_ED, Rule(8))
+    assert torch.equal(experts_TK, alone[1])
+    torch.testing.assert_close(gates_TK, alone[0], rtol=1e-6, atol=0)
+    live = None if live_T is None else live_T.cpu()
+    wanted = reference.group_rows(experts_TK.cpu(), experts, live_T=live)
+    rows = int(wanted.ends_E[-1])
+    assert groups.tile == wanted.tile
+    assert torch.equal(groups.ends_E.cpu(), wanted.ends_E)
+    assert torch.equal(groups.order_R[:rows].cpu(), wanted.order_R[:rows])
+    there = wanted.tiles_3N[0] >= 0
+    assert torch.equal(groups.tiles_3N[0].cpu(), wanted.tiles_3N[0])
+    assert torch.equal(groups.tiles_3N.cpu()[:, there], wanted.tiles_3N[:, there])
 
 
 def test_a_graph_goes_on_counting_steps() -> None:

@@ -25,6 +25,7 @@ TOLERANCES = {
     "append_rows": {"": 0.0},
     "move_pages": {"": 0.0},
     "route": {"": 0.01},
+    "route_and_group": {"": 0.01},
     "group_rows": {"": 0.0},
 }
 """For every kernel what each recipe is allowed; "" where a kernel has one recipe."""

@@ -22,11 +22,20 @@ from fourfold.models.config import ModelConfig, RopeConfig
 from fourfold.models.router import Router
 from fourfold.quadrants.experts import Delta, ExpertWeights, Routed, Routing, combined, swiglu
 from fourfold.quadrants.projection import Projected
-from fourfold.quantize.weights import Activations, DenseWeight, W8A8Weight, Weight
+from fourfold.quantize.weights import (
+    Activations,
+    CudaW4A8Weight,
+    DenseWeight,
+    W8A8Weight,
+    Weight,
+)
 
 
 class Quadrants(Protocol):
-    """How the rows of one step are computed."""
+    """How the rows of one step are computed. `live_T` is 0 for those that only pad it (None: no
+    row does)."""
+
+    live_T: Tensor | None
 
     def attention(self, layer: int, projected: Projected, reader: Weight) -> Activations:
         """Causal attention of each row over its own sequence, [T, H C], for a weight that reads
@@ -223,8 +232,18 @@ class SparseFFN(nn.Module):
         return self.experts.gate_up
 
     def forward(self, x: Activations, quadrants: Quadrants) -> Delta:
-        out = quadrants.experts(x, self.router(x.kept), self.experts)
+        out = quadrants.experts(x, self._routing(x.kept, quadrants.live_T), self.experts)
         if self.shared is None:
             return out
         shared_TD: Tensor = self.shared(x, quadrants)
         return combined(out) + shared_TD
+
+    def _routing(self, x_TD: Tensor, live_T: Tensor | None) -> Routing:
+        """The choice of experts; where their product wants rows sorted by expert, sorted."""
+        router, experts = self.router, self.experts
+        # Not what stands in for a router to record or to follow a choice.
+        plain = isinstance(router, Router)
+        if plain and isinstance(experts.gate_up, CudaW4A8Weight) and experts.slot_E is None:
+            return router.grouped(x_TD, live_T)
+        routing: Routing = router(x_TD)
+        return routing

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from fourfold.kernels.routing import Rule, Spread, route
+from fourfold.kernels.routing import Rule, Spread, route, route_and_group
 from fourfold.models.config import MoEConfig
-from fourfold.quadrants.experts import Routing
+from fourfold.quadrants.experts import GroupedRouting, Routing
 
 
 class Router(nn.Module):
@@ -34,7 +34,20 @@ class Router(nn.Module):
         )
 
     def forward(self, x_TD: Tensor) -> Routing:
-        return Routing(*route(x_TD, self.weight, self.rule, bias_E=self.selection_bias))
+        bias_E, spread = self.selection_bias, self._spread()
+        return Routing(*route(x_TD, self.weight, self.rule, bias_E=bias_E, spread=spread))
+
+    def grouped(self, x_TD: Tensor, live_T: Tensor | None) -> GroupedRouting:
+        """The same choice, and its rows sorted by expert; those where `live_T` is 0 by none."""
+        bias_E, spread = self.selection_bias, self._spread()
+        return GroupedRouting(
+            *route_and_group(
+                x_TD, self.weight, self.rule, bias_E=bias_E, spread=spread, live_T=live_T
+            )
+        )
+
+    def _spread(self) -> Spread | None:
+        return None
 
 
 class UniformRouter(Router):
@@ -56,7 +69,5 @@ class UniformRouter(Router):
         steps = torch.zeros((), dtype=torch.int64, device=self.weight.device)
         self.register_buffer("steps", steps, persistent=False)
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        spread = Spread(self.seed, self.steps)
-        bias_E = self.selection_bias
-        return Routing(*route(x_TD, self.weight, self.rule, bias_E=bias_E, spread=spread))
+    def _spread(self) -> Spread:
+        return Spread(self.seed, self.steps)

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourfold.kernels.routing import RowGroups
 from fourfold.kernels.routing import combine as combine_rows
 from fourfold.quantize.weights import DenseWeight, Encoded, W8A8Weight, Weight
 
@@ -27,6 +28,13 @@ class Routing:
 
     gates_TK: Tensor
     experts_TK: Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupedRouting(Routing):
+    """The same, its rows sorted by expert already; those that only pad a step are in no group."""
+
+    groups: RowGroups
 
 
 class Routed(NamedTuple):

@@ -18,6 +18,7 @@ from fourfold.kernels.w4a8_gemm import grouped_w4a8_gemm
 from fourfold.quadrants.experts import (
     Delta,
     ExpertWeights,
+    GroupedRouting,
     Routed,
     Routing,
     combine,
@@ -66,7 +67,10 @@ def _w4a8_ffn(
     down = weights.down
     assert isinstance(down, CudaW4A8Weight)
     chosen = routing.experts_TK.shape[1]
-    groups = group_rows(weights.slot_of(routing.experts_TK), weights.slots, live_T=live_T)
+    if isinstance(routing, GroupedRouting):
+        groups = routing.groups
+    else:
+        groups = group_rows(weights.slot_of(routing.experts_TK), weights.slots, live_T=live_T)
     codes_TD, scale_T = x.encoded_for(gate_up)
     hidden_RF = grouped_w4a8_gemm(
         codes_TD,

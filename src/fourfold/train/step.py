@@ -51,6 +51,8 @@ class TrainStep:
     """Computes attention and experts of one micro-batch; `routings` are those of its sparse layers,
     in order, once the decoder has run."""
 
+    live_T: Tensor | None = None
+
     def __init__(self, documents: Documents, exchange: ExpertExchange | None = None) -> None:
         self.documents = documents
         self.routings: list[TrainedRouting] = []

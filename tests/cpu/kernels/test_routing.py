@@ -5,13 +5,21 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fourfold.kernels.routing import Rule, Spread, combine, group_rows, route
+from fourfold.kernels.routing import (
+    Rule,
+    Spread,
+    combine,
+    group_rows,
+    route,
+    route_and_group,
+)
 from fourfold.kernels.routing.choose import ChoiceTile, choose_choice
 from fourfold.kernels.routing.groups import RowGroups, choose_tile, most_tiles
 
 triton_routing = pytest.importorskip("fourfold.kernels.routing.triton_routing")
 triton_route = pytest.importorskip("fourfold.kernels.routing.triton_route")
 launch_route = triton_route.launch_route
+launch_route_and_group = triton_route.launch_route_and_group
 launch_combine = triton_routing.launch_combine
 launch_group_rows = triton_routing.launch_group_rows
 
@@ -170,6 +178,40 @@ def test_tokens_that_share_a_program_choose_as_if_alone(
             gates_TK, experts_TK = launch_route(x_TD, weight_ED, rule, bias, steps)
             assert torch.equal(experts_TK, wanted[1])
             torch.testing.assert_close(gates_TK, wanted[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "rule"),
+    [
+        (1, 128, Rule(8)),
+        (3, 20, Rule(8)),
+        (8, 128, Rule(1)),
+        (16, 128, Rule(8, "sigmoid", scale=2.5)),
+        (13, 300, Rule(4, normalise=False)),
+    ],
+)
+@pytest.mark.parametrize("share", [None, 0.0, 0.6])
+def test_few_tokens_choose_and_are_sorted_at_once(
+    tokens: int, experts: int, rule: Rule, share: float | None, spread: bool
+) -> None:
+    torch.manual_seed(tokens)
+    x_TD, weight_ED = torch.randn(tokens, 24), torch.randn(experts, 24)
+    bias_E = torch.rand(experts) if rule.score == "sigmoid" else None
+    live_T = None if share is None else (torch.rand(tokens) < share).int()
+    ours, theirs = (Spread(3, torch.tensor(4)) if spread else None for _ in range(2))
+    gates_TK, experts_TK, groups = launch_route_and_group(
+        x_TD, weight_ED, rule, bias_E, ours, live_T
+    )
+    wanted = route_and_group(x_TD, weight_ED, rule, bias_E=bias_E, spread=theirs, live_T=live_T)
+    assert torch.equal(experts_TK, wanted[1])
+    torch.testing.assert_close(gates_TK, wanted[0], rtol=1e-4, atol=1e-9)
+    rows = int(groups.ends_E[-1])
+    assert groups.tile == wanted[2].tile
+    assert torch.equal(groups.ends_E, wanted[2].ends_E)
+    assert torch.equal(groups.order_R[:rows], wanted[2].order_R[:rows])
+    # Those of tiles that there are not, too: products may look them up.
+    assert torch.equal(groups.tiles_3N, wanted[2].tiles_3N)
 
 
 def test_more_tokens_share_a_program_once_there_are_programs_enough() -> None:

@@ -3,6 +3,6 @@
 from fourfold.kernels.routing.combine import combine
 from fourfold.kernels.routing.group_rows import group_rows
 from fourfold.kernels.routing.groups import RowGroups
-from fourfold.kernels.routing.route import Rule, Spread, route
+from fourfold.kernels.routing.route import Rule, Spread, route, route_and_group
 
-__all__ = ["RowGroups", "Rule", "Spread", "combine", "group_rows", "route"]
+__all__ = ["RowGroups", "Rule", "Spread", "combine", "group_rows", "route", "route_and_group"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+FEW_TOKENS = 16
+"""Tokens that one program chooses for and sorts: more would be long about it."""
 _OF_WARP = 512
 _ENOUGH_PROGRAMS = 1024
 

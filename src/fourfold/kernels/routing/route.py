@@ -1,4 +1,5 @@
-"""Which experts a token goes to, and with what weight: the router's product and its choice.
+"""Which experts a token goes to, and with what weight: the router's product and its choice; and
+sorting the rows by expert on the way.
 
 Logits are float32 whatever the rows are kept in. Experts come best first, of equals the one with
 the smaller number.
@@ -14,6 +15,9 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.routing import reference
+from fourfold.kernels.routing.choose import FEW_TOKENS
+from fourfold.kernels.routing.group_rows import group_rows
+from fourfold.kernels.routing.groups import RowGroups
 
 
 class Rule(NamedTuple):
@@ -50,14 +54,40 @@ def route(
     to scores for choosing and does not weigh. On a GPU at most 1024 experts. A row with NaN still
     goes to K different experts. No host synchronisation.
     """
-    assert x_TD.shape[1] == weight_ED.shape[1], (x_TD.shape, weight_ED.shape)
-    assert 0 < rule.choices <= weight_ED.shape[0], rule
+    _check(x_TD, weight_ED, rule)
     if not x_TD.is_cuda:
         return reference.route(x_TD, weight_ED, rule, bias_E=bias_E, spread=spread)
     from fourfold.kernels.routing.triton_route import launch_route
 
-    assert x_TD.stride(1) == 1, "channels must be contiguous"
-    assert weight_ED.is_contiguous(), weight_ED.shape
-    assert weight_ED.dtype == torch.float32, weight_ED.dtype
-    assert weight_ED.shape[0] <= 1024, weight_ED.shape
     return launch_route(x_TD, weight_ED, rule, bias_E, spread)
+
+
+def route_and_group(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    rule: Rule,
+    *,
+    bias_E: Tensor | None = None,
+    spread: Spread | None = None,
+    live_T: Tensor | None = None,
+) -> tuple[Tensor, Tensor, RowGroups]:
+    """Gates and experts as `route` gives them, and what `group_rows` makes of these experts with
+    `live_T`; at least one token. For few tokens on a GPU the choice sorts them, too."""
+    _check(x_TD, weight_ED, rule)
+    if x_TD.is_cuda and len(x_TD) <= FEW_TOKENS:
+        from fourfold.kernels.routing.triton_route import launch_route_and_group
+
+        return launch_route_and_group(x_TD, weight_ED, rule, bias_E, spread, live_T)
+    gates_TK, experts_TK = route(x_TD, weight_ED, rule, bias_E=bias_E, spread=spread)
+    experts_TK = experts_TK.contiguous()
+    return gates_TK, experts_TK, group_rows(experts_TK, len(weight_ED), live_T=live_T)
+
+
+def _check(x_TD: Tensor, weight_ED: Tensor, rule: Rule) -> None:
+    assert x_TD.shape[1] == weight_ED.shape[1], (x_TD.shape, weight_ED.shape)
+    assert 0 < rule.choices <= weight_ED.shape[0], rule
+    if x_TD.is_cuda:
+        assert x_TD.stride(1) == 1, "channels must be contiguous"
+        assert weight_ED.is_contiguous(), weight_ED.shape
+        assert weight_ED.dtype == torch.float32, weight_ED.dtype
+        assert weight_ED.shape[0] <= 1024, weight_ED.shape

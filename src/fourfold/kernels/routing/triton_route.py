@@ -13,7 +13,7 @@ Shapes: T tokens of a tile, D input channels of a block, E experts of a block, K
 # mypy: ignore-errors
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -22,7 +22,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fourfold.kernels.dependent_launch import overlaps_launches
-from fourfold.kernels.routing.choose import choose_choice
+from fourfold.kernels.routing.choose import FEW_TOKENS, choose_choice
+from fourfold.kernels.routing.groups import RowGroups, choose_tile, most_tiles
 
 if TYPE_CHECKING:
     from fourfold.kernels.routing.route import Rule, Spread
@@ -183,6 +184,56 @@ def _places(wanted_ET, e_E1, K: tl.constexpr):
     return place_ET
 
 
+@triton.jit
+def _choice(
+    parts,
+    bias,
+    seed,
+    steps,
+    token_1T,
+    tokens,
+    e_E1,
+    experts,
+    SPLITS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    BIASED: tl.constexpr,
+    SPREAD: tl.constexpr,
+    K: tl.constexpr,
+):
+    """The place of each expert among those that a token chose, K for the others, and its gate."""
+    logits_ET = _sum_parts(parts, token_1T, tokens, e_E1, experts, SPLITS)
+    if SOFTMAX:
+        of_all_ET = tl.where(e_E1 < experts, logits_ET, float("-inf"))
+        scores_ET = tl.exp(of_all_ET - tl.max(of_all_ET, 0)[None, :])
+        scores_ET /= tl.sum(scores_ET, 0)[None, :]
+    else:
+        scores_ET = 1 / (1 + tl.exp(-logits_ET))
+    wanted_ET = _wanted(
+        logits_ET, scores_ET, e_E1, bias, token_1T, seed, steps, experts, BIASED, SPREAD, K
+    )
+    place_ET = _places(wanted_ET, e_E1, K)
+    gates_ET = scores_ET
+    if NORMALISE:
+        taken_ET = place_ET < K
+        if SOFTMAX:
+            # Chosen scores over their sum are the softmax of the chosen logits alone.
+            of_chosen_ET = tl.where(taken_ET, logits_ET, float("-inf"))
+            gates_ET = tl.exp(logits_ET - tl.max(of_chosen_ET, 0)[None, :])
+        # Sigmoid scores may all underflow.
+        sum_T = tl.sum(tl.where(taken_ET, gates_ET, 0.0), 0)
+        gates_ET = gates_ET / tl.maximum(sum_T, 1e-20)[None, :]
+    return place_ET, gates_ET
+
+
+@triton.jit
+def _store_choice(gates, chosen, token_1T, tokens, e_E1, place_ET, gates_ET, K: tl.constexpr):
+    at_ET = token_1T * K + place_ET
+    inside_ET = (place_ET < K) & (token_1T < tokens)
+    tl.store(gates + at_ET, gates_ET, inside_ET)
+    tl.store(chosen + at_ET, tl.broadcast_to(e_E1.to(tl.int64), at_ET.shape), inside_ET)
+
+
 # With `experts` specialised, wide loads would lay logits out otherwise than the stores, and half of
 # the kernel would be exchanges between threads.
 @triton.jit(do_not_specialize=["tokens", "seed", "experts"])
@@ -212,31 +263,75 @@ def _choose(
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    logits_ET = _sum_parts(parts, token_1T, tokens, e_E1, experts, SPLITS)
-    if SOFTMAX:
-        of_all_ET = tl.where(e_E1 < experts, logits_ET, float("-inf"))
-        scores_ET = tl.exp(of_all_ET - tl.max(of_all_ET, 0)[None, :])
-        scores_ET /= tl.sum(scores_ET, 0)[None, :]
-    else:
-        scores_ET = 1 / (1 + tl.exp(-logits_ET))
-    wanted_ET = _wanted(
-        logits_ET, scores_ET, e_E1, bias, token_1T, seed, steps, experts, BIASED, SPREAD, K
-    )
-    place_ET = _places(wanted_ET, e_E1, K)
-    taken_ET = place_ET < K
-    gates_ET = scores_ET
-    if NORMALISE:
-        if SOFTMAX:
-            # Chosen scores over their sum are the softmax of the chosen logits alone.
-            of_chosen_ET = tl.where(taken_ET, logits_ET, float("-inf"))
-            gates_ET = tl.exp(logits_ET - tl.max(of_chosen_ET, 0)[None, :])
-        # Sigmoid scores may all underflow.
-        sum_T = tl.sum(tl.where(taken_ET, gates_ET, 0.0), 0)
-        gates_ET = gates_ET / tl.maximum(sum_T, 1e-20)[None, :]
-    at_ET = token_1T * K + place_ET
-    inside_ET = taken_ET & (token_1T < tokens)
-    tl.store(gates + at_ET, gates_ET * scale, inside_ET)
-    tl.store(chosen + at_ET, tl.broadcast_to(e_E1.to(tl.int64), at_ET.shape), inside_ET)
+    place_ET, gates_ET = _choice(
+        parts, bias, seed, steps, token_1T, tokens, e_E1, experts,
+        SPLITS, SOFTMAX, NORMALISE, BIASED, SPREAD, K,
+    )  # fmt: skip
+    _store_choice(gates, chosen, token_1T, tokens, e_E1, place_ET, gates_ET * scale, K)
+
+
+@triton.jit(do_not_specialize=["tokens", "seed", "N"])
+def _choose_and_group(
+    parts,
+    bias,
+    seed,
+    steps,
+    gates,
+    chosen,
+    live,
+    order,
+    ends,
+    tiles,
+    tokens,
+    experts,
+    scale,
+    N,
+    SPLITS: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    NORMALISE: tl.constexpr,
+    BIASED: tl.constexpr,
+    SPREAD: tl.constexpr,
+    MASKED: tl.constexpr,
+    K: tl.constexpr,
+    T: tl.constexpr,
+    E: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """All of few tokens in one program, a warp each, which then has all there is to sort. A token
+    goes to an expert once at most, so that an expert's rows fit one tile, in the tokens' order."""
+    token_1T = tl.arange(0, T)[None, :].to(tl.int64)
+    e = tl.arange(0, E)
+    if EARLY:
+        gdc_wait()
+        gdc_launch_dependents()
+    place_ET, gates_ET = _choice(
+        parts, bias, seed, steps, token_1T, tokens, e[:, None], experts,
+        SPLITS, SOFTMAX, NORMALISE, BIASED, SPREAD, K,
+    )  # fmt: skip
+    _store_choice(gates, chosen, token_1T, tokens, e[:, None], place_ET, gates_ET * scale, K)
+    there_1T = token_1T < tokens
+    if MASKED:
+        there_1T &= tl.load(live + token_1T, there_1T, other=0) != 0
+    rows_ET = ((place_ET < K) & there_1T).to(tl.int32)
+    size_E = tl.sum(rows_ET, 1)
+    end_E = tl.cumsum(size_E, 0)
+    start_E = end_E - size_E
+    at_ET = start_E[:, None] + tl.cumsum(rows_ET, 1) - rows_ET
+    tl.store(order + at_ET, (token_1T * K + place_ET).to(tl.int32), rows_ET != 0)
+    tl.store(ends + e, end_E, e < experts)
+    used_E = (size_E > 0).to(tl.int32)
+    n_E = tl.cumsum(used_E, 0) - used_E
+    tl.store(tiles + n_E, e, used_E != 0)
+    tl.store(tiles + N + n_E, start_E, used_E != 0)
+    tl.store(tiles + 2 * N + n_E, end_E, used_E != 0)
+    n = tl.arange(0, BLOCK_N)
+    unused = (n >= tl.sum(used_E, 0)) & (n < N)
+    tl.store(tiles + n, tl.full([BLOCK_N], -1, tl.int32), unused)
+    # Products may look up the rows of tiles that there are not.
+    nowhere = tl.zeros([BLOCK_N], tl.int32)
+    tl.store(tiles + N + n, nowhere, unused)
+    tl.store(tiles + 2 * N + n, nowhere, unused)
 
 
 def _launch_logits(
@@ -278,37 +373,99 @@ def launch_route(
     spread: Spread | None,
 ) -> tuple[Tensor, Tensor]:
     """`route` on checked arguments, in two launches."""
-    tokens, experts, device = x_TD.shape[0], weight_ED.shape[0], x_TD.device
-    early = overlaps_launches(device)
-    overlapped = {"EARLY": early, "launch_pdl": early}
-    gates_TK = torch.empty((tokens, rule.choices), dtype=torch.float32, device=device)
-    experts_TK = torch.empty((tokens, rule.choices), dtype=torch.int64, device=device)
+    tokens, experts = x_TD.shape[0], weight_ED.shape[0]
+    gates_TK, experts_TK = _empty_choice(x_TD, rule)
     if tokens == 0:
         return gates_TK, experts_TK
-    counted = {"COUNT": spread is not None, **overlapped}
-    steps = weight_ED if spread is None else spread.steps
-    parts = _launch_logits(x_TD, weight_ED, steps, counted)
-    width = max(16, triton.next_power_of_2(experts))
-    tile = choose_choice(tokens, width)
+    scores, settings = _scored(x_TD, weight_ED, rule, bias_E, spread)
+    tile = choose_choice(tokens, settings["E"])
     _choose[(triton.cdiv(tokens, tile.tokens),)](
-        parts,
-        weight_ED if bias_E is None else bias_E,
-        0 if spread is None else spread.seed,
-        steps,
+        *scores,
         gates_TK,
         experts_TK,
         tokens,
         experts,
         rule.scale,
-        SPLITS=parts.shape[0],
-        SOFTMAX=rule.score == "softmax",
-        NORMALISE=rule.normalise,
-        BIASED=bias_E is not None,
-        SPREAD=spread is not None,
-        K=rule.choices,
         T=tile.tokens,
-        E=width,
         num_warps=tile.warps,
-        **overlapped,
+        **settings,
     )
     return gates_TK, experts_TK
+
+
+def launch_route_and_group(
+    x_TD: Tensor,
+    weight_ED: Tensor,
+    rule: Rule,
+    bias_E: Tensor | None,
+    spread: Spread | None,
+    live_T: Tensor | None,
+) -> tuple[Tensor, Tensor, RowGroups]:
+    """`route_and_group` of at least one token and at most `FEW_TOKENS`, in two launches."""
+    tokens, experts = x_TD.shape[0], weight_ED.shape[0]
+    gates_TK, experts_TK = _empty_choice(x_TD, rule)
+    rows = experts_TK.numel()
+    tile = choose_tile(rows, experts)
+    tiles = most_tiles(rows, experts, tile)
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.int32, device=x_TD.device)
+
+    groups = RowGroups(empty(rows), empty(experts), tile, empty(3, tiles))
+    scores, settings = _scored(x_TD, weight_ED, rule, bias_E, spread)
+    together = triton.next_power_of_2(tokens)
+    assert together <= FEW_TOKENS <= tile, (tokens, tile)
+    _choose_and_group[(1,)](
+        *scores,
+        gates_TK,
+        experts_TK,
+        gates_TK if live_T is None else live_T,
+        groups.order_R,
+        groups.ends_E,
+        groups.tiles_3N,
+        tokens,
+        experts,
+        rule.scale,
+        tiles,
+        MASKED=live_T is not None,
+        T=together,
+        BLOCK_N=triton.next_power_of_2(tiles),
+        num_warps=together,
+        **settings,
+    )
+    return gates_TK, experts_TK, groups
+
+
+def _empty_choice(x_TD: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+    shape = (x_TD.shape[0], rule.choices)
+    return (
+        torch.empty(shape, dtype=torch.float32, device=x_TD.device),
+        torch.empty(shape, dtype=torch.int64, device=x_TD.device),
+    )
+
+
+def _scored(
+    x_TD: Tensor, weight_ED: Tensor, rule: Rule, bias_E: Tensor | None, spread: Spread | None
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Launches the logits; what a choice among them reads, and what it is compiled with."""
+    early = overlaps_launches(x_TD.device)
+    overlapped = {"EARLY": early, "launch_pdl": early}
+    steps = weight_ED if spread is None else spread.steps
+    parts = _launch_logits(x_TD, weight_ED, steps, {"COUNT": spread is not None, **overlapped})
+    scores = (
+        parts,
+        weight_ED if bias_E is None else bias_E,
+        0 if spread is None else spread.seed,
+        steps,
+    )
+    settings = {
+        "SPLITS": parts.shape[0],
+        "SOFTMAX": rule.score == "softmax",
+        "NORMALISE": rule.normalise,
+        "BIASED": bias_E is not None,
+        "SPREAD": spread is not None,
+        "K": rule.choices,
+        "E": max(16, triton.next_power_of_2(weight_ED.shape[0])),
+        **overlapped,
+    }
+    return scores, settings

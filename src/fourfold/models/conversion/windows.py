@@ -30,6 +30,8 @@ _WINDOWS_AT_ONCE = 8
 class WindowStep:
     """The quadrants of whole windows, each attending to itself alone; `keys` hears of all keys."""
 
+    live_T: Tensor | None = None
+
     def __init__(self, length: int) -> None:
         self._length = length
         self.keys = KeyMean()

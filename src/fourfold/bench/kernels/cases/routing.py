@@ -14,7 +14,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fourfold.bench.kernels.case import Case
-from fourfold.kernels.routing import Rule, combine, group_rows, route
+from fourfold.kernels.routing import (
+    RowGroups,
+    Rule,
+    combine,
+    group_rows,
+    route,
+    route_and_group,
+)
 from fourfold.kernels.rows import rms_norm_quantize
 
 _EXPERTS, _CHOICES, _WIDTH = 128, 8, 2048
@@ -26,6 +33,8 @@ def cases(device: torch.device) -> Iterator[Case]:
     """Decode and prefill sizes."""
     for tokens in _TOKENS:
         yield _route(tokens, device)
+    for tokens in (1, 8, 16):
+        yield _route_and_group(tokens, device)
     for tokens in _TOKENS:
         yield _group(tokens, device)
     for tokens in _TOKENS:
@@ -57,6 +66,36 @@ def _route(tokens: int, device: torch.device) -> Case:
         error=error,
         baseline=plain,
         baseline_name="torch linear, topk, softmax",
+        baseline_work=size,
+    )
+
+
+def _route_and_group(tokens: int, device: torch.device) -> Case:
+    x_TD = torch.randn(tokens, _WIDTH, dtype=torch.bfloat16, device=device)
+    weight_ED = torch.randn(_EXPERTS, _WIDTH, device=device) * _WIDTH**-0.5
+    rule = Rule(_CHOICES)
+    run = partial(route_and_group, x_TD, weight_ED, rule)
+
+    def apart() -> RowGroups:
+        return group_rows(route(x_TD, weight_ED, rule)[1], _EXPERTS)
+
+    def error() -> float:
+        exact = (x_TD.double() @ weight_ED.double().T).topk(_CHOICES).values.softmax(-1)
+        gates_TK, _, groups = run()
+        same = torch.equal(groups.order_R, apart().order_R)
+        return float((gates_TK - exact).norm() / exact.norm()) if same else 1.0
+
+    size = tokens * (2.0 * _WIDTH + 16 * _CHOICES) + 4 * _EXPERTS * _WIDTH
+    return Case(
+        kernel="route_and_group",
+        case=f"{tokens} x {_WIDTH}, {_CHOICES} of {_EXPERTS}",
+        run=run,
+        work=size,
+        unit="B",
+        ceiling="copy bandwidth",
+        error=error,
+        baseline=apart,
+        baseline_name="apart",
         baseline_work=size,
     )
 
