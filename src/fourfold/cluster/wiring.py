@@ -41,10 +41,12 @@ def _tunnel(wire: Wire, inner: socket.socket) -> None:
     out, back = bytearray(), bytearray()
     try:
         while True:
-            readable = [end for end, held in ((inner, out), (wire, back)) if len(held) < _UNSENT]
-            writable = [end for end, held in ((wire, out), (inner, back)) if held]
-            wait = 0.0 if wire.pending and len(back) < _UNSENT else None
-            select.select(readable, writable, [], wait)
+            poller = select.poll()  # `select.select` takes no descriptor above 1023
+            for end, comes, goes in ((inner, out, back), (wire, back, out)):
+                room, held = len(comes) < _UNSENT, bool(goes)
+                if room or held:
+                    poller.register(end, select.POLLIN * room | select.POLLOUT * held)
+            poller.poll(0 if wire.pending and len(back) < _UNSENT else None)
             with contextlib.suppress(BlockingIOError):
                 if len(out) < _UNSENT:
                     out += _some(inner)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import resource
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +118,35 @@ def test_messages_of_any_size_go_both_ways_and_an_end_is_noticed(tls: TlsFiles |
             connection.close()
             await eventually(lambda: not door.fleet.members)
             assert heard[-1] == "it closed its connection"
+
+    go(main)
+
+
+@pytest.fixture
+def many_open_files() -> Iterator[None]:
+    """All further descriptors have numbers above 1023, as in a gateway with many clients."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 4096), hard))
+    held = []
+    try:
+        while not held or held[-1] < 1024:
+            held.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        for number in held:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.usefixtures("many_open_files")
+def test_a_worker_joins_under_tls_however_many_files_are_open() -> None:
+    async def main() -> None:
+        async with opened(TLS) as door:
+            connection = await asyncio.to_thread(door.knock, tls=TLS)
+            await asyncio.to_thread(door.meet, connection, "a")
+            assert [member.name for member in door.fleet.members] == ["a"]
+            connection.close()
+            await eventually(lambda: not door.fleet.members)
 
     go(main)
 
