@@ -18,8 +18,10 @@ from fourfold.kernels.routing.groups import RowGroups, most_tiles
 _NOBODY = tl.constexpr(1 << 30)
 _FEW = 4096  # rows that are placed by comparing all pairs
 _CHUNK = 256
-_PLACED = 32  # rows that one program places
+_PLACED = 32  # rows of a chunk that are placed at a time
+_PLACED_OF_FEW = 16  # rows that one program places
 _COMPARED = 256  # rows that it compares them with at a time
+_TILES_OF_FEW = 16  # tiles that one program lists
 
 
 @triton.jit
@@ -225,19 +227,21 @@ def launch_group_rows(
 
     groups = RowGroups(empty(rows), empty(experts), tile, empty(3, tiles))
     block = max(16, triton.next_power_of_2(experts))
-    block_n = max(16, 8192 // block)
+    few = rows <= _FEW
+    # Of few rows most of a GPU is idle: the less one program does, the sooner all are done.
+    block_n = _TILES_OF_FEW if few else max(16, 8192 // block)
     indexing = triton.cdiv(tiles, block_n)
     sizes = {
         "CHOICES": choices,
         "TILE": tile,
         "BLOCK_E": block,
         "BLOCK_N": block_n,
-        "PLACED": _PLACED,
+        "PLACED": _PLACED_OF_FEW if few else _PLACED,
         **_overlapped(experts_TK),
     }
     results = (groups.order_R, groups.ends_E, groups.tiles_3N)
-    if rows <= _FEW:
-        grid = (indexing + triton.cdiv(rows, _PLACED),)
+    if few:
+        grid = (indexing + triton.cdiv(rows, _PLACED_OF_FEW),)
         _group_few[grid](*routing, *results, rows, experts, tiles, COMPARED=_COMPARED, **sizes)
         return groups
     chunks = triton.cdiv(rows, _CHUNK)
