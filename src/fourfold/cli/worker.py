@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import os
@@ -24,6 +25,10 @@ if TYPE_CHECKING:
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AT_ONCE = 130
 """Exit code after a second signal."""
+
+
+class _LeaveAtOnce(BaseException):
+    """Nobody has given this worker anything yet."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,11 +85,14 @@ def run(options: Options) -> int:
     def on_signal(number: int, frame: object) -> None:
         if joining.leaving:
             os._exit(_AT_ONCE)
+        if not worker.ready:  # loading may take minutes more
+            raise _LeaveAtOnce
         joining.leave()
 
     before = {number: signal.signal(number, on_signal) for number in _SIGNALS}
     try:
-        joining.run()
+        with contextlib.suppress(_LeaveAtOnce):
+            joining.run()
     finally:
         worker.close()
         for number, handler in before.items():

@@ -138,7 +138,6 @@ class Worker:
         self._engine: Engine | None = None
         self._node: Node | None = None
         self._ready: Ready | None = None
-        self._link: _Link | None = None
 
     @property
     def ready(self) -> bool:
@@ -151,7 +150,7 @@ class Worker:
         """Serves the gateway at the other end until one of both ends it, then closes the socket
         and drops what is left. `on_end` is called at once, by another thread."""
         self.refusal = None
-        link = self._link = _Link(connection, self._news.put, on_end)
+        link = _Link(connection, self._news.put, on_end)
         with connection:
             link.send(self._hello)
             threading.Thread(target=link.listen, args=(self._hear,), daemon=True).start()
@@ -164,10 +163,8 @@ class Worker:
         return end
 
     def leave(self) -> None:
-        """Asks the gateway to take back what is here, if anything can be."""
+        """Asks the gateway to take back what is here, once it is ready."""
         self._news.put(_Leave.LEAVE)
-        if not self.ready and self._link is not None:
-            self._link.close()
 
     def close(self) -> None:
         """Ends the engine, after the step that runs."""

@@ -226,6 +226,18 @@ def test_whoever_waits_for_a_gateway_leaves_at_once(monkeypatch: pytest.MonkeyPa
     assert worker.left
 
 
+def test_a_worker_that_loads_leaves_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(self: joining.Joining) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+        raise AssertionError("it went on")
+
+    monkeypatch.setattr(joining.Joining, "run", load)
+    before = signal.getsignal(signal.SIGTERM)
+    assert run(["worker", "--join", "127.0.0.1:1"]) == 0
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_proof_that_fails_ends_only_a_worker_that_never_had_the_key(
     known: bool, monkeypatch: pytest.MonkeyPatch
