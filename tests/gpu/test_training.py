@@ -9,14 +9,29 @@ import pytest
 import torch
 from torch import Tensor
 
+from fourfold.cli.main import run as command
 from fourfold.kernels import training
 from fourfold.kernels.grouped_gemm import grouped_gemm
 from fourfold.kernels.training import reference
+from fourfold.train.data.grammar import Grammar, write_grammar
+from fourfold.train.data.grammar_config import GrammarConfig
+from fourfold.train.law.records import read_records as read_law
 from fourfold.train.metrics import EvaluationRecord, Record, StepRecord, read_records
 from fourfold.train.parallel import Parallel
 from fourfold.train.step import TrainStep, lay_out
 from tests.cpu.train import ranks, toy
+from tests.cpu.train.law.test_sweep import BASE
 
+GRID = """
+base = "base.toml"
+out = "law"
+tokens = [4000, 8000]
+ratios = [1, 4]
+sparse = { "router.z_loss" = 1e-3 }
+[[model]]
+name = "small"
+set = { "model.width" = 64, "model.head_width" = 32, "model.expert_width" = 32 }
+"""
 GPU = Parallel(0, 1, torch.device("cuda", 0))
 FORMS: dict[str, dict[str, Any]] = {"softmax": {}, "sigmoid": toy.SIGMOID, "dense": toy.DENSE}
 
@@ -170,3 +185,23 @@ def test_two_gpus_take_the_steps_of_one(tmp_path: Path) -> None:
             for folder in (Path(config.run.folder), theirs)
         ]
         assert pairs[1] == pytest.approx(pairs[0], rel=0.02), case
+
+
+def test_a_sweep_trains_on_every_gpu(tmp_path: Path) -> None:
+    """In this process where there is one, else by a worker for each."""
+    grammar = Grammar(GrammarConfig(levels=2, symbols=4, rules=2, words=4))
+    for stream, split in enumerate(("train", "held-out")):
+        write_grammar(grammar, tmp_path / split, split, stream, 9000)
+    base = BASE.format(corpus=tmp_path).replace('device = "cpu"', 'device = "cuda"')
+    (tmp_path / "base.toml").write_text(base)
+    (tmp_path / "grid.toml").write_text(GRID)
+    assert command(["law", "sweep", str(tmp_path / "grid.toml")]) == 0
+    records = read_law(tmp_path / "law/records")
+    assert len(records) == 4
+    assert {record.hardware for record in records} == {torch.cuda.get_device_name()}
+    assert all(0 < record.loss < 4 for record in records)
+    logs = sorted((tmp_path / "law/logs").glob("*"))
+    # There are two chains.
+    assert len(logs) == (0 if torch.cuda.device_count() == 1 else 2)
+    for log in logs:
+        assert "held-out loss" in log.read_text()

@@ -23,7 +23,9 @@ from fourfold.train.law.workers import Worker, environments
 from tests.cpu.train.law.test_sweep import corpus, leave, make, quiet
 
 __all__ = ["corpus", "make"]  # fixtures
-PATIENCE = 60.0
+# A process takes long to start where there is much else to do.
+PATIENCE = 280.0
+pytestmark = pytest.mark.timeout(300)
 # As the second model has two chains, there are four: of one run, one, two and two.
 GRID = """
 base = "base.toml"
