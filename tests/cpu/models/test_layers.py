@@ -88,9 +88,7 @@ def test_rows_are_sorted_as_they_are_routed_where_experts_are_of_4_bits(shared: 
     step, x = Step(), Activations(torch.randn(5, WIDTH))
     ours = combined(ffn(x, step))
     assert isinstance(step.routings[0], GroupedRouting) is not shared
-    alone = ffn.router(x.kept)
-    routing = Routing(alone.gates_TK, alone.experts_TK.contiguous())
-    assert torch.equal(ours, combined(prefill_ffn(x, routing, ffn.experts)))
+    assert torch.equal(ours, combined(prefill_ffn(x, ffn.router(x.kept), ffn.experts)))
     step.live_T = torch.tensor([1, 0, 1, 1, 0], dtype=torch.int32)
     ffn(x, step)
     if isinstance(step.routings[1], GroupedRouting):

@@ -73,7 +73,8 @@ def route(
     if spread is not None:
         spread.steps.add_(1)
         wanted_TE = wanted_TE.masked_fill(_apart(logits_TE, rule, spread), -torch.inf)
-    experts_TK = wanted_TE.sort(dim=-1, descending=True, stable=True).indices[:, : rule.choices]
+    order_TE = wanted_TE.sort(dim=-1, descending=True, stable=True).indices
+    experts_TK = order_TE[:, : rule.choices].contiguous()
     if rule.score == "softmax" and rule.normalise:
         # The chosen scores over their sum: the softmax of the chosen logits alone.
         return logits_TE.gather(-1, experts_TK).softmax(-1) * rule.scale, experts_TK

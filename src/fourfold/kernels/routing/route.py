@@ -48,7 +48,7 @@ def route(
     bias_E: Tensor | None = None,
     spread: Spread | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Gates, float32 [T, K], and experts, int64 [T, K].
+    """Gates, float32 [T, K], and experts, int64 [T, K], both contiguous.
 
     `x_TD` is [T, D] of float32 or 16 bits, `weight_ED` and `bias_E` are float32; the bias is added
     to scores for choosing and does not weigh. On a GPU at most 1024 experts. A row with NaN still
@@ -79,7 +79,6 @@ def route_and_group(
 
         return launch_route_and_group(x_TD, weight_ED, rule, bias_E, spread, live_T)
     gates_TK, experts_TK = route(x_TD, weight_ED, rule, bias_E=bias_E, spread=spread)
-    experts_TK = experts_TK.contiguous()
     return gates_TK, experts_TK, group_rows(experts_TK, len(weight_ED), live_T=live_T)
 
 
