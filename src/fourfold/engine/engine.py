@@ -221,13 +221,14 @@ class Engine:
         waiting = time.perf_counter()
         try:
             results = launched.results()
+        except Exception as error:  # as above
+            computed = time.perf_counter()
+            outputs = self._fail(plan, error)
+        else:
             computed = time.perf_counter()
             outputs = self.scheduler.commit(plan, results)
             if self._handover is not None:
                 self._handover.computed(plan.prefills)
-        except Exception as error:  # as above
-            computed = time.perf_counter()
-            outputs = self._fail(plan, error)
         ended = time.perf_counter()
         self._count(
             cached_tokens=sum(output.cached_tokens for output in outputs),

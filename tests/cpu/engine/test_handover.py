@@ -272,6 +272,10 @@ def break_reading(pair: Couple, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair.first._handover._memory, "records", broken)
 
 
+def break_linking(pair: Couple, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair.first_node, "link", broken)
+
+
 def break_expecting(pair: Couple, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pair.second_node, "expect", broken)
 
@@ -284,7 +288,7 @@ def broken(*_: object) -> None:
     raise RuntimeError("no memory is left")
 
 
-@pytest.mark.parametrize("break_it", [break_reading, break_expecting, break_landing])
+@pytest.mark.parametrize("break_it", [break_linking, break_reading, break_expecting, break_landing])
 def test_pages_that_cannot_be_handled_fail_their_prompt_alone(
     model: Decoder,
     break_it: Callable[[Couple, pytest.MonkeyPatch], None],

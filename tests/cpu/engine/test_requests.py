@@ -352,3 +352,19 @@ def test_prompt_tokens_are_counted_once(model: Decoder, length: int) -> None:
         run(engine, [submit(request_id, prompt_of(length), GREEDY)])
     assert engine.stats.generated_tokens == 2 * GREEDY.max_tokens
     assert engine.stats.prompt_tokens + engine.stats.cached_tokens == 2 * length
+
+
+def test_tokens_that_cannot_be_taken_in_end_the_engine(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some samples of the step may have ended, and nobody would ever say so."""
+    engine = make_engine(model)
+    engine.submit(submit(0, prompt_of(5), GREEDY))
+    engine.receive(wait=False)
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(engine.scheduler, "commit", fail)
+    with pytest.raises(RuntimeError, match="a mistake of ours"):
+        engine.step()

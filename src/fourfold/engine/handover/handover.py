@@ -167,16 +167,25 @@ class Handover:
         return sending
 
     def _begin(self, sending: Sending, grant: Granted, sequence: Sequence) -> None:
+        try:
+            route = self._route(grant, sequence)
+        except Exception as error:  # it concerns this prompt alone
+            logger.exception("pages of a prompt cannot be sent")
+            sending.fail(f"{type(error).__name__}: {error}")
+            return
+        sending.begin(route)
+        self._courier.advance(sending)
+
+    def _route(self, grant: Granted, sequence: Sequence) -> Route:
         request_id = sequence.request.request_id
         peer = sequence.request.peer
         assert peer is not None
         assert peer.pages is not None
+        outlet = self._outlet(peer.pages, pulls=grant.pulls)
         transfer = self._node.link(peer).begin(
             request_id, lambda error: self._post(Delivered(request_id, error))
         )
-        outlet = self._outlet(peer.pages, pulls=grant.pulls)
-        sending.begin(Route(transfer, outlet, peer.pages, grant.found))
-        self._courier.advance(sending)
+        return Route(transfer, outlet, peer.pages, grant.found)
 
     def _outlet(self, theirs: PageFormat, *, pulls: bool) -> Outlet:
         if pulls:
