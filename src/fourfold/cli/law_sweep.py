@@ -25,13 +25,19 @@ def run(options: Options) -> int:
     from fourfold.train.law.sweep import is_done, sweep
 
     grid = read_grid(options.grid)
+    chosen = [cell for cell in grid.cells if options.only in cell.name]
+    if not chosen:
+        raise ConfigError(f"--only {options.only}: no run's name holds that; --list shows them")
     if options.list:
-        for cell in grid.cells:
-            if options.only in cell.name:
-                print(f"{'done' if is_done(grid, cell) else 'missing':<8} {cell.name}")
+        for cell in chosen:
+            print(f"{'done' if is_done(grid, cell) else 'missing':<8} {cell.name}")
         return 0
-    with _launches(grid, options.workers) as launches:
-        missing = sweep(grid, launches, _tell, only=options.only)
+    try:
+        with _launches(grid, options.workers) as launches:
+            missing = sweep(grid, launches, _tell, only=options.only)
+    except OSError as error:
+        out = grid.records.parent
+        raise ConfigError(f"{out} cannot be written ({error}); set the grid's `out`") from error
     done = sum(is_done(grid, cell) for cell in grid.cells)
     _tell(f"{grid.records}: {done} of {len(grid.cells)} runs")
     return 1 if missing else 0

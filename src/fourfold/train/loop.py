@@ -115,19 +115,19 @@ class Trainer:
             spikes=self._spikes,
         )
         before = self._seconds
-        launched: Launched | None = None
+        unread: Launched | None = None
         try:
             while self.steps < last:
                 current = self.launch()
-                if launched is not None:
-                    reporter.read(launched)
-                launched = current
+                if unread is not None:
+                    reporter.read(unread)
+                unread = current
                 evaluates = held_out is not None and self._is_due(run.evaluate_every)
                 saves = self._is_due(run.save_every)
                 # Where launching is computing nothing is gained by waiting with what it says.
                 if evaluates or saves or self._parallel.device.type == "cpu":
-                    reporter.read(launched)
-                    launched = None
+                    reporter.read(current)
+                    unread = None
                 self._seconds = before + reporter.seconds
                 if evaluates and held_out is not None:
                     reporter.tell(self.evaluate(held_out))
@@ -163,7 +163,7 @@ class Trainer:
         self.steps += 1
         self.tokens += counted
         rate = share * config.optimizer.rate
-        return Launched(self.steps, counted, self.tokens, rate, sums_4, load_LE)
+        return Launched.fetched(self.steps, counted, self.tokens, rate, sums_4, load_LE)
 
     def _micro_batch(
         self, batch: Batch, scale: Scale, sums_4: Tensor, load_LE: Tensor | None

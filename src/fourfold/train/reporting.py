@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 
 import msgspec
+import torch
 from msgspec import UNSET
 from torch import Tensor
 
@@ -24,7 +25,8 @@ class TrainingError(FourfoldError):
 
 @dataclasses.dataclass(frozen=True)
 class Launched:
-    """A step that the device may still be busy with; its tensors are sums over all processes."""
+    """A step that the device may still be busy with; its tensors are sums over all processes, on
+    their way to the host: `done` tells when they are there."""
 
     step: int
     """Steps taken with this one."""
@@ -37,6 +39,29 @@ class Launched:
     """Cross-entropy over its tokens, balance loss, z-loss, gradient norm."""
     load_LE: Tensor | None
     """Rows that went to each expert of each sparse layer."""
+    done: torch.cuda.Event | None = None
+    """None where they are there already."""
+
+    @classmethod
+    def fetched(
+        cls,
+        step: int,
+        counted: int,
+        tokens: int,
+        rate: float,
+        sums_4: Tensor,
+        load_LE: Tensor | None,
+    ) -> Launched:
+        """A step whose tensors are copied to the host once they are computed. Who reads them waits
+        for these copies, not for what the device is given meanwhile."""
+        if not sums_4.is_cuda:
+            return cls(step, counted, tokens, rate, sums_4, load_LE)
+        sums_4 = sums_4.to("cpu", non_blocking=True)
+        if load_LE is not None:
+            load_LE = load_LE.to("cpu", non_blocking=True)
+        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        done.record()
+        return cls(step, counted, tokens, rate, sums_4, load_LE, done)
 
 
 class Reporter:
@@ -79,6 +104,8 @@ class Reporter:
 
     def read(self, launched: Launched) -> None:
         """Waits for a step and reports it. `TrainingError` where its loss is no number."""
+        if launched.done is not None:
+            launched.done.synchronize()
         summed, balance, z, norm = launched.sums_4.tolist()
         loss = summed / max(1, launched.counted)
         now = time.perf_counter()

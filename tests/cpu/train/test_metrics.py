@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 
 from fourfold.errors import ConfigError
 from fourfold.train.metrics import Metrics, SpikeWatch, StepRecord, loads, read_records
-from fourfold.train.reporting import TrainingError
+from fourfold.train.reporting import Launched, Reporter, TrainingError
 from tests.cpu.train import toy
 
 
@@ -50,6 +51,22 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="step 1 is nan"):
         trainer.run()
     assert not (tmp_path / "checkpoints").exists()
+
+
+def test_a_step_is_read_when_its_numbers_are_there() -> None:
+    """And not when the device has done what it was given since."""
+    sums_4 = torch.zeros(4)
+
+    class Copied:
+        def synchronize(self) -> None:
+            sums_4.copy_(torch.tensor([6.0, 0, 0, 1]))
+
+    reporter = Reporter(
+        None, print, every=1, last=1, flops_per_token=1, peak=None, spikes=SpikeWatch()
+    )
+    step = Launched(1, 3, 3, 0.1, sums_4, None, cast(torch.cuda.Event, Copied()))
+    reporter.read(step)
+    assert reporter.spikes.mean == 2.0
 
 
 def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:

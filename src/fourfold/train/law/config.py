@@ -49,6 +49,8 @@ class FitConfig:
     def __post_init__(self) -> None:
         if self.starts < 1 or self.resamplings < 1:
             raise ConfigError("--starts and --resamplings must be at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed} must be at least 0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -275,6 +275,14 @@ def test_runs_may_be_commands(
     said = capsys.readouterr().err
     assert "wide-x4-320-s0 is missing: its command ended with 3" in said
     assert "1 of 5 runs" in said
+    assert command(["law", "sweep", grid, "--only", "nothing"]) == 2
+    assert "--only nothing: no run's name holds that" in capsys.readouterr().err
+    (tmp_path / "sweep/runs/records").rename(tmp_path / "kept")
+    (tmp_path / "sweep/runs/records").touch()
+    assert command(["law", "sweep", grid, "--only", "small-x4-320"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
+    (tmp_path / "sweep/runs/records").unlink()
+    (tmp_path / "kept").rename(tmp_path / "sweep/runs/records")
     assert command(["law", "sweep", grid, "--list"]) == 0
     said = capsys.readouterr().out
     assert "done     small-x1-320-s0\nmissing  small-x1-640-s0" in said
