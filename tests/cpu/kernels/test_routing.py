@@ -13,7 +13,7 @@ from fourfold.kernels.routing import (
     route,
     route_and_group,
 )
-from fourfold.kernels.routing.choose import ChoiceTile, choose_choice
+from fourfold.kernels.routing.choose import ChoiceTile, choose_choice, sorts_at_once
 from fourfold.kernels.routing.groups import RowGroups, choose_tile, most_tiles
 
 triton_routing = pytest.importorskip("fourfold.kernels.routing.triton_routing")
@@ -212,6 +212,15 @@ def test_few_tokens_choose_and_are_sorted_at_once(
     assert torch.equal(groups.order_R[:rows], wanted[2].order_R[:rows])
     # Those of tiles that there are not, too: products may look them up.
     assert torch.equal(groups.tiles_3N, wanted[2].tiles_3N)
+
+
+def test_only_few_scores_are_one_programs() -> None:
+    assert sorts_at_once(1, 1024)
+    assert sorts_at_once(16, 128)
+    assert sorts_at_once(16, 8)
+    assert not sorts_at_once(17, 8)
+    assert not sorts_at_once(9, 200)
+    assert not sorts_at_once(16, 129)
 
 
 def test_more_tokens_share_a_program_once_there_are_programs_enough() -> None:

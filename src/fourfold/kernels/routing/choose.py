@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-FEW_TOKENS = 16
-"""Tokens that one program chooses for and sorts: more would be long about it."""
+_FEW_TOKENS = 16
+_FEW_SCORES = 2048
 _OF_WARP = 512
 _ENOUGH_PROGRAMS = 1024
 
@@ -15,6 +15,13 @@ class ChoiceTile(NamedTuple):
 
     tokens: int
     warps: int
+
+
+def sorts_at_once(tokens: int, experts: int) -> bool:
+    """Whether one program is to choose for all tokens, a warp each, and to sort their rows: with
+    more scores it would take longer than many programs and another launch."""
+    width = 1 << (experts - 1).bit_length()
+    return tokens <= _FEW_TOKENS and tokens * width <= _FEW_SCORES
 
 
 def choose_choice(tokens: int, width: int) -> ChoiceTile:

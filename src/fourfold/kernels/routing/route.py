@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fourfold.kernels.routing import reference
-from fourfold.kernels.routing.choose import FEW_TOKENS
+from fourfold.kernels.routing.choose import sorts_at_once
 from fourfold.kernels.routing.group_rows import group_rows
 from fourfold.kernels.routing.groups import RowGroups
 
@@ -74,7 +74,7 @@ def route_and_group(
     """Gates and experts as `route` gives them, and what `group_rows` makes of these experts with
     `live_T`; at least one token. For few tokens on a GPU the choice sorts them, too."""
     _check(x_TD, weight_ED, rule)
-    if x_TD.is_cuda and len(x_TD) <= FEW_TOKENS:
+    if x_TD.is_cuda and sorts_at_once(len(x_TD), len(weight_ED)):
         from fourfold.kernels.routing.triton_route import launch_route_and_group
 
         return launch_route_and_group(x_TD, weight_ED, rule, bias_E, spread, live_T)

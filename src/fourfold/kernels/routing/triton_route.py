@@ -22,7 +22,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fourfold.kernels.dependent_launch import overlaps_launches
-from fourfold.kernels.routing.choose import FEW_TOKENS, choose_choice
+from fourfold.kernels.routing.choose import choose_choice
 from fourfold.kernels.routing.groups import RowGroups, choose_tile, most_tiles
 
 if TYPE_CHECKING:
@@ -401,7 +401,8 @@ def launch_route_and_group(
     spread: Spread | None,
     live_T: Tensor | None,
 ) -> tuple[Tensor, Tensor, RowGroups]:
-    """`route_and_group` of at least one token and at most `FEW_TOKENS`, in two launches."""
+    """`route_and_group` of at least one token and so few that an expert's rows fit one tile, in two
+    launches."""
     tokens, experts = x_TD.shape[0], weight_ED.shape[0]
     gates_TK, experts_TK = _empty_choice(x_TD, rule)
     rows = experts_TK.numel()
@@ -414,7 +415,7 @@ def launch_route_and_group(
     groups = RowGroups(empty(rows), empty(experts), tile, empty(3, tiles))
     scores, settings = _scored(x_TD, weight_ED, rule, bias_E, spread)
     together = triton.next_power_of_2(tokens)
-    assert together <= FEW_TOKENS <= tile, (tokens, tile)
+    assert together <= tile, (tokens, tile)
     _choose_and_group[(1,)](
         *scores,
         gates_TK,
