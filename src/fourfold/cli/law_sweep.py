@@ -90,7 +90,7 @@ def train_here(base: Path, run: Run) -> None:
     import torch
 
     from fourfold.cli import train
-    from fourfold.train.law.sweep import RunFailedError
+    from fourfold.train.law.grid import RunFailedError
 
     try:
         train.run(train.Options(config=base, set=run.overrides))
@@ -107,8 +107,7 @@ def train_here(base: Path, run: Run) -> None:
 
 def _commands(grid: Grid) -> Callable[[Run], None]:
     """Trains each run by a command of its own."""
-    from fourfold.train.law.grid import arguments
-    from fourfold.train.law.sweep import RunFailedError
+    from fourfold.train.law.grid import RunFailedError, arguments
 
     def launch(run: Run) -> None:
         words = [*grid.command, *arguments(grid, run)]

@@ -25,11 +25,15 @@ from pathlib import Path
 
 import msgspec
 
-from fourfold.errors import ConfigError
+from fourfold.errors import ConfigError, FourfoldError
 from fourfold.train.config import TrainConfig, read_config
 
 Value = str | int | float | bool
 Fields = dict[str, Value]
+
+
+class RunFailedError(FourfoldError):
+    """A run that came to no end; the sweep can go on with others."""
 
 
 class SizeSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

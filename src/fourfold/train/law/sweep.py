@@ -21,10 +21,10 @@ import msgspec
 import torch
 from msgspec import UNSET, UnsetType
 
-from fourfold.errors import ConfigError, FourfoldError
+from fourfold.errors import ConfigError
 from fourfold.models.loading import resolve_device
 from fourfold.train.data.shards import Shards
-from fourfold.train.law.grid import Cell, Chain, Grid, Run, arguments
+from fourfold.train.law.grid import Cell, Chain, Grid, Run, RunFailedError, arguments
 from fourfold.train.law.records import RunRecord, read_record, write_record
 from fourfold.train.metrics import EvaluationRecord, StepRecord, read_records
 from fourfold.train.model import Counts, count, model_config
@@ -35,10 +35,6 @@ Tell = Callable[[str], None]
 _WARM_UP_RECORDS = 1
 _CONFIG = "config.sha256"
 """In a run's folder: what it is of."""
-
-
-class RunFailedError(FourfoldError):
-    """A run that came to no end; the sweep can go on with others."""
 
 
 def is_done(grid: Grid, cell: Cell) -> bool:

@@ -3,6 +3,8 @@
 A worker trains one run after the other, so that starting it is paid for once. One that dies takes
 its run with it and no other: the next run gets a new process. A worker ends with the process that
 started it, however that ends.
+
+Imports nothing heavy: a worker's variables are set before torch reads them.
 """
 
 from __future__ import annotations
@@ -18,8 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from fourfold.train.law.grid import Grid, Run
-from fourfold.train.law.sweep import RunFailedError
+from fourfold.train.law.grid import Grid, Run, RunFailedError
 
 Train = Callable[[Path, Run], None]
 """Trains a run by its grid's base configuration. RunFailedError where that cannot be."""

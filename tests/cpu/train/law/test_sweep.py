@@ -17,9 +17,9 @@ from fourfold.cli.main import run as command
 from fourfold.errors import ConfigError
 from fourfold.train.data.grammar import Grammar, write_grammar
 from fourfold.train.data.grammar_config import GrammarConfig
-from fourfold.train.law.grid import Grid, Run, read_grid
+from fourfold.train.law.grid import Grid, Run, RunFailedError, read_grid
 from fourfold.train.law.records import read_records
-from fourfold.train.law.sweep import RunFailedError, sweep
+from fourfold.train.law.sweep import sweep
 from fourfold.train.metrics import EvaluationRecord, StepRecord
 
 BASE = """

@@ -16,9 +16,9 @@ from pathlib import Path
 import pytest
 
 from fourfold.cli.main import run as command
-from fourfold.train.law.grid import Grid, Run
+from fourfold.train.law.grid import Grid, Run, RunFailedError
 from fourfold.train.law.records import read_records
-from fourfold.train.law.sweep import RunFailedError, sweep
+from fourfold.train.law.sweep import sweep
 from fourfold.train.law.workers import Worker, environments
 from tests.cpu.train.law.test_sweep import corpus, leave, make, quiet
 
@@ -163,6 +163,13 @@ def test_each_worker_sees_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = [each["CUDA_VISIBLE_DEVICES"] for each in environments(2, 2)]
     assert seen == ["5", "GPU-a"]
     assert environments(4, 0) == [{"OMP_NUM_THREADS": "2"}] * 4
+
+
+def test_a_worker_sets_its_variables_before_torch_reads_them() -> None:
+    loads = "import sys, fourfold.train.law.workers, fourfold.cli.law_sweep as cli; cli.train_here"
+    subprocess.run(
+        [sys.executable, "-c", f"{loads}; assert 'torch' not in sys.modules"], check=True
+    )
 
 
 def test_several_workers_give_the_records_of_one(
