@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fourfold.kernels.routing.groups import RowGroups, choose_tile, most_tiles
-
-if TYPE_CHECKING:
-    from fourfold.kernels.routing.route import Rule, Spread
+from fourfold.kernels.routing.rule import Rule, Spread
 
 # Sigmoid scores may all underflow; their sum must not be divided by as zero.
 _SMALLEST = 1e-20

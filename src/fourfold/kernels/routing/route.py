@@ -9,8 +9,6 @@ Shapes: T tokens, D model width, E experts, K choices of a token.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -18,26 +16,7 @@ from fourfold.kernels.routing import reference
 from fourfold.kernels.routing.choose import sorts_at_once
 from fourfold.kernels.routing.group_rows import group_rows
 from fourfold.kernels.routing.groups import RowGroups
-
-
-class Rule(NamedTuple):
-    """How logits become gates."""
-
-    choices: int
-    score: Literal["softmax", "sigmoid"] = "softmax"
-    normalise: bool = True
-    """Whether a token's gates are divided by their sum."""
-    scale: float = 1.0
-    """A factor of the gates."""
-
-
-class Spread(NamedTuple):
-    """Rows choose among K neighbouring experts, the first from a hash of row, seed and step: even
-    whatever the weights, and repeatable."""
-
-    seed: int
-    steps: Tensor
-    """int64 scalar: how many calls there were, advanced by each on its device."""
+from fourfold.kernels.routing.rule import Rule, Spread
 
 
 def route(

@@ -13,7 +13,7 @@ Shapes: T tokens of a tile, D input channels of a block, E experts of a block, K
 # mypy: ignore-errors
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -24,9 +24,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from fourfold.kernels.dependent_launch import overlaps_launches
 from fourfold.kernels.routing.choose import choose_choice
 from fourfold.kernels.routing.groups import RowGroups, choose_tile, most_tiles
-
-if TYPE_CHECKING:
-    from fourfold.kernels.routing.route import Rule, Spread
+from fourfold.kernels.routing.rule import Rule, Spread
 
 _LOWEST = tl.constexpr(-3.0e38)
 _TAKEN = tl.constexpr(-(1 << 31))
