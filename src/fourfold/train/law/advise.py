@@ -37,8 +37,6 @@ Floats = NDArray[np.float64]
 _SIZES = 400
 _REACH = 64.0
 """How many times smaller or larger than those that were run a model may be."""
-_CHOSEN = 8
-"""Experts that a token of a sparse model chooses."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +45,8 @@ class Shapes:
 
     expert_share: float
     """Of active parameters, those in experts."""
+    chosen: int
+    """Experts that a token of a sparse model chooses."""
     aspect: float
     """Width over layers."""
     block: float
@@ -81,6 +81,7 @@ def shapes_of(records: Sequence[RunRecord]) -> Shapes:
     growth, height = np.polyfit(log_active, np.log(beyond), 1)
     return Shapes(
         expert_share=float(np.median(shares)),
+        chosen=round(float(np.median([r.chosen for r in sparse]))),
         aspect=float(np.median([r.width / r.layers for r in sparse])),
         block=float(np.median([r.active / (r.layers * r.width**2) for r in sparse])),
         overhead=float(np.exp(height)),
@@ -130,7 +131,8 @@ def _step_seconds(
 ) -> float:
     """A layer's experts as `decode_ffn` is priced, its projections as two dense products."""
     layers, width, hidden = shapes.layer(active)
-    chosen = _chosen(ratio)
+    # A dense model has one, as wide.
+    chosen = 1 if ratio == 1 else shapes.chosen
     ffn = ffn_work(
         config.batch,
         ExpertsShape(
@@ -154,11 +156,6 @@ def _step_seconds(
         for _ in range(2)
     )
     return layers * (costs.decode_ffn.seconds(ffn) + projections)
-
-
-def _chosen(ratio: float) -> int:
-    """Experts of a token; a dense model has one, as wide."""
-    return 1 if ratio == 1 else _CHOSEN
 
 
 def ratios_for(records: Sequence[RunRecord]) -> list[int]:

@@ -24,6 +24,8 @@ class RunRecord(
     """Of which size, by the grid's name."""
     ratio: int
     """Experts for each that a token chooses; 1: dense."""
+    chosen: int
+    """Experts that a token chooses; of a dense model those that its sparse twins' tokens choose."""
     seed: int
     active: int
     """Parameters that a token passes."""
@@ -52,8 +54,9 @@ class RunRecord(
     versions: dict[str, str]
 
     def __post_init__(self) -> None:
-        if min(self.active, self.total, self.tokens, self.ratio, self.evaluated_tokens) < 1:
-            raise ValueError(f"{self.name}: parameters, tokens and ratio are at least 1")
+        counts = (self.active, self.total, self.tokens, self.ratio, self.chosen)
+        if min(*counts, self.evaluated_tokens) < 1:
+            raise ValueError(f"{self.name}: parameters, tokens, experts and ratio are at least 1")
         # Also where it is not a number.
         if not 0 < self.loss < 1e3:
             raise ValueError(f"{self.name}: a loss of {self.loss} is none")

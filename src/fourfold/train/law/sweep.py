@@ -167,6 +167,7 @@ def record_of(grid: Grid, cell: Cell) -> RunRecord:
             chain=cell.chain,
             model=cell.model,
             ratio=cell.ratio,
+            chosen=config.model.experts_per_token,
             seed=cell.seed,
             active=counts.active_non_embedding,
             total=counts.non_embedding,

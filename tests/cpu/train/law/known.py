@@ -67,6 +67,7 @@ def record(millions: int, ratio: int, tokens: int, loss: float) -> RunRecord:
         chain=f"{millions}M-x{ratio}-s0",
         model=f"{millions}M",
         ratio=ratio,
+        chosen=4,
         seed=0,
         active=active,
         # Half of what a token passes are experts.

@@ -47,6 +47,7 @@ def advised(joint: Fit, records: list[RunRecord], **fields: Any) -> dict[int, Ad
 def test_shapes_are_those_of_the_runs(records: list[RunRecord]) -> None:
     shapes = shapes_of(records)
     assert shapes.expert_share == pytest.approx(0.5)
+    assert shapes.chosen == 4
     for record in records:
         assert shapes.total(record.active, record.ratio) == pytest.approx(record.total, rel=1e-2)
         flops = shapes.flops_per_token(record.active)

@@ -186,6 +186,7 @@ def test_a_record_tells_what_was_trained(make: Callable[..., Grid]) -> None:
     assert sparse.tokens_per_second == 250.0
     assert sparse.mfu is msgspec.UNSET
     assert (sparse.chain, sparse.ratio, sparse.bytes_per_token) == ("small-x4-s0", 4, 1.0)
+    assert sparse.chosen == dense.chosen == 2
 
 
 def test_a_run_that_fails_is_missing(make: Callable[..., Grid]) -> None:
