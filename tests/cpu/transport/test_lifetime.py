@@ -120,15 +120,16 @@ def test_the_memory_of_a_region_outlives_it() -> None:
     assert bytes(view) == b"x" * 100
 
 
-def test_a_link_says_what_it_found(caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_a_link_says_what_it_found(way: Way, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        pair = Pair(Way(TransportPath.TCP))
+        pair = Pair(way)
         pair.sender.link(pair.receiver.peer)
         until(lambda: "go over" in caplog.text)
         pair.close()
     (line,) = [line for line in caplog.messages if "go over" in line]
     assert "pages to decode (127.0.0.1:" in line
-    assert "tcp x2" in line
+    assert f"go over {way.described}: " in line
     assert "GB/s" in line
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import importlib.util
+import os
 import signal
 import subprocess
 import sys
@@ -276,8 +277,15 @@ def another_process() -> Iterator[tuple[subprocess.Popen[bytes], Exposed]]:
         process.wait()
 
 
-def join(liar: Forger, offer: Exposed, reader: Node) -> None:
-    """Has `reader` read the memory once, so that it is connected."""
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Returns when all of its threads stand still."""
+    process.send_signal(signal.SIGSTOP)
+    os.waitpid(process.pid, os.WUNTRACED)
+
+
+def join(offer: Exposed, reader: Node) -> Forger:
+    """A peer of `reader` whose memory that one has read once, and so is connected with."""
+    liar = Forger(reader.peer)  # not before, for a silent one is given up
     liar.say(offer)
     assert liar.hear() == Joined([0], "")
     arrived = Outcome()
@@ -285,15 +293,16 @@ def join(liar: Forger, offer: Exposed, reader: Node) -> None:
     describe(liar, 1, bytes([owner.BYTE]) * 100, part_of(0, 0, 100))
     assert arrived.wait() is None
     reader.forget(1)
+    return liar
 
 
 @needs_nixl
-def test_pages_taken_back_amid_a_read_are_not_written(reader: Node, liar: Forger) -> None:
+def test_pages_taken_back_amid_a_read_are_not_written(reader: Node) -> None:
     """The owner is stopped, so that a READ is under way for as long as it takes, and goes on when
     the pages have another owner."""
     with another_process() as (process, offer):
-        join(liar, offer, reader)
-        process.send_signal(signal.SIGSTOP)
+        liar = join(offer, reader)
+        stop(process)
         target, arrived = Memory(1, 1, owner.SIZE), Outcome()
         reader.expect(2, None, target, arrived)
         describe(liar, 2, bytes([owner.BYTE]) * owner.SIZE, part_of(0, 0, owner.SIZE))
@@ -306,6 +315,7 @@ def test_pages_taken_back_amid_a_read_are_not_written(reader: Node, liar: Forger
         time.sleep(0.5)  # for what might come late
         assert bytes(target.buffer) == expected
         assert arrived.calls == []
+    liar.close()
     works(reader)
 
 
@@ -315,10 +325,10 @@ def under_way(reader: Node) -> bool:
 
 
 @needs_nixl
-def test_an_owner_that_dies_amid_a_read_fails_the_lease(reader: Node, liar: Forger) -> None:
+def test_an_owner_that_dies_amid_a_read_fails_the_lease(reader: Node) -> None:
     with another_process() as (process, offer):
-        join(liar, offer, reader)
-        process.send_signal(signal.SIGSTOP)
+        liar = join(offer, reader)
+        stop(process)
         arrived = Outcome()
         reader.expect(2, None, Memory(1, 1, owner.SIZE), arrived)
         describe(liar, 2, bytes([owner.BYTE]) * owner.SIZE, part_of(0, 0, owner.SIZE))
@@ -326,17 +336,17 @@ def test_an_owner_that_dies_amid_a_read_fails_the_lease(reader: Node, liar: Forg
         process.kill()
         assert "a READ failed" in arrived.failure()
     liar.wait_until_closed()
+    liar.close()
     reader.forget(2)
     works(reader)
 
 
 @needs_nixl
 def test_a_read_that_does_not_come_back_is_given_up() -> None:
-    reader = make_node("decode", 2, path=TransportPath.RDMA, stall_seconds=2.0)
+    reader = make_node("decode", 2, path=TransportPath.RDMA, stall_seconds=5.0)
     with another_process() as (process, offer):
-        liar = Forger(reader.peer)
-        join(liar, offer, reader)
-        process.send_signal(signal.SIGSTOP)
+        liar = join(offer, reader)
+        stop(process)
         arrived = Outcome()
         reader.expect(2, None, Memory(1, 1, owner.SIZE), arrived)
         describe(liar, 2, bytes([owner.BYTE]) * owner.SIZE, part_of(0, 0, owner.SIZE))
@@ -348,7 +358,7 @@ def test_a_read_that_does_not_come_back_is_given_up() -> None:
             return bool(arrived.calls)
 
         until(over)
-        assert "a READ has not come back for 2 s" in arrived.failure()
+        assert "a READ has not come back for 5 s" in arrived.failure()
     reader.forget(2)
     liar.close()
     reader.close()
