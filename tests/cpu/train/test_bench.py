@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,32 @@ def test_a_family_without_peers_is_refused(tmp_path: Path) -> None:
     config = toy.config(tmp_path, toy.SIGMOID)
     with pytest.raises(ConfigError, match=r"router\.score"):
         make_peer("plain", config, toy.decoder_config(config), CPU)
+
+
+def test_a_compiled_peer_takes_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dense one: torch traces grouped products of bfloat16 only, which a GPU has."""
+    # Making code of what is traced takes long, and is torch's affair.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    config = toy.config(tmp_path, PLAIN, toy.DENSE)
+    peer = make_peer("compiled", config, toy.decoder_config(config), CPU)
+    assert isinstance(peer, Theirs)
+    before = [parameter.detach().clone() for parameter in peer.model.parameters()]
+    peer.step()
+    torch.compiler.reset()
+    after = peer.model.parameters()
+    assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
+
+
+def test_a_peer_that_is_not_installed_is_named_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before anything is measured."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    file = tmp_path / "run.toml"
+    file.write_text(FILE)
+    with pytest.raises(ConfigError, match="torchtitan is not installed"):
+        main(TrainBenchConfig(config=file, peers=("torchtitan",), vocabulary=64))
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), TypeError("no such option")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
@@ -70,7 +71,8 @@ class Theirs:
     ) -> None:
         self._config, self._device = config, device
         self.model = model
-        self._forward = forward or model
+        # What torch.compile makes has no truth value.
+        self._forward = model if forward is None else forward
         batches = RandomBatches(config.data.rows, config.data.length, vocabulary)
         # There already: a peer is not to wait for copies that a loader would make in time.
         every = range(_DIFFERENT_BATCHES)
@@ -107,12 +109,23 @@ class Theirs:
         return loss / tokens_in_step
 
 
-def make_peer(peer: Peer, config: TrainConfig, model: ModelConfig, device: torch.device) -> Engine:
-    """A peer of our trainer. ConfigError where it is not installed or has no such model."""
+def check_peer(peer: Peer, model: ModelConfig) -> None:
+    """ConfigError where a peer is not installed or has no such model."""
     if model.family == "glm4_moe":
         raise ConfigError(
             f'{peer} has no sigmoid router with shared experts; use router.score = "softmax"'
         )
+    if peer != "torchtitan":
+        return
+    if importlib.util.find_spec("torchtitan") is None:
+        raise ConfigError("torchtitan is not installed; `pip install torchtitan`, or leave it out")
+    if model.dense_layers:
+        raise ConfigError("torchtitan's Qwen3 has no dense first layers; use model.dense_layers=0")
+
+
+def make_peer(peer: Peer, config: TrainConfig, model: ModelConfig, device: torch.device) -> Engine:
+    """A peer of our trainer. ConfigError where `check_peer` raises one."""
+    check_peer(peer, model)
     if peer == "torchtitan":
         return _torchtitan(config, model, device)
     with device:
@@ -123,13 +136,9 @@ def make_peer(peer: Peer, config: TrainConfig, model: ModelConfig, device: torch
 
 def _torchtitan(config: TrainConfig, model: ModelConfig, device: torch.device) -> Engine:
     """torchtitan's Qwen3 on one device; its builders are not public, and of version 0.3."""
-    try:
-        from torchtitan.models import qwen3
-        from torchtitan.models.common import CosSinRoPE, Embedding, Linear
-    except ImportError as error:
-        raise ConfigError(f"torchtitan cannot be used here ({error}); leave it out") from None
-    if model.dense_layers:
-        raise ConfigError("torchtitan's Qwen3 has no dense first layers; use model.dense_layers=0")
+    from torchtitan.models import qwen3
+    from torchtitan.models.common import CosSinRoPE, Embedding, Linear
+
     drawn = {"weight": partial(nn.init.normal_, std=0.02)}
     shared: dict[str, Any] = {
         "n_layers": model.layers,

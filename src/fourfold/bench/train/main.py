@@ -15,7 +15,7 @@ from fourfold.bench.command_line import command_line
 from fourfold.bench.figures import format_figure
 from fourfold.bench.record import DEFAULT_PACKAGES, Result, new_record, write
 from fourfold.bench.train.config import Form, TrainBenchConfig
-from fourfold.bench.train.engines import Engine, Ours, make_peer
+from fourfold.bench.train.engines import Engine, Ours, check_peer, make_peer
 from fourfold.errors import ConfigError
 from fourfold.models.config import ModelConfig
 from fourfold.models.loading import resolve_device
@@ -38,6 +38,10 @@ def main(options: TrainBenchConfig) -> int:
         if parallel.world > 1:
             raise ConfigError("steps are measured on one device; start it without torchrun")
         for form in options.forms:
+            _, model = _of_form(options, config, form)
+            for peer in options.peers:
+                check_peer(peer, model)
+        for form in options.forms:
             for result in _measure_form(options, config, form, parallel.device):
                 print(_line(result), flush=True)
                 results.append(result)
@@ -48,15 +52,21 @@ def main(options: TrainBenchConfig) -> int:
     return 0
 
 
-def _measure_form(
-    options: TrainBenchConfig, config: TrainConfig, form: Form, device: torch.device
-) -> list[Result]:
+def _of_form(
+    options: TrainBenchConfig, config: TrainConfig, form: Form
+) -> tuple[TrainConfig, ModelConfig]:
     section = msgspec.structs.replace(config.model, form=form)
     # No checkpoint of an earlier run may be continued.
     run = msgspec.structs.replace(config.run, folder="/nonexistent", start_from=None)
-    config = msgspec.structs.replace(config, model=section, run=run)
     vocabulary = section.vocabulary or options.vocabulary
     model = model_config(section, config.router, vocabulary, None)
+    return msgspec.structs.replace(config, model=section, run=run), model
+
+
+def _measure_form(
+    options: TrainBenchConfig, config: TrainConfig, form: Form, device: torch.device
+) -> list[Result]:
+    config, model = _of_form(options, config, form)
     counts = count(model, config.data.length)
     case = (
         f"{form}, {counts.active / 1e6:.0f}M of {counts.total / 1e6:.0f}M active, rows of "
@@ -80,7 +90,7 @@ def _measure_form(
             print(f"{case}: {name} is left out: it does not fit", file=sys.stderr)
         except Exception as error:
             # What was measured is worth more than a peer of another release.
-            if name == "fourfold" or isinstance(error, ConfigError):
+            if name == "fourfold":
                 raise
             reason = f"{type(error).__name__}: {error}"
             print(f"{case}: {name} is left out: it fails ({reason})", file=sys.stderr)
