@@ -83,8 +83,7 @@ def compare(work: Work, timer: Timer, *, leave_out: Sequence[Tiles] = ()) -> Res
     best = order[0]
     of_best = f"{seconds[0] / seconds[best]:.2f} times the best of {len(tried)}"
     print(
-        f"{work.name}: chosen {format_figure(seconds[0], 's')} ({of_best}): "
-        f"{describe(work.chosen)}"
+        f"{work.name}: chosen {format_figure(seconds[0], 's')} ({of_best}): {describe(work.chosen)}"
     )
     for place in order[:_SHOWN]:
         print(f"    {format_figure(seconds[place], 's')}  {describe(tried[place])}", flush=True)
