@@ -6,20 +6,19 @@ from __future__ import annotations
 import collections
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Generic, TypeVar
 
 from fourfold.transport.pieces import Part, Piece
 
-if TYPE_CHECKING:
-    from fourfold.transport.transfers import Transfer
-
+Transfer = TypeVar("Transfer")
+"""Whose runs they are; here only told apart."""
 _MAX_LAYERS, _MAX_PAGES = 1 << 16, 1 << 32
 SPLIT_BYTES = 1 << 20
 """A page of more is sent in parts."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Slice:
+class Slice(Generic[Transfer]):
     """What one frame carries; the names are those of its header."""
 
     transfer: Transfer
@@ -34,7 +33,7 @@ class Slice:
     size: int = 0
 
 
-class _Run:
+class _Run(Generic[Transfer]):
     """A piece and how much of it has been cut off."""
 
     def __init__(self, transfer: Transfer, piece: Piece) -> None:
@@ -82,12 +81,12 @@ class _Run:
         return taken
 
 
-class Cutter:
+class Cutter(Generic[Transfer]):
     """Runs that wait, in order, and the frames they are cut into. For one thread at a time."""
 
     def __init__(self, slice_bytes: int) -> None:
         self.slice_bytes = slice_bytes
-        self._runs: collections.deque[_Run] = collections.deque()
+        self._runs: collections.deque[_Run[Transfer]] = collections.deque()
 
     def __bool__(self) -> bool:
         return bool(self._runs)
@@ -102,7 +101,7 @@ class Cutter:
         """Takes a transfer's runs out."""
         self._runs = collections.deque(run for run in self._runs if run.transfer is not transfer)
 
-    def cut(self) -> Slice:
+    def cut(self) -> Slice[Transfer]:
         """The next frame; there must be a run."""
         run = self._runs[0]
         if run.page_bytes > SPLIT_BYTES:
@@ -128,7 +127,7 @@ class Cutter:
             views=views,
         )
 
-    def _join(self, run: _Run, views: list[memoryview]) -> int:
+    def _join(self, run: _Run[Transfer], views: list[memoryview]) -> int:
         """Adds the same pages of the layers that follow, while they fit; how many layers."""
         piece, joined = run.piece, 0
         while self._runs:
@@ -147,7 +146,7 @@ class Cutter:
             joined += 1
         return joined
 
-    def _cut_page(self, run: _Run) -> Slice:
+    def _cut_page(self, run: _Run[Transfer]) -> Slice[Transfer]:
         """A part of a page that is too large for one frame."""
         piece, offset = run.piece, run.offset
         length = min(self.slice_bytes, run.page_bytes - offset)

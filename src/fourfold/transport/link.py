@@ -318,7 +318,7 @@ class Link:
         except OSError as error:
             self._break(f"a stream broke: {error.strerror or error}")
 
-    def _send(self, wire: Wire, part: Slice) -> None:
+    def _send(self, wire: Wire, part: Slice[Transfer]) -> None:
         self._counters.begin()
         sent, problem = 0, None
         try:
@@ -336,7 +336,7 @@ class Link:
             self._counters.end(0 if problem else sent)
             self._transfers.gave(part, problem)
 
-    def _head(self, part: Slice, kind: Kind, extents: int) -> bytes:
+    def _head(self, part: Slice[Transfer], kind: Kind, extents: int) -> bytes:
         return encode_header(
             Header(
                 kind=kind,

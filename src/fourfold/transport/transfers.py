@@ -76,7 +76,7 @@ class Transfers:
         """`tell` sends the receiver a message; it is called only after `open`."""
         self._counters, self._notifier, self._tell = counters, notifier, tell
         self._changed = threading.Condition()
-        self._cutter = Cutter(slice_bytes)
+        self._cutter: Cutter[Transfer] = Cutter(slice_bytes)
         self._transfers: dict[int, Transfer] = {}
         self._open = False
         self._credit = 0
@@ -141,7 +141,7 @@ class Transfers:
             self._moved = time.monotonic()
             self._changed.notify_all()
 
-    def take(self) -> Slice | None:
+    def take(self) -> Slice[Transfer] | None:
         """The next frame, when there is one and credit for it; None when nothing is sent any
         more. Each is followed by `gave`."""
         with self._changed:
@@ -159,7 +159,7 @@ class Transfers:
             part.transfer.sending += 1
             return part
 
-    def gave(self, part: Slice, problem: str | None = None) -> None:
+    def gave(self, part: Slice[Transfer], problem: str | None = None) -> None:
         """A frame has been sent, or could not be."""
         transfer = part.transfer
         with self._changed:
