@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from fourfold.bench.record import Result
+
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _SIZES = frozenset({"B", "KB", "MB", "GB", "TB", "KiB", "MiB", "GiB", "TiB"})
 _RATES = frozenset({"GFLOPS", "TFLOPS", "PFLOPS", "TOPS"})
@@ -45,3 +47,13 @@ def significant(value: float, digits: int = 3) -> str:
         return "0"
     decimals = max(0, digits - 1 - math.floor(math.log10(abs(rounded))))
     return f"{rounded:,.{decimals}f}"
+
+
+def result_line(result: Result, metric_width: int) -> str:
+    """A figure as a line to read: its case, its metric, its value, and its share of the peer's."""
+    peer = ""
+    if isinstance(result.peer_value, float):
+        share = result.value / result.peer_value
+        peer = f"  {share:.2f} of {format_figure(result.peer_value, result.unit)} ({result.peer})"
+    value = format_figure(result.value, result.unit)
+    return f"{result.case}  {result.metric:<{metric_width}}{value:>12}{peer}"

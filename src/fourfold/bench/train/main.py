@@ -12,7 +12,7 @@ import msgspec
 import torch
 
 from fourfold.bench.command_line import command_line
-from fourfold.bench.figures import format_figure
+from fourfold.bench.figures import result_line
 from fourfold.bench.record import DEFAULT_PACKAGES, Result, new_record, write
 from fourfold.bench.train.config import Form, TrainBenchConfig
 from fourfold.bench.train.engines import Engine, Ours, check_peer, make_peer
@@ -43,7 +43,7 @@ def main(options: TrainBenchConfig) -> int:
                 check_peer(peer, model)
         for form in options.forms:
             for result in _measure_form(options, config, form, parallel.device):
-                print(_line(result), flush=True)
+                print(result_line(result, 24), flush=True)
                 results.append(result)
     if options.out is not None:
         command = command_line("fourfold bench train", options, positional="config")
@@ -166,12 +166,3 @@ def _results(
         if most
     ]
     return results
-
-
-def _line(result: Result) -> str:
-    peer = ""
-    if isinstance(result.peer_value, float):
-        share = result.value / result.peer_value
-        peer = f"  {share:.2f} of {format_figure(result.peer_value, result.unit)} ({result.peer})"
-    value = format_figure(result.value, result.unit)
-    return f"{result.case}  {result.metric:<24}{value:>12}{peer}"

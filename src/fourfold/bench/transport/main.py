@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from msgspec import UNSET
 
 from fourfold.bench.command_line import command_line
-from fourfold.bench.figures import format_figure
+from fourfold.bench.figures import result_line
 from fourfold.bench.record import Result, new_record, write
 from fourfold.bench.transport.config import TransportBenchConfig
 from fourfold.bench.transport.near import FarProcess, Near, OurLink, Sample
@@ -40,7 +40,7 @@ def main(config: TransportBenchConfig) -> int:
                 case = f"{link.path}, {_describe(config, run_pages)}"
                 found = _measure(config, path, link, _baseline(near, path), case)
             for result in found:
-                print(_line(result), flush=True)
+                print(result_line(result, 34), flush=True)
             results += found
     finally:
         far.close()
@@ -139,12 +139,3 @@ def _round_trips(case: str, link: OurLink) -> list[Result]:
 def _median(samples: Sequence[Sample], field: str) -> float:
     values: list[float] = [getattr(sample, field) for sample in samples]
     return statistics.median(values)
-
-
-def _line(result: Result) -> str:
-    peer = ""
-    if isinstance(result.peer_value, float):
-        share = result.value / result.peer_value
-        peer = f"  {share:.2f} of {format_figure(result.peer_value, result.unit)} ({result.peer})"
-    value = format_figure(result.value, result.unit)
-    return f"{result.case}  {result.metric:<34}{value:>12}{peer}"
