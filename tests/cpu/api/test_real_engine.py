@@ -43,7 +43,7 @@ def real_server() -> Iterator[Server]:
         limits=GatewayLimits(max_output_tokens=512),
         names=("default",),
     )
-    api = ApiConfig(port=0, header_timeout=0.5, body_timeout=0.5, drain_timeout=5.0)
+    api = ApiConfig(port=0, header_timeout=2.0, body_timeout=2.0, drain_timeout=5.0)
     with running_server(make_cluster(setup).gateway, api) as server:
         yield server
 
