@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +19,8 @@ import transformers
 from tests.cpu import tiny
 
 torch.set_num_threads(1)  # the models are tiny, and test runs share their cores
+# A shell has what it runs in the background ignore Ctrl-C, and so would the programs tested.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

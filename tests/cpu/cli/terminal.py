@@ -96,11 +96,8 @@ class Terminal:
 
 
 def _own_terminal() -> None:
-    """Makes standard input the terminal that Ctrl-C comes from, also where whoever runs the tests
-    ignores Ctrl-C, as a shell has what it runs in the background do."""
+    """Makes standard input the terminal that Ctrl-C comes from."""
     import fcntl
-    import signal
     import termios
 
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
     fcntl.ioctl(0, termios.TIOCSCTTY, 0)
