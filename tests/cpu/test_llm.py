@@ -16,7 +16,8 @@ import pytest
 
 from fourfold import LLM
 from fourfold.engine.messages import FinishReason, SamplingParams
-from fourfold.errors import ConfigError, DrainingError, RequestError
+from fourfold.engine.scheduler import Scheduler
+from fourfold.errors import ConfigError, DrainingError, RequestError, RequestFailedError
 from fourfold.gateway.generation import GenerationOptions
 from fourfold.gateway.tokenizer import Tokenizer
 from fourfold.llm import Asked, Result
@@ -245,6 +246,21 @@ def test_a_closed_model_is_gone_and_says_so(
     with pytest.raises(DrainingError, match="closed"):
         llm.generate("rain")
     assert threading.active_count() <= before
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_an_engine_that_ends_by_itself_leaves_nobody_waiting(
+    checkpoint: Callable[[str], Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("a mistake of ours")
+
+    monkeypatch.setattr(Scheduler, "commit", fail)
+    with LLM(checkpoint("mixtral"), tokenizer=folder, kv_memory_gib=0.02) as llm:
+        with pytest.raises(RequestFailedError, match="a mistake of ours"):
+            llm.generate(["rain", "snow"])
+        with pytest.raises(DrainingError):
+            llm.generate("rain")
 
 
 def test_a_program_may_end_without_closing(checkpoint: Callable[[str], Path], folder: Path) -> None:

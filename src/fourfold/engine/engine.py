@@ -40,7 +40,7 @@ from fourfold.engine.page_pool import PagePool
 from fourfold.engine.runner import Launched, Runner
 from fourfold.engine.scheduler import Scheduler, StepPlan
 from fourfold.engine.sequence import Sequence
-from fourfold.errors import ConfigError
+from fourfold.errors import ConfigError, FourfoldError
 from fourfold.kernels import device_memory
 from fourfold.transport.format import PageFormat
 from fourfold.transport.node import Node
@@ -94,6 +94,8 @@ class Engine:
         self._tell: Tell = lambda news: None
         self.on_device_lost: Callable[[], None] = lambda: None
         """Called on the thread when a step failed and none will succeed; then its samples fail."""
+        self.on_failure: Callable[[FourfoldError], None] = lambda error: None
+        """Called on the thread when it ends by itself: nobody hears of what is under way."""
         self._thread: threading.Thread | None = None
         self._totals = EngineStats(pages_total=runner.page_count)
         self._ahead = 1 if config.overlap else 0
@@ -333,6 +335,13 @@ class Engine:
             self._tell(news)
 
     def _run(self, emit: Emit) -> None:
+        try:
+            self._serve(emit)
+        except Exception as error:  # a mistake of ours, after which nothing is certain
+            self.on_failure(FourfoldError(f"the engine has ended: {_reason(error)}"))
+            raise
+
+    def _serve(self, emit: Emit) -> None:
         worked = True
         while (ended := self.receive(wait=not worked)) is not None:
             self._turn_began = time.perf_counter()

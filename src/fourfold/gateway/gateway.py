@@ -173,6 +173,11 @@ class Gateway:
             generation.cancel(RequestFailedError(f"the request was lost: {failure}"))
         self._on_failure()
 
+    def fail_soon(self, failure: FourfoldError) -> None:
+        """`fail`, for the engine's own thread."""
+        assert self._loop is not None, "the engine runs, so the gateway was started"
+        self._loop.call_soon_threadsafe(self.fail, failure)
+
     def abort_all(self) -> None:
         for generation in list(self._active.values()):
             generation.cancel(DrainingError("the server is shutting down and ended the request"))

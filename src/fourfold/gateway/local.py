@@ -27,7 +27,9 @@ def make_gateway(setup: GatewaySetup, progress: Progress = lambda done, total: N
     starts it. Raises `ConfigError` and `CheckpointError`."""
     tokenizer = load_tokenizer(setup.tokenizer)
     engine, model = build_engine(setup.engine, progress)
-    return assemble(setup, engine, tokenizer, model)
+    gateway = assemble(setup, engine, tokenizer, model)
+    engine.on_failure = gateway.fail_soon
+    return gateway
 
 
 def assemble(
