@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import statistics
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -140,8 +139,8 @@ def _replayed(work: Callable[[], object]) -> float:
     graph.replay()
     times: list[float] = []
     for _ in range(_REPLAYS):
-        begin: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        end: Any = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        begin = torch.Event("cuda", enable_timing=True)
+        end = torch.Event("cuda", enable_timing=True)
         begin.record()
         graph.replay()
         end.record()

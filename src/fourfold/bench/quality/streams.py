@@ -81,7 +81,7 @@ class Following(nn.Module):
 def replace_router(block: Block, kind: type[Recording | Following], routes: Routes) -> None:
     """Lets a layer record its choices of experts, or follow those recorded."""
     if isinstance(block.ffn, SparseFFN):
-        block.ffn.router = kind(block.ffn.router, routes)  # type: ignore[assignment]
+        block.ffn.router = kind(block.ffn.router, routes)  # type: ignore[assignment]  # it stands in
 
 
 def stream_turn(config: ModelConfig, device: torch.device) -> Tensor:

@@ -91,7 +91,7 @@ class Theirs:
     def step(self) -> None:
         micro = self._config.run.micro_rows or self._config.data.rows
         for tokens in torch.split(self._tokens[self._steps % len(self._tokens)], micro):
-            self.loss(tokens).backward()  # type: ignore[no-untyped-call]
+            self.loss(tokens).backward()  # type: ignore[no-untyped-call]  # torch gives no type
         nn.utils.clip_grad_norm_(self.model.parameters(), self._config.optimizer.clip)
         self._optimizer.step()
         self._optimizer.zero_grad()

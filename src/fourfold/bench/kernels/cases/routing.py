@@ -41,9 +41,19 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield _combine(tokens, device)
 
 
-def _route(tokens: int, device: torch.device) -> Case:
+def _router(tokens: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Tokens, and a router's weights."""
     x_TD = torch.randn(tokens, _WIDTH, dtype=torch.bfloat16, device=device)
-    weight_ED = torch.randn(_EXPERTS, _WIDTH, device=device) * _WIDTH**-0.5
+    return x_TD, torch.randn(_EXPERTS, _WIDTH, device=device) * _WIDTH**-0.5
+
+
+def _gates_off(gates_TK: Tensor, x_TD: Tensor, weight_ED: Tensor) -> float:
+    exact_TK = (x_TD.double() @ weight_ED.double().T).topk(_CHOICES).values.softmax(-1)
+    return float((gates_TK - exact_TK).norm() / exact_TK.norm())
+
+
+def _route(tokens: int, device: torch.device) -> Case:
+    x_TD, weight_ED = _router(tokens, device)
     run = partial(route, x_TD, weight_ED, Rule(_CHOICES))
 
     def plain() -> tuple[Tensor, Tensor]:
@@ -52,8 +62,7 @@ def _route(tokens: int, device: torch.device) -> Case:
         return chosen.values.softmax(-1), chosen.indices
 
     def error() -> float:
-        exact = (x_TD.double() @ weight_ED.double().T).topk(_CHOICES).values.softmax(-1)
-        return float((run()[0] - exact).norm() / exact.norm())
+        return _gates_off(run()[0], x_TD, weight_ED)
 
     size = tokens * (2.0 * _WIDTH + 12 * _CHOICES) + 4 * _EXPERTS * _WIDTH
     return Case(
@@ -71,8 +80,7 @@ def _route(tokens: int, device: torch.device) -> Case:
 
 
 def _route_and_group(tokens: int, device: torch.device) -> Case:
-    x_TD = torch.randn(tokens, _WIDTH, dtype=torch.bfloat16, device=device)
-    weight_ED = torch.randn(_EXPERTS, _WIDTH, device=device) * _WIDTH**-0.5
+    x_TD, weight_ED = _router(tokens, device)
     rule = Rule(_CHOICES)
     run = partial(route_and_group, x_TD, weight_ED, rule)
 
@@ -80,10 +88,9 @@ def _route_and_group(tokens: int, device: torch.device) -> Case:
         return group_rows(route(x_TD, weight_ED, rule)[1], _EXPERTS)
 
     def error() -> float:
-        exact = (x_TD.double() @ weight_ED.double().T).topk(_CHOICES).values.softmax(-1)
         gates_TK, _, groups = run()
         same = torch.equal(groups.order_R, apart().order_R)
-        return float((gates_TK - exact).norm() / exact.norm()) if same else 1.0
+        return _gates_off(gates_TK, x_TD, weight_ED) if same else 1.0
 
     size = tokens * (2.0 * _WIDTH + 16 * _CHOICES) + 4 * _EXPERTS * _WIDTH
     return Case(
