@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 # As the command line sets it, before torch is imported: runs that share cores end much sooner.
@@ -21,6 +22,14 @@ from tests.cpu import tiny
 torch.set_num_threads(1)  # the models are tiny, and test runs share their cores
 # A shell has what it runs in the background ignore Ctrl-C, and so would the programs tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def own_excepthook() -> Iterator[None]:
+    """A worker made by a test has every thread that fails end the process; not that of others."""
+    hook = threading.excepthook
+    yield
+    threading.excepthook = hook
 
 
 @pytest.fixture(scope="session")

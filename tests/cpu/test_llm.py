@@ -248,13 +248,13 @@ def test_a_closed_model_is_gone_and_says_so(
     assert threading.active_count() <= before
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_an_engine_that_ends_by_itself_leaves_nobody_waiting(
     checkpoint: Callable[[str], Path], folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("a mistake of ours")
 
+    monkeypatch.setattr(threading, "excepthook", lambda args: None)
     monkeypatch.setattr(Scheduler, "commit", fail)
     with LLM(checkpoint("mixtral"), tokenizer=folder, kv_memory_gib=0.02) as llm:
         with pytest.raises(RequestFailedError, match="a mistake of ours"):
