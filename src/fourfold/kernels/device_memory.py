@@ -62,14 +62,8 @@ class _Access(ctypes.Structure):
 def share(size: int, device: torch.device) -> tuple[Tensor, DeviceMemory]:
     """Zeros, uint8 [size], and how others map them. They live as long as the tensor, and others'
     mappings. Raises `DeviceMemoryError`."""
-    properties = _Properties(
-        type=_PINNED,
-        requestedHandleTypes=_POSIX_FD,
-        location=_Location(_DEVICE, _index(device)),
-    )
-    granularity = ctypes.c_size_t()
-    _call("cuMemGetAllocationGranularity", ctypes.byref(granularity), properties, _MINIMUM)
-    room = -(-size // granularity.value) * granularity.value
+    properties = _properties(device)
+    room = _room(size, properties)
     handle = ctypes.c_ulonglong()
     _call("cuMemCreate", ctypes.byref(handle), ctypes.c_size_t(room), properties, _u64(0))
     try:
@@ -81,7 +75,7 @@ def share(size: int, device: torch.device) -> tuple[Tensor, DeviceMemory]:
     weakref.finalize(memory, os.close, descriptor.value)
     _let_others_ask()
     tensor = torch.as_tensor(memory, device=device)[:size]
-    return tensor.zero_(), DeviceMemory(os.getpid(), descriptor.value, room)
+    return tensor.zero_(), DeviceMemory(os.getpid(), descriptor.value, size)
 
 
 def attach(memory: DeviceMemory, device: torch.device) -> Tensor:
@@ -99,10 +93,25 @@ def attach(memory: DeviceMemory, device: torch.device) -> Tensor:
     finally:
         os.close(descriptor)
     try:
-        mapped = _map(handle, memory.size, device)
+        mapped = _map(handle, _room(memory.size, _properties(device)), device)
     finally:
         _call("cuMemRelease", handle)
-    return torch.as_tensor(mapped, device=device)
+    return torch.as_tensor(mapped, device=device)[: memory.size]
+
+
+def _properties(device: torch.device) -> _Properties:
+    return _Properties(
+        type=_PINNED,
+        requestedHandleTypes=_POSIX_FD,
+        location=_Location(_DEVICE, _index(device)),
+    )
+
+
+def _room(size: int, properties: _Properties) -> int:
+    """What memory of this size takes: whole pieces of the device's memory."""
+    granularity = ctypes.c_size_t()
+    _call("cuMemGetAllocationGranularity", ctypes.byref(granularity), properties, _MINIMUM)
+    return -(-size // granularity.value) * granularity.value
 
 
 class _Mapped:

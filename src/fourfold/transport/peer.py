@@ -13,6 +13,7 @@ class DeviceMemory(msgspec.Struct, frozen=True):
     process: int
     descriptor: int
     size: int
+    """Bytes that are meant; a mapping takes whole pieces of the device's memory."""
 
 
 class DevicePages(msgspec.Struct, frozen=True, kw_only=True):

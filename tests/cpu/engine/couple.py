@@ -116,7 +116,7 @@ class Couple:
             self.submit(request)
         with self.changed:
             done = self.changed.wait_for(lambda: all(map(self.finished, requests)), PATIENCE)
-        assert done, "no answer"
+        assert done, f"no answer; moved: {dict(self.moved)}"
         return [
             [self.tokens(request.request_id, index) for index in range(request.n)]
             for request in requests
