@@ -102,3 +102,29 @@ def test_graphs_change_nothing(model: Decoder) -> None:
             assert len(first.top) == len(second.top)
     same = [tokens(recorded[sample]) == tokens(eager[sample]) for sample in eager]
     assert sum(same) >= 0.6 * len(same)
+
+
+def test_after_memory_ran_out_steps_are_recorded_again(model: Decoder) -> None:
+    config = EngineConfig(kv_memory_gib=0.25, max_running=8, step_tokens=300)
+    runner = Runner(model, config, pages_of(model, PageFormat.INT8))
+    runner.warm()
+    engine = Engine(runner, config)
+    wanted = run(engine, requests())
+    before = runner.graphs
+    runner.free_memory()
+    assert run(engine, requests()) == wanted
+    assert runner.graphs > before
+
+
+def test_the_largest_room_is_recorded_first(model: Decoder) -> None:
+    """So that no later room needs pieces of memory of its own."""
+    config = EngineConfig(kv_memory_gib=0.25, max_running=64, step_tokens=4096)
+    runner = Runner(model, config, pages_of(model, PageFormat.INT8))
+    runner.warm()
+    reserved = torch.cuda.memory_reserved()
+    engine = Engine(runner, config)
+    for length in (130, 300, 520, 700, 950):
+        prompts = [[3 + (7 * i + n) % 300 for i in range(length)] for n in range(8)]
+        params = SamplingParams(temperature=0.0, max_tokens=20)
+        run(engine, [submit(n, prompt, params) for n, prompt in enumerate(prompts)])
+    assert torch.cuda.memory_reserved() - reserved < 64 << 20

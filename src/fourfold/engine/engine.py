@@ -203,13 +203,17 @@ class Engine:
         if plan is None:
             return None
         scheduled = time.perf_counter()
+        too_much = None
         try:
             launched = self._runner.launch(plan)
             self._under_way.append((plan, launched, started))
         except torch.OutOfMemoryError as error:
-            self._shrink(plan, error)
+            too_much = _reason(error)
         except Exception as error:  # one bad step must not end the service
-            self._failed += self._fail(plan, error)
+            logger.exception("a step of %d tokens failed", plan.tokens)
+            self._failed += self._fail(plan, _reason(error))
+        if too_much is not None:  # here, because the error holds what the step had allocated
+            self._shrink(plan, too_much)
         self._count(
             steps=1,
             prompt_tokens=sum(work.prompt_tokens for work in plan.work),
@@ -225,7 +229,8 @@ class Engine:
             results = launched.results()
         except Exception as error:  # as above
             computed = time.perf_counter()
-            outputs = self._fail(plan, error)
+            logger.exception("a step of %d tokens failed", plan.tokens)
+            outputs = self._fail(plan, _reason(error))
         else:
             computed = time.perf_counter()
             outputs = self.scheduler.commit(plan, results)
@@ -243,19 +248,19 @@ class Engine:
         self._ended = ended
         return outputs
 
-    def _shrink(self, plan: StepPlan, error: Exception) -> None:
+    def _shrink(self, plan: StepPlan, reason: str) -> None:
         """A step did not fit into memory: the next one is smaller."""
         self._runner.free_memory()
         if self.scheduler.retry_smaller(plan):
             logger.warning("a step of %d tokens did not fit into memory; trying less", plan.tokens)
         else:
-            self._failed += self._fail(plan, error)
+            logger.error("a step of %d tokens did not fit into memory: %s", plan.tokens, reason)
+            self._failed += self._fail(plan, reason)
 
-    def _fail(self, plan: StepPlan, error: Exception) -> list[TokenOutput]:
-        logger.exception("a step of %d tokens failed", plan.tokens)
+    def _fail(self, plan: StepPlan, reason: str) -> list[TokenOutput]:
         if not self._runner.usable:
             self.on_device_lost()
-        return self.scheduler.fail([work.sequence for work in plan.work], _reason(error))
+        return self.scheduler.fail([work.sequence for work in plan.work], reason)
 
     def receive(self, *, wait: bool) -> list[TokenOutput] | None:
         """Takes in all messages that have come, waiting for one if asked; returns the news that

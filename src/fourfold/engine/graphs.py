@@ -3,7 +3,8 @@
 A launch from Python costs tens of microseconds, and a step makes hundreds. A graph costs one. Steps
 are rounded up to few rooms (`round_room`), and a room's graph is recorded when the first step needs
 it. All graphs share one pool of memory: they never run at the same time, and what is read of one is
-copied before the next.
+copied before the next. The largest room is recorded first, for its pieces of memory are then large
+enough for all others; recorded in the order of their sizes, each room would need pieces of its own.
 
 Shapes: T rows of a step, S sampled rows.
 """
@@ -91,6 +92,7 @@ class StepGraphs:
     def __init__(self, model: Decoder, pages: CodedPages, samples: Samples) -> None:
         self._model, self._pages, self._samples = model, pages, samples
         self.pool = torch.cuda.graph_pool_handle()
+        """Of memory."""
         self._graphs: OrderedDict[_Key, StepGraph] = OrderedDict()
         self._partials: tuple[Tensor, Tensor] | None = None
         self.recorded = 0
@@ -117,6 +119,7 @@ class StepGraphs:
         """Drops all graphs; nothing may run."""
         self._graphs.clear()
         self._partials = None
+        self.pool = torch.cuda.graph_pool_handle()  # a pool that no graph holds is gone for good
 
     def partials_for(self, capacity: PlanCapacity, shape: DecodeShape) -> tuple[Tensor, Tensor]:
         """Room for partial results, shared by all graphs as far as it is large enough."""
@@ -148,15 +151,19 @@ class StepGraph:
 
     def run(self, work: CodedWork, inputs: Mapping[str, Ints]) -> StepOutputs:
         """Enqueues a step that fits the room; `inputs` are those of `run_step`, filled up."""
-        self._step.load(work, inputs)
-        if not self._tried:
-            self._tried = True
-            self._record()
+        self.record(work, inputs)
         if self._recorded is None:
             return self._enqueue()
         self._recorded.replay()
         assert self._outputs is not None
         return self._outputs
+
+    def record(self, work: CodedWork, inputs: Mapping[str, Ints]) -> None:
+        """Gets ready for a step that fits the room, and records the graph if that was not tried."""
+        self._step.load(work, inputs)
+        if not self._tried:
+            self._tried = True
+            self._record()
 
     def _record(self) -> None:
         """Records the graph; where that fails, steps of this room are launched one by one."""

@@ -12,19 +12,20 @@ import contextlib
 import ctypes
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 
 from fourfold.engine.answers import PromptLogprobs, fetch_drawn, fetch_prompt
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.graphs import StepGraphs, round_room, sampled_rows
+from fourfold.engine.graphs import StepGraph, StepGraphs, round_room, sampled_rows
 from fourfold.engine.memory import allocate_pages
 from fourfold.engine.program import StepOutputs, input_sizes, run_step
 from fourfold.engine.sampler import Samples
 from fourfold.engine.scheduler import Sampled, StepPlan, Work
-from fourfold.engine.warming import usual_decodes
+from fourfold.engine.warming import largest_work, usual_decodes
+from fourfold.errors import ConfigError
 from fourfold.kernels.decode_attention import DecodePlanner
 from fourfold.kernels.staging import Ints, Staging, padded
 from fourfold.models.decoder import Decoder
@@ -48,7 +49,7 @@ class Runner:
     ) -> None:
         self.model = model
         self.device = model.frequencies.device
-        config = config.on(self.device.type)
+        self._config = config = config.on(self.device.type)
         self._stream: torch.cuda.Stream | None = None
         if self.device.type == "cpu":
             _keep_freed_memory()
@@ -101,20 +102,36 @@ class Runner:
 
     @torch.inference_mode()
     def warm(self) -> None:
-        """Records the graphs that decoding will need first. Use it before the first step: what the
-        pages hold is overwritten."""
+        """Records the largest graph, and those that decoding will need first. Use it before the
+        first step: what the pages hold is overwritten. Raises `ConfigError` where the largest step
+        does not fit beside the pages."""
         if self._graphs is None:
             return
+        largest = largest_work(self._config, self.page_count, self._planner)
         with self.on_stream():
-            running = self._samples.padding
-            for work in usual_decodes(running, self.page_count, self._planner):
-                room = round_room(work, self._max_pages)
-                assert room is not None
-                params, adjustment = self._samples.params([])
-                rows = (room.decode_rows, 0, sampled_rows(room))
-                inputs = self._inputs(StepPlan((), ()), params, *rows)
-                self._graphs.step(room, adjustment=adjustment, kept=False).run(work, inputs)
+            try:
+                self._padded_step(largest, StepGraph.record)
+            except torch.OutOfMemoryError:
+                raise ConfigError(
+                    f"a step of {self._config.tokens} tokens does not fit beside the KV pages; "
+                    "lower --kv-memory-gib or --step-tokens"
+                ) from None
+            for work in usual_decodes(self._config.running, self.page_count, self._planner):
+                self._padded_step(work, StepGraph.run)
             torch.cuda.synchronize(self.device)
+
+    def _padded_step(
+        self, work: CodedWork, do: Callable[[StepGraph, CodedWork, Mapping[str, Ints]], object]
+    ) -> None:
+        """What is to be done with the graph for some work, of which nothing is read or sampled."""
+        assert self._graphs is not None
+        room = round_room(work, self._max_pages)
+        assert room is not None
+        params, adjustment = self._samples.params([])
+        inputs = self._inputs(
+            StepPlan((), ()), params, room.decode_rows, room.prefill_rows, sampled_rows(room)
+        )
+        do(self._graphs.step(room, adjustment=adjustment, kept=False), work, inputs)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:

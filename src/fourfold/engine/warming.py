@@ -35,6 +35,11 @@ def usual_decodes(
         yield CodedWork(_decodes(rows, page_count), [], planner)
 
 
+def largest_work(config: EngineConfig, page_count: int, planner: DecodePlanner | None) -> CodedWork:
+    """As many rows as a step can have: a prompt's beside those of all samples."""
+    return CodedWork(_decodes(config.running, page_count), [_prompt(config.tokens)], planner)
+
+
 def walk_steps(model: Decoder, config: EngineConfig, shape: PageShape) -> None:
     """Enqueues steps that need, together, every kernel that usual work needs.
 
@@ -57,6 +62,7 @@ def walk_steps(model: Decoder, config: EngineConfig, shape: PageShape) -> None:
             CodedWork(_decodes(min(decodes, config.running), _MANY), [_prompt(rows)], planner)
             for decodes, rows in _MIXED_ROWS
         ),
+        largest_work(config, _MANY, planner),
     ]
     max_pages = -(-model.config.max_positions // PAGE_TOKENS)
     for work in works:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -110,14 +111,21 @@ def test_a_step_beyond_memory_is_tried_smaller(
     wanted = answers(make_engine(model, **options), asked)
     engine = make_engine(model, **options)
     launch, refused = engine._runner.launch, []
+    held: list[weakref.ref[torch.Tensor]] = []
 
     def limited(plan: StepPlan) -> Launched:
         if plan.tokens > 90 or (len(refused) == 4 and plan.tokens == 3):
             refused.append(plan.tokens)
+            activations = torch.zeros(plan.tokens)
+            held.append(weakref.ref(activations))
             raise torch.OutOfMemoryError("too much")
         return launch(plan)
 
+    def free() -> None:
+        assert held[-1]() is None, "what the step had allocated is still there"
+
     monkeypatch.setattr(engine._runner, "launch", limited)
+    monkeypatch.setattr(engine._runner, "free_memory", free)
     assert answers(engine, asked) == wanted
     assert refused
     assert engine.idle
