@@ -68,7 +68,7 @@ def resolve_device(device: str) -> torch.device:
         raise ConfigError(f"device {device!r} does not exist; this machine has {count} GPUs")
     if wanted.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {device!r} is not supported; use cpu, cuda or cuda:N")
-    return wanted
+    return torch.device("cuda:0") if device == "cuda" else wanted
 
 
 def choose_precision(asked: Precision, device: torch.device) -> Precision:
