@@ -35,7 +35,8 @@ def _assert_same(groups: RowGroups, wanted: RowGroups) -> None:
 
 @pytest.mark.parametrize("index", [torch.int32, torch.int64])
 @pytest.mark.parametrize(
-    ("tokens", "choices", "experts"), [(1, 1, 1), (1, 8, 128), (37, 3, 5), (600, 8, 20)]
+    ("tokens", "choices", "experts"),
+    [(1, 1, 1), (1, 8, 128), (37, 3, 5), (400, 8, 20), (600, 8, 20)],
 )
 def test_rows_are_sorted_stably(
     tokens: int, choices: int, experts: int, index: torch.dtype
@@ -74,7 +75,7 @@ def test_rows_of_padding_belong_to_no_expert(tokens: int, share: float) -> None:
         assert bool((groups.tiles_3N[0, there.shape[1] :] == -1).all())
 
 
-@pytest.mark.parametrize("tokens", [40, 1025])
+@pytest.mark.parametrize("tokens", [40, 1000, 1025])
 def test_all_rows_may_go_to_one_expert(tokens: int) -> None:
     experts_TK = torch.full((tokens, 4), 5)
     _assert_same(launch_group_rows(experts_TK, 9, 64), group_rows(experts_TK, 9, tile=64))

@@ -16,12 +16,10 @@ from fourfold.kernels.dependent_launch import overlaps_launches
 from fourfold.kernels.routing.groups import RowGroups, most_tiles
 
 _NOBODY = tl.constexpr(1 << 30)
-_FEW = 4096  # rows that are placed by comparing all pairs
+_FEW = 4096  # rows among which every expert's program looks for its own
+_CHUNK_OF_FEW = 2048
 _CHUNK = 256
 _PLACED = 32  # rows of a chunk that are placed at a time
-_PLACED_OF_FEW = 16  # rows that one program places
-_COMPARED = 256  # rows that it compares them with at a time
-_TILES_OF_FEW = 16  # tiles that one program lists
 
 
 @triton.jit
@@ -57,6 +55,27 @@ def _write_tiles(tiles, sizes_E, first_n, N, TILE: tl.constexpr, BLOCK_N: tl.con
     tl.store(tiles + 2 * N + n, start + size, n < N)
 
 
+@triton.jit
+def _list_tiles(tiles, sizes_E, N, TILE: tl.constexpr):
+    """All tiles, from every expert's number of rows; the last of them may not be needed."""
+    e = tl.arange(0, sizes_E.shape[0])
+    end_E = tl.cumsum(sizes_E, 0)
+    tiles_E = (sizes_E + TILE - 1) // TILE
+    n_E = tl.cumsum(tiles_E, 0) - tiles_E
+    for place in range(tl.max(tiles_E, 0)):
+        there_E = place < tiles_E
+        tl.store(tiles + n_E + place, e, there_E)
+        tl.store(tiles + N + n_E + place, end_E - sizes_E + place * TILE, there_E)
+        tl.store(tiles + 2 * N + n_E + place, end_E, there_E)
+    # Products may look up the rows of tiles that there are not.
+    nowhere = tl.zeros(e.shape, tl.int32)
+    for first in range(tl.sum(tiles_E, 0), N, sizes_E.shape[0]):
+        n = first + e
+        tl.store(tiles + n, nowhere - 1, n < N)
+        tl.store(tiles + N + n, nowhere, n < N)
+        tl.store(tiles + 2 * N + n, nowhere, n < N)
+
+
 @triton.jit(do_not_specialize=["R", "N"])
 def _group_few(
     experts,
@@ -70,33 +89,32 @@ def _group_few(
     CHOICES: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_E: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    PLACED: tl.constexpr,
-    COMPARED: tl.constexpr,
+    CHUNK: tl.constexpr,
     EARLY: tl.constexpr,
 ):
+    """A program for each expert, which finds its rows among all; and one that lists the tiles."""
+    expert = tl.program_id(0)
     if EARLY:
         gdc_wait()
         gdc_launch_dependents()
-    indexing = tl.cdiv(N, BLOCK_N)
-    if tl.program_id(0) < indexing:
-        e = tl.arange(0, BLOCK_E)
+    if expert == E:
         sizes_E = tl.zeros([BLOCK_E], tl.int32)
-        for start in range(0, R, COMPARED):
-            j = start + tl.arange(0, COMPARED)
-            sizes_E += _count_experts(_experts_of(experts, live, j, R, CHOICES), BLOCK_E)
-        _write_tiles(tiles, sizes_E, tl.program_id(0) * BLOCK_N, N, TILE, BLOCK_N)
-        tl.store(ends + e, tl.cumsum(sizes_E, 0), (e < E) & (tl.program_id(0) == 0))
+        for first in range(0, R, CHUNK):
+            expert_j = _experts_of(experts, live, first + tl.arange(0, CHUNK), R, CHOICES)
+            sizes_E += _count_experts(expert_j, BLOCK_E)
+        _list_tiles(tiles, sizes_E, N, TILE)
     else:
-        i = (tl.program_id(0) - indexing) * PLACED + tl.arange(0, PLACED)
-        expert_i = _experts_of(experts, live, i, R, CHOICES)
-        before = tl.zeros([COMPARED, PLACED], tl.int32)
-        for start in range(0, R, COMPARED):
-            j = start + tl.arange(0, COMPARED)
-            expert_j = _experts_of(experts, live, j, R, CHOICES)[:, None]
-            same = (expert_j == expert_i[None, :]) & (j[:, None] < i[None, :])
-            before += (same | (expert_j < expert_i[None, :])).to(tl.int32)
-        tl.store(order + tl.sum(before, 0), i, i < R)
+        start = 0
+        for first in range(0, R, CHUNK):
+            expert_j = _experts_of(experts, live, first + tl.arange(0, CHUNK), R, CHOICES)
+            start += tl.sum((expert_j < expert).to(tl.int32), 0)
+        for first in range(0, R, CHUNK):
+            j = first + tl.arange(0, CHUNK)
+            mine = _experts_of(experts, live, j, R, CHOICES) == expert
+            here = mine.to(tl.int32)
+            tl.store(order + start + tl.cumsum(here, 0) - 1, j, mine)
+            start += tl.sum(here, 0)
+        tl.store(ends + expert, start)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -227,23 +245,14 @@ def launch_group_rows(
 
     groups = RowGroups(empty(rows), empty(experts), tile, empty(3, tiles))
     block = max(16, triton.next_power_of_2(experts))
-    few = rows <= _FEW
-    # Of few rows most of a GPU is idle: the less one program does, the sooner all are done.
-    block_n = _TILES_OF_FEW if few else max(16, 8192 // block)
-    indexing = triton.cdiv(tiles, block_n)
-    sizes = {
-        "CHOICES": choices,
-        "TILE": tile,
-        "BLOCK_E": block,
-        "BLOCK_N": block_n,
-        "PLACED": _PLACED_OF_FEW if few else _PLACED,
-        **_overlapped(experts_TK),
-    }
+    sizes = {"CHOICES": choices, "TILE": tile, "BLOCK_E": block, **_overlapped(experts_TK)}
     results = (groups.order_R, groups.ends_E, groups.tiles_3N)
-    if few:
-        grid = (indexing + triton.cdiv(rows, _PLACED_OF_FEW),)
-        _group_few[grid](*routing, *results, rows, experts, tiles, COMPARED=_COMPARED, **sizes)
+    if rows <= _FEW:
+        _group_few[(experts + 1,)](
+            *routing, *results, rows, experts, tiles, CHUNK=_CHUNK_OF_FEW, num_warps=8, **sizes
+        )
         return groups
+    block_n = max(16, 8192 // block)
     chunks = triton.cdiv(rows, _CHUNK)
     counts_CE, totals_E = empty(chunks, experts), empty(experts)
     _count[(chunks,)](
@@ -265,7 +274,7 @@ def launch_group_rows(
         BLOCK_E=4,
         **_overlapped(experts_TK),
     )
-    _place[(chunks + indexing,)](
+    _place[(chunks + triton.cdiv(tiles, block_n),)](
         *routing,
         *results,
         counts_CE,
@@ -274,7 +283,9 @@ def launch_group_rows(
         experts,
         tiles,
         chunks,
+        BLOCK_N=block_n,
         CHUNK=_CHUNK,
+        PLACED=_PLACED,
         **sizes,
     )
     return groups
