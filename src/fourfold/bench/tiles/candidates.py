@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from fourfold.kernels.w4a8_gemm.choose import Tiles
+from fourfold.kernels.w4a8_gemm.choose import MOST_SPLIT_TOKENS, Tiles
 
 _SHARED_MEMORY = 220 << 10
 _REGISTERS = (16, 128)
 """Of a thread for its sums: with fewer the tensor cores starve, with more they spill."""
 _TOKENS = (16, 32, 64, 128)
+_STAGES = 4
+"""Of the Triton kernel; three were 0-3 % slower wherever they were timed (docs/experiments.md)."""
 
 
 def candidates(tokens: int, blocks: int, *, bits: int, grouped: bool, hopper: bool) -> list[Tiles]:
@@ -25,8 +27,8 @@ def candidates(tokens: int, blocks: int, *, bits: int, grouped: bool, hopper: bo
 
 
 def _triton(rows: list[int], blocks: int, bits: int, *, splits: bool) -> Iterator[Tiles]:
-    shapes = itertools.product((16, 32, 64, 128), rows, (3, 5), (1, 2, 4, 8))
-    for half, row, stages, warps in shapes:
+    stages = _STAGES
+    for half, row, warps in itertools.product((16, 32, 64, 128), rows, (1, 2, 4, 8)):
         stage = 2 * half * 16 * bits + row * 128
         sums = 2 * half * row // (32 * warps)
         suits = _REGISTERS[0] <= sums <= _REGISTERS[1] and half * row >= 256 * warps
@@ -41,5 +43,5 @@ def _triton(rows: list[int], blocks: int, bits: int, *, splits: bool) -> Iterato
 def _gluon(rows: list[int], blocks: int) -> Iterator[Tiles]:
     for row, unroll in itertools.product(rows, (1, 2)):
         yield Tiles(128, row, 8, 4, 1, hopper=True, unroll=unroll)
-        if blocks % 2 == 0 and row <= 64:
+        if blocks % 2 == 0 and row <= MOST_SPLIT_TOKENS:
             yield Tiles(64, row, 8, 4, 2, split=2, hopper=True, unroll=unroll)

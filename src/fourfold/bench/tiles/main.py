@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -32,21 +33,22 @@ def main(config: TilesBenchConfig) -> int:
         )
     figures: list[Result] = []
     wrong = 0
-    compilers = [KernelCompiler() for _ in config.products]  # they fork, so before the GPU is used
-    device = torch.device("cuda", torch.cuda.current_device())
-    hopper = torch.cuda.get_device_capability() == (9, 0)
-    timer = CudaTimer()
-    for product, compiler in zip(config.products, compilers, strict=True):
-        todo = list(works(product, config.tokens, device, hopper=hopper))
-        with compiler:
+    with contextlib.ExitStack() as stack:
+        # They fork, so before the GPU is used.
+        compilers = [stack.enter_context(KernelCompiler()) for _ in config.products]
+        device = torch.device("cuda", torch.cuda.current_device())
+        hopper = torch.cuda.get_device_capability() == (9, 0)
+        timer = CudaTimer()
+        for product, compiler in zip(config.products, compilers, strict=True):
+            todo = list(works(product, config.tokens, device, hopper=hopper))
             compiler.start(partial(_walk, todo), device)
             compiler.wait()
-        for work in todo:
-            differ = disagreeing(work)
-            for tiles in differ:
-                print(f"fourfold: {work.name}: {describe(tiles)} is wrong", file=sys.stderr)
-            wrong += len(differ)
-            figures.append(compare(work, timer, leave_out=differ))
+            for work in todo:
+                differ = disagreeing(work)
+                for tiles in differ:
+                    print(f"fourfold: {work.name}: {describe(tiles)} is wrong", file=sys.stderr)
+                wrong += len(differ)
+                figures.append(compare(work, timer, leave_out=differ))
     if wrong:
         return 1
     if config.out is not None:
@@ -65,13 +67,18 @@ def _walk(todo: Sequence[Work]) -> None:
 
 
 def disagreeing(work: Work) -> list[Tiles]:
-    """The candidates whose results are not the chosen one's."""
+    """The candidates whose results are not the chosen one's. RuntimeError names one that ends the
+    device."""
     wanted = work.run(work.chosen).float()
-    return [
-        tiles
-        for tiles in work.candidates
-        if not (work.run(tiles).float() - wanted).norm() <= _DIFFERENCE * wanted.norm()
-    ]
+    allowed = _DIFFERENCE * wanted.norm()
+    differ = []
+    for tiles in work.candidates:
+        try:
+            if not (work.run(tiles).float() - wanted).norm() <= allowed:
+                differ.append(tiles)
+        except torch.AcceleratorError as error:
+            raise RuntimeError(f"{work.name}: {describe(tiles)} ends the device") from error
+    return differ
 
 
 def compare(work: Work, timer: Timer, *, leave_out: Sequence[Tiles] = ()) -> Result:

@@ -7,6 +7,8 @@ import dataclasses
 _MANY_OUTPUTS = 32768
 _HOPPER_STAGES = {16: 8, 32: 8, 64: 6, 128: 5}
 _SHARED_MEMORY = (227 << 10) - 2048  # bytes, less scales and barriers
+MOST_SPLIT_TOKENS = 16
+"""Of a tile whose input channels the Gluon kernel splits: wider ones have failed on a GPU."""
 _PARAMETERS = 2 * 64 * 2  # bytes of a run's group parameters in a block
 
 
@@ -44,7 +46,7 @@ def choose_grouped(tokens: int, blocks: int, *, groups: bool, hopper: bool) -> T
     """
     if hopper and (groups or tokens > 32):
         # Parameters of groups arrive with the weights there; Triton has to wait for them.
-        if tokens <= 16 and blocks % 2 == 0:
+        if tokens <= MOST_SPLIT_TOKENS and blocks % 2 == 0:
             # A tile of few tokens is a chain of small waits: shorter chains, and more of them.
             return Tiles(64, tokens, 8, 4, 2, split=2, hopper=True)
         unroll = 2 if groups and tokens > 64 else 1

@@ -21,6 +21,7 @@ from fourfold.kernels.dependent_launch import overlaps_launches
 from fourfold.kernels.routing.groups import RowGroups
 from fourfold.kernels.w4a8_gemm import reference
 from fourfold.kernels.w4a8_gemm.choose import (
+    MOST_SPLIT_TOKENS,
     Tiles,
     choose_dense,
     choose_grouped,
@@ -256,6 +257,7 @@ def _launch(
         options["STAGES"] = hopper_stages(tiles, y.element_size(), bits)
         blocks = x.shape[1] // BLOCK
         assert blocks % tiles.split == 0, (blocks, tiles)
+        assert tiles.split == 1 or tiles.tokens <= MOST_SPLIT_TOKENS, tiles
         options["UNROLL"] = math.gcd(tiles.unroll, blocks // tiles.split)
         options["SPLIT"] = tiles.split > 1
         if tiles.split > 1:
