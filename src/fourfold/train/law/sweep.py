@@ -11,7 +11,6 @@ from __future__ import annotations
 import collections
 import concurrent.futures
 import hashlib
-import importlib.metadata
 import platform
 import shutil
 import statistics
@@ -21,6 +20,7 @@ import msgspec
 import torch
 from msgspec import UNSET, UnsetType
 
+from fourfold import __version__
 from fourfold.errors import ConfigError
 from fourfold.models.loading import resolve_device
 from fourfold.train.data.shards import Shards
@@ -185,7 +185,7 @@ def record_of(grid: Grid, cell: Cell) -> RunRecord:
             arguments=tuple(arguments(grid, cell)),
             config_sha256=_fingerprint(cell),
             hardware=_hardware(config.run.device),
-            versions={name: importlib.metadata.version(name) for name in ("fourfold", "torch")},
+            versions={"fourfold": __version__, "torch": str(torch.__version__)},
         )
     except ValueError as error:
         raise RunFailedError(f"it is no run to learn from: {error}") from error
