@@ -98,7 +98,7 @@ def test_rows_of_gates_and_ups(
     turn = turn.cuda()
     gate_up = torch.cat([rows_with_outliers(tokens, channels, kept) for _ in range(2)], 1)
     gate, up = gate_up.double().chunk(2, 1)
-    hidden = torch.nn.functional.silu(gate) * up
+    hidden = (torch.nn.functional.silu(gate) * up).to(kept).double()
     poison()
     ours = quantize_rows(gate_up, dtype, channels, turn_bb=turn, swiglu=True)
     turned = (hidden.view(-1, 32) @ turn.double()).view(hidden.shape).float()
