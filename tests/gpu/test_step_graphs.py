@@ -105,7 +105,7 @@ def test_graphs_change_nothing(model: Decoder) -> None:
 
 
 def test_after_memory_ran_out_steps_are_recorded_again(model: Decoder) -> None:
-    config = EngineConfig(kv_memory_gib=0.25, max_running=8, step_tokens=300)
+    config = EngineConfig(kv_memory_gib=0.25, max_running=8, step_tokens=300, prefix_cache=False)
     runner = Runner(model, config, pages_of(model, PageFormat.INT8))
     runner.warm()
     engine = Engine(runner, config)

@@ -107,7 +107,7 @@ class Runner:
         does not fit beside the pages."""
         if self._graphs is None:
             return
-        largest = largest_work(self._config, self.page_count, self._planner)
+        largest = largest_work(self._config, self.max_context, self.page_count, self._planner)
         with self.on_stream():
             try:
                 self._padded_step(largest, StepGraph.record)

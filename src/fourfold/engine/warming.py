@@ -35,9 +35,13 @@ def usual_decodes(
         yield CodedWork(_decodes(rows, page_count), [], planner)
 
 
-def largest_work(config: EngineConfig, page_count: int, planner: DecodePlanner | None) -> CodedWork:
-    """As many rows as a step can have: a prompt's beside those of all samples."""
-    return CodedWork(_decodes(config.running, page_count), [_prompt(config.tokens)], planner)
+def largest_work(
+    config: EngineConfig, max_context: int, page_count: int, planner: DecodePlanner | None
+) -> CodedWork:
+    """As many rows as a step can have: of prompts, beside those of all samples."""
+    whole, rest = divmod(config.tokens, max_context)
+    prompts = [_prompt(rows) for rows in (*[max_context] * whole, rest) if rows]
+    return CodedWork(_decodes(config.running, page_count), prompts, planner)
 
 
 def walk_steps(model: Decoder, config: EngineConfig, shape: PageShape) -> None:
@@ -62,7 +66,7 @@ def walk_steps(model: Decoder, config: EngineConfig, shape: PageShape) -> None:
             CodedWork(_decodes(min(decodes, config.running), _MANY), [_prompt(rows)], planner)
             for decodes, rows in _MIXED_ROWS
         ),
-        largest_work(config, _MANY, planner),
+        largest_work(config, model.config.max_positions, _MANY, planner),
     ]
     max_pages = -(-model.config.max_positions // PAGE_TOKENS)
     for work in works:

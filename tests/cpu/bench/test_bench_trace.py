@@ -46,10 +46,26 @@ def test_kernels_are_summed_the_most_first() -> None:
     activities = [
         Activity("x|y", 0.0, 1e-6, 1),
         Activity("z", 2e-6, 8e-6, 1),
-        Activity("x|y", 9e-6, 10e-6, 2),
+        Activity("x|y", 9e-6, 10.6e-6, 2),
+        Activity("z", 11e-6, 13e-6, 2),
     ]
     lines = by_kernel(activities).splitlines()
     assert lines[2:] == [
-        "| z | 1 | 6.00 | 0.006 | 75.0% |",
-        "| x y | 2 | 1.00 | 0.002 | 25.0% |",
+        "| z | x y | 2 | 4.00 | 0.008 | 75.5% |",
+        "| x y | z | 1 | 1.60 | 0.002 | 15.1% |",
+        "| x y |  | 1 | 1.00 | 0.001 | 9.4% |",
+    ]
+
+
+def test_what_a_kernel_waits_for_is_not_its_own_time() -> None:
+    overlapped = [
+        Activity("long", 0.0, 10e-6, 1),
+        Activity("waits", 2e-6, 13e-6, 1),
+        Activity("inside", 3e-6, 5e-6, 1),
+    ]
+    lines = by_kernel(overlapped).splitlines()
+    assert lines[2:] == [
+        "| long | inside | 1 | 5.00 | 0.005 | 50.0% |",
+        "| waits | long | 1 | 3.00 | 0.003 | 30.0% |",
+        "| inside |  | 1 | 2.00 | 0.002 | 20.0% |",
     ]

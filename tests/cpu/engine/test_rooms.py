@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from random import Random
 
+import pytest
+
+from fourfold.engine.config import EngineConfig
 from fourfold.engine.graphs import round_room, sampled_rows, usual_decode_rows
+from fourfold.engine.warming import largest_work
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, Span
 from fourfold.quadrants.step import CodedWork
 
@@ -54,3 +58,23 @@ def test_usual_rows_end_with_the_most_that_run() -> None:
     assert usual_decode_rows(1) == [1]
     assert usual_decode_rows(20) == [1, 2, 4, 8, 16, 20]
     assert usual_decode_rows(256)[-1] == 256
+
+
+@pytest.mark.parametrize("max_context", [150, 4000, 40960])
+def test_no_step_needs_a_larger_room_than_the_largest(max_context: int) -> None:
+    config = EngineConfig(max_running=200, step_tokens=9000)
+    largest = round_room(largest_work(config, max_context, 1000, None), MAX_PAGES)
+    assert largest is not None
+    assert largest.prefill is not None
+    random = Random(1)
+    for _ in range(300):
+        decodes = random.randrange(201)
+        left = random.randrange(1, 9001 - decodes)
+        prompts = []
+        while left:
+            prompts.append(random.randrange(1, min(left, max_context) + 1))
+            left -= prompts[-1]
+        room = round_room(work(decodes, prompts), MAX_PAGES)
+        if room is not None:
+            assert room.decode_rows <= largest.decode_rows
+            assert room.prefill_rows <= largest.prefill_rows

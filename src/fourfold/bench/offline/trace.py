@@ -16,7 +16,7 @@ from pathlib import Path
 import msgspec
 
 _BUSY = ("kernel", "gpu_memcpy", "gpu_memset")
-_LONGEST_NAME = 80
+_LONGEST_NAME = 60
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,16 +94,28 @@ def idle(activities: Sequence[Activity]) -> Idle:
 
 
 def by_kernel(activities: Sequence[Activity]) -> str:
-    """A Markdown table of what the device spent its time on, the most first."""
-    spent: dict[str, list[float]] = {}
-    for activity in activities:
-        spent.setdefault(activity.name, []).append(activity.end - activity.start)
+    """A Markdown table of what the device spent its time on, the most first.
+
+    Kernels that start before the one in front of them has ended wait for it most of that time. What
+    counts is the time from the end of all before, so that the sum is the time the device was busy;
+    and what a kernel came after, for one kernel does several things.
+    """
+    spent: dict[tuple[str, str], list[float]] = {}
+    ended, before = float("-inf"), ""
+    for activity in sorted(activities, key=lambda activity: activity.end):
+        alone = activity.end - max(activity.start, ended)
+        spent.setdefault((activity.name, before), []).append(alone)
+        ended, before = activity.end, activity.name
     whole = sum(map(sum, spent.values()))
-    lines = ["| kernel | calls | mean us | ms | share |", "| --- | --- | --- | --- | --- |"]
-    for name, seconds in sorted(spent.items(), key=lambda entry: -sum(entry[1])):
+    lines = [
+        "| kernel | after | calls | mean us | ms | share |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for names, seconds in sorted(spent.items(), key=lambda entry: -sum(entry[1])):
         total = sum(seconds)
+        name, after = (each[:_LONGEST_NAME].replace("|", " ") for each in names)
         lines.append(
-            f"| {name[:_LONGEST_NAME].replace('|', ' ')} | {len(seconds)} | "
-            f"{1e6 * total / len(seconds):.2f} | {1e3 * total:.3f} | {total / whole:.1%} |"
+            f"| {name} | {after} | {len(seconds)} | {1e6 * total / len(seconds):.2f} | "
+            f"{1e3 * total:.3f} | {total / whole:.1%} |"
         )
     return "\n".join(lines) + "\n"

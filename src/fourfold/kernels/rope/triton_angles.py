@@ -19,7 +19,7 @@ _ELEMENTS = 128
 
 
 @triton.jit(do_not_specialize=["tokens"])
-def _kernel(
+def _angles_kernel(
     position_ptr,
     frequency_ptr,
     cos_ptr,
@@ -59,7 +59,7 @@ def launch_angles(
         channels = triton.next_power_of_2(half)
         together = max(1, _ELEMENTS // channels)
         early = overlaps_launches(positions_T.device)
-        _kernel[(triton.cdiv(tokens, together),)](
+        _angles_kernel[(triton.cdiv(tokens, together),)](
             positions_T,
             frequencies,
             cos_TC,

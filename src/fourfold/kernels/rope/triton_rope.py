@@ -71,7 +71,7 @@ def _turn(
 
 
 @triton.jit
-def _kernel(
+def _norm_rope_kernel(
     qkv_ptr,
     cos_ptr,
     sin_ptr,
@@ -164,7 +164,7 @@ def launch(
         tile = choose_tile(tokens, heads, kv_heads, values=opened is not None)
         early = overlaps_launches(qkv_TA.device)
         open_k, open_v, place_T = (qkv_TA, qkv_TA, qkv_TA) if opened is None else opened
-        _kernel[(tokens, tile.blocks)](
+        _norm_rope_kernel[(tokens, tile.blocks)](
             qkv_TA,
             cos_TC,
             sin_TC,
