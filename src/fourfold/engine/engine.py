@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import gc
 import logging
 import queue
 import threading
@@ -150,7 +151,10 @@ class Engine:
 
     def start(self, emit: Emit, tell: Tell = lambda news: None) -> None:
         """Starts the thread; on it `emit` is called with the tokens of each step, and `tell` with
-        what the other engine of a request must know."""
+        what the other engine of a request must know. Until `stop`, Python looks for garbage only
+        among what the process makes from here on."""
+        # To look through the model and all that was imported takes longer than many a step.
+        gc.freeze()
         self._tell = tell
         self._thread = threading.Thread(target=self._run, args=(emit,), name="engine", daemon=True)
         self._thread.start()
@@ -160,6 +164,7 @@ class Engine:
         self._inbox.put(None)
         if self._thread is not None:
             self._thread.join()
+            gc.unfreeze()
         if self._handover is not None:
             self._handover.close()
 

@@ -136,7 +136,7 @@ class Abort(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     reason: FinishReason = FinishReason.CANCELLED
 
 
-class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
+class TokenLogprob(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A token with its log-probability under the unmodified model, and the likeliest others."""
 
     token: int
@@ -144,7 +144,7 @@ class TokenLogprob(msgspec.Struct, frozen=True, array_like=True):
     top: tuple[tuple[int, float], ...] = ()
 
 
-class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True):
+class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc=False):
     """What one step added to one sample. `token` is None where a sample ends without a new one."""
 
     request_id: int

@@ -207,10 +207,7 @@ class Worker:
         self._node = Node(identity, self._transport or load.transport or TransportConfig())
         engine.connect(self._node)
         engine.on_device_lost = _end_without_device
-        # The model lives as long as the process; to look through it for garbage takes longer than
-        # many a step.
-        gc.collect()
-        gc.freeze()
+        gc.collect()  # the engine freezes what is there by then
 
         def put(news: _News) -> None:
             self._news.put((time.perf_counter(), news))

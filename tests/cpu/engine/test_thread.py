@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections import defaultdict
@@ -115,6 +116,16 @@ def test_stop_ends_the_thread_while_requests_run(checkpoint: Find) -> None:
     heard.clear()
     assert not heard.wait(0.05)
     assert "engine" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_no_search_for_garbage_goes_through_the_model(checkpoint: Find) -> None:
+    engine = make_engine(load_tiny(checkpoint("llama")))
+    engine.start(lambda outputs: None)
+    try:
+        assert gc.get_freeze_count() > 10_000
+    finally:
+        engine.stop()
+    assert gc.get_freeze_count() == 0
 
 
 def test_a_step_that_hangs_shows(checkpoint: Find, monkeypatch: pytest.MonkeyPatch) -> None:
