@@ -111,13 +111,13 @@ class Runner:
         with self.on_stream():
             try:
                 self._padded_step(largest, StepGraph.record)
+                for work in usual_decodes(self._config.running, self.page_count, self._planner):
+                    self._padded_step(work, StepGraph.run)
             except torch.OutOfMemoryError:
                 raise ConfigError(
                     f"a step of {self._config.tokens} tokens does not fit beside the KV pages; "
                     "lower --kv-memory-gib or --step-tokens"
                 ) from None
-            for work in usual_decodes(self._config.running, self.page_count, self._planner):
-                self._padded_step(work, StepGraph.run)
             torch.cuda.synchronize(self.device)
 
     def _padded_step(
