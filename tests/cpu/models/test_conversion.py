@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
@@ -9,13 +10,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fourfold.errors import CheckpointError, ConfigError
 from fourfold.kernels.w8a8_gemm import exact_on_cpu
 from fourfold.models.checkpoint.directory import DirectoryCheckpoint
 from fourfold.models.checkpoint.source import Source, SourceKind, find_source
+from fourfold.models.conversion import output
 from fourfold.models.conversion.convert import Conversion, LayerReport, Report, Texts
 from fourfold.models.conversion.options import Bits, ConversionOptions, Method
 from fourfold.models.decoder import Decoder
@@ -206,6 +209,62 @@ def test_other_options_start_anew(checkpoint: Find, tmp_path: Path) -> None:
     assert Conversion(source, ConversionOptions(recipe="int8-g128"), text, out, CPU).restarted
 
 
+def test_what_fails_at_the_end_costs_no_layer(checkpoint: Find, tmp_path: Path) -> None:
+    """Writing the tokenizer is the last of hours of work."""
+
+    def stop(folder: Path) -> None:
+        raise StopError
+
+    out, source = tmp_path / "out", find_source(str(checkpoint("llama")))
+    with pytest.raises(StopError):
+        Conversion(source, ConversionOptions(), TEXTS, out, CPU).run(stop, lambda layer: None)
+    assert not (out / "config.json").exists()
+    heard: list[LayerReport] = []
+    report = convert(checkpoint("llama"), out, heard=heard.append)
+    assert not heard
+    whole = tmp_path / "whole"
+    assert report == convert(checkpoint("llama"), whole)
+    assert {file.name for file in out.iterdir()} == {file.name for file in whole.iterdir()}
+
+
+@pytest.mark.parametrize("full", [SafetensorError("No space left"), OSError(errno.ENOSPC, "full")])
+def test_a_full_disk_is_named_and_costs_no_layer(
+    full: Exception, checkpoint: Find, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = checkpoint("llama"), tmp_path / "out"
+
+    def fail(tensors: dict[str, Tensor], file: Path, metadata: dict[str, str]) -> None:
+        if "00001" in file.name:
+            file.write_bytes(b"half")
+            raise full
+        save_file(tensors, file, metadata)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(output, "save_file", fail)
+        with pytest.raises(ConfigError, match=r"00001.* cannot be written .* free some space"):
+            convert(path, out)
+    assert not list(out.glob("*.part"))
+    heard: list[LayerReport] = []
+    convert(path, out, heard=heard.append)
+    assert [layer.layer for layer in heard] == [1, 2]
+
+
+def test_a_changed_configuration_starts_anew(checkpoint: Find, tmp_path: Path) -> None:
+    """Layers that were calibrated by another configuration do not fit it."""
+
+    def stop(layer: LayerReport) -> None:
+        raise StopError
+
+    path, out = tmp_path / "original", tmp_path / "out"
+    shutil.copytree(checkpoint("llama"), path)
+    with pytest.raises(StopError):
+        convert(path, out, heard=stop)
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
+    conversion = Conversion(find_source(str(path)), ConversionOptions(), TEXTS, out, CPU)
+    assert (conversion.finished, conversion.restarted) == (0, True)
+
+
 def test_gptq_needs_a_text(checkpoint: Find, tmp_path: Path) -> None:
     texts = Texts(None, tokens(1, 2))
     with pytest.raises(ConfigError, match="needs a text"):
@@ -224,6 +283,8 @@ def test_folders_that_hold_something_are_left_alone(checkpoint: Find, tmp_path: 
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot be written"):
         convert(path, tmp_path / "file" / "out")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        convert(path, tmp_path / ("long" * 100))
     with pytest.raises(ConfigError, match="give its original"):
         convert(tmp_path / "done", tmp_path / "twice")
 
@@ -241,6 +302,7 @@ def test_tokenizer_and_generation_files_come_along(checkpoint: Find, tmp_path: P
     shutil.copytree(checkpoint("llama"), path)
     (path / "tokenizer.json").write_text("{}")
     (path / "chat_template.jinja").write_text("hello")
+    (path / "tokenizer").mkdir()  # folders stay where they are
     convert(path, tmp_path / "out")
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "hello"
     assert (tmp_path / "out" / "tokenizer.json").exists()
@@ -278,8 +340,6 @@ def test_a_part_that_is_missing_is_named(written: Path, tmp_path: Path) -> None:
     tensors = load_file(file)
     name = "model.layers.2.mlp.gate_proj.weight_group"
     del tensors[name]
-    from safetensors.torch import save_file
-
     save_file(tensors, file)
     with pytest.raises(CheckpointError, match="weight_group"):
         load(path)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fourfold.errors import ConfigError
 from fourfold.kernels.w4a8_gemm.packing import W4A8Recipe
+from fourfold.models.checkpoint.fingerprint import fingerprint
 from fourfold.models.checkpoint.fourfold_format import FourfoldFormat
 from fourfold.models.checkpoint.source import Source, SourceKind
 from fourfold.models.conversion.layer import LayerConverter, Text
@@ -221,8 +222,7 @@ class Conversion:
             for name, ids in dataclasses.asdict(self._texts).items()
         }
         options = {name: str(value) for name, value in dataclasses.asdict(self._options).items()}
-        sizes = sum(self._checkpoint.nbytes(name) for name in self._checkpoint.shapes())
-        return {"model": str(self._source.path.resolve()), "bytes": sizes, **options, **texts}
+        return {"model": fingerprint(self._source), **options, **texts}
 
 
 def _turned_modules(placements: Placements) -> tuple[str, ...]:

@@ -2,20 +2,22 @@
 
 Files appear whole (written beside, then renamed) and config.json last, so a folder that a
 conversion was interrupted in is no checkpoint yet. Until then it holds `conversion.json`, which
-says what was asked for, and `conversion.safetensors`, the text's state before the next layer.
+says what was asked for, and `conversion.safetensors`, the text's state before the next layer: what
+fails, however late, costs no finished layer.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -41,11 +43,13 @@ class Output:
         self.restarted = False
         """Whether another conversion's remains were removed."""
         self._asked = dict(asked)
-        if (path / "config.json").exists():
-            raise ConfigError(f"{path} holds a finished checkpoint; name another --out")
-        if path.is_dir() and any(path.iterdir()) and not (path / _ASKED).is_file():
-            raise ConfigError(f"{path} is not empty and no conversion of ours; name another --out")
         try:
+            if (path / "config.json").exists():
+                raise ConfigError(f"{path} holds a finished checkpoint; name another --out")
+            if path.is_dir() and any(path.iterdir()) and not (path / _ASKED).is_file():
+                raise ConfigError(
+                    f"{path} is not empty and no conversion of ours; name another --out"
+                )
             path.mkdir(parents=True, exist_ok=True)
             self._resume()
         except OSError as error:
@@ -61,7 +65,7 @@ class Output:
             if before == self._asked:
                 return
             self.restarted = True
-            for left in self.path.glob("*.safetensors"):
+            for left in (*self.path.glob("*.safetensors"), *self.path.glob("*.part")):
                 left.unlink()
         _write_json(file, self._asked)
 
@@ -96,7 +100,6 @@ class Output:
         """Writes embedding and head, the index, what serving needs besides weights, and, last,
         config.json. `original` is a folder whose tokenizer and generation settings are copied."""
         _write_tensors(self.path / _ENDS, tensors)
-        (self.path / _STATE).unlink(missing_ok=True)
         places, total = {}, 0
         for file in sorted(self.path.glob("model-*.safetensors")):
             total += file.stat().st_size
@@ -106,11 +109,13 @@ class Output:
         if original is not None:
             for pattern in _COPIED:
                 for file in original.glob(pattern):
-                    if file.name not in ("config.json", _INDEX, _ASKED):
-                        shutil.copyfile(file, self.path / file.name)
+                    if file.is_file() and file.name not in ("config.json", _INDEX, _ASKED):
+                        with _replacing(self.path / file.name) as beside:
+                            shutil.copyfile(file, beside)
         write_tokenizer(self.path)
         _write_json(self.path / "config.json", config)
-        (self.path / _ASKED).unlink()
+        for left in (_STATE, _ASKED):
+            (self.path / left).unlink(missing_ok=True)
 
     def bits_per_weight(self) -> float:
         """What quantised weights take with their scales, of the files that are there."""
@@ -155,12 +160,28 @@ def coded_tensors(
 
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    beside = file.with_suffix(".part")
-    save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, beside, {"format": "pt"})
-    os.replace(beside, file)
+    with _replacing(file) as beside:
+        save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, beside, {"format": "pt"})
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
-    beside = file.with_suffix(".part")
-    beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    os.replace(beside, file)
+    with _replacing(file) as beside:
+        beside.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def _replacing(file: Path) -> Iterator[Path]:
+    """Where to write what replaces a file once it is whole; nothing of it is left otherwise.
+    `ConfigError` where it cannot be written."""
+    beside = file.with_name(f"{file.name}.part")
+    try:
+        yield beside
+        os.replace(beside, file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(
+            f"{file} cannot be written ({error}); free some space or mend what is wrong with the "
+            "folder: the same command goes on after the layers that are finished"
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):
+            beside.unlink(missing_ok=True)
