@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import os
 import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,11 @@ from fourfold.gateway.config import GatewayLimits
 
 if TYPE_CHECKING:
     from fourfold.llm import LLM, Asked
+
+_ANSWERED = ("text", "error")
+"""Fields of which every answer has one."""
+_BEGINNINGS = (b'{"id": ', b'{"text": ', b'{"error": ')
+"""How a line of answers begins."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,7 +77,7 @@ def run(options: Options) -> int:
     lines = _read(options.input)
     limits = GatewayLimits()
     check_options(options_of(_asked(options, Line())), limits, sys.maxsize)  # before loading
-    done = _count_done(options.output, lines)
+    done = _count_done(options.input, options.output, lines)
     if done == len(lines):
         print(f"{options.output} already holds all {done} answers", file=sys.stderr)
         return 0
@@ -104,36 +110,54 @@ def _read(path: str) -> list[Line]:
     return lines
 
 
-def _count_done(path: str, lines: list[Line]) -> int:
-    """Answers already in the output; a last line cut short by a crash is removed."""
-    if path == "-" or not Path(path).exists():
+def _count_done(source: str, path: str, lines: list[Line]) -> int:
+    """Answers already in the output; a last line cut short by a crash is removed, once it is known
+    that the file holds answers and nothing else."""
+    if path == "-" or not Path(path).is_file():
         return 0
     try:
+        if source != "-" and Path(path).samefile(source):
+            raise ConfigError(f"{path} is the input itself; name another output")
         whole = Path(path).read_bytes()
-        kept = whole[: whole.rfind(b"\n") + 1]
-        if len(kept) != len(whole):
-            Path(path).write_bytes(kept)
     except OSError as error:
         raise ConfigError(f"{path} cannot be continued: {error}; name another output") from error
-    answers = kept.split(b"\n")[:-1]
+    *answers, tail = whole.split(b"\n")
     if len(answers) > len(lines):
         raise ConfigError(
             f"{path} holds {len(answers)} answers for {len(lines)} prompts, so it belongs to "
             "another input; name another output"
         )
-    for number, (line, answer) in enumerate(zip(lines, answers, strict=False), 1):
-        if line.id is not None and _id_of(answer) != line.id:
+    for number, (line, raw) in enumerate(zip(lines, answers, strict=False), 1):
+        answer = _fields_of(raw)
+        if line.id is not None and (answer is None or answer.get("id") != line.id):
             raise ConfigError(
                 f"{path}, line {number} does not answer id {line.id!r}, so it belongs to another "
                 "input; name another output"
             )
+        if answer is None or answer.keys().isdisjoint(_ANSWERED):
+            raise ConfigError(f"{path}, line {number} is no answer of ours; name another output")
+    if tail:
+        _remove_cut(path, tail, len(whole) - len(tail))
     return len(answers)
 
 
-def _id_of(answer: bytes) -> Any:
-    """The id an answer carries; None for one without, and for what is no answer of ours."""
+def _remove_cut(path: str, tail: bytes, keep: int) -> None:
+    """Cuts the output to `keep` bytes, if the rest is what a crash left of an answer."""
+    fields = _fields_of(tail)
+    begins_like_ours = any(tail[: len(begin)] == begin[: len(tail)] for begin in _BEGINNINGS)
+    is_other = fields is not None and fields.keys().isdisjoint(_ANSWERED)
+    if is_other or not begins_like_ours:
+        raise ConfigError(f"{path} ends with what is no answer of ours; name another output")
     try:
-        return msgspec.json.decode(answer, type=dict[str, Any]).get("id")
+        os.truncate(path, keep)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be continued: {error}; name another output") from error
+
+
+def _fields_of(answer: bytes) -> dict[str, Any] | None:
+    """The object that a line holds; None for what is no object."""
+    try:
+        return msgspec.json.decode(answer, type=dict[str, Any])
     except msgspec.DecodeError:
         return None
 

@@ -83,6 +83,40 @@ def test_answers_to_other_lines_are_not_continued(
     assert output.read_text() == f"{held}\n"
 
 
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [
+        ("a note\n", "line 1 is no answer"),
+        ('{"prompt": "z"}\n', "line 1 is no answer"),
+        ("a note without an end", "ends with what is no answer"),
+        ('{"text": "y"}\na note', "ends with what is no answer"),
+        ('{"id": 1, "prompt": "z"}', "ends with what is no answer"),
+    ],
+)
+def test_a_file_of_something_else_is_left_as_it_is(
+    held: str, says: str, tmp_path: Path, command: Command
+) -> None:
+    prompts = write(tmp_path / "in.jsonl", [{"prompt": "x"}, {"prompt": "y"}])
+    output = tmp_path / "out.jsonl"
+    output.write_text(held)
+    code, _, err = command("generate", prompts, output, "/no/such/model")
+    assert code == 2
+    assert says in err
+    assert output.read_text() == held
+
+
+def test_the_input_is_never_its_own_output(tmp_path: Path, command: Command) -> None:
+    prompts = tmp_path / "in.jsonl"
+    prompts.write_text('{"id": 1, "prompt": "x"}\n{"id": 2, "prompt": "y"}')
+    link = tmp_path / "out.jsonl"
+    link.symlink_to(prompts)
+    for output in (prompts, link):
+        code, _, err = command("generate", prompts, output, "/no/such/model")
+        assert code == 2
+        assert "is the input itself" in err
+    assert prompts.read_text() == '{"id": 1, "prompt": "x"}\n{"id": 2, "prompt": "y"}'
+
+
 def test_nothing_is_loaded_when_nothing_is_left_to_do(tmp_path: Path, command: Command) -> None:
     prompts = write(tmp_path / "in.jsonl", [{"prompt": "x"}])
     output = write(tmp_path / "out.jsonl", [{"text": "y"}])
