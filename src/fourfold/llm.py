@@ -133,16 +133,19 @@ class LLM:
         `uniform_routing` those of `EngineSetup`. `progress` is called with bytes read so far and
         bytes in all. Raises `CheckpointError` and `ConfigError`.
         """
-        source = _source(model, revision, weights=True)
+        # What is wrong with these is known before a model is downloaded.
         if "kv_pages" in config:
             config["kv_pages"] = _choice(PageFormat, "kv_pages", config["kv_pages"])
+        budgets = EngineConfig(**config)
+        chosen = _choice(Precision, "precision", precision)
+        source = _source(model, revision, weights=True)
         engine = EngineSetup(
             source=source,
             device=device,
-            precision=_choice(Precision, "precision", precision),
+            precision=chosen,
             dummy=dummy,
             uniform_routing=uniform_routing,
-            config=EngineConfig(**config),
+            config=budgets,
         )
         words = source if tokenizer is None else _source(tokenizer, None, weights=False)
         setup = GatewaySetup(engine=engine, tokenizer=words, limits=_LIMITS)
@@ -160,6 +163,7 @@ class LLM:
         self._loop, over = begun.result()
         self._end = weakref.finalize(self, self._loop.call_soon_threadsafe, over.set)
         self._end.atexit = False  # it could not be waited for
+        self._ending = threading.Lock()
         atexit.register(_halt, weakref.ref(self))
 
     @property
@@ -232,7 +236,8 @@ class LLM:
 
     def close(self) -> None:
         """Ends what still runs and gives back what the model holds; harmless when repeated."""
-        self._end()
+        with self._ending:
+            self._end()
         self._thread.join()
 
     def __enter__(self) -> Self:
@@ -248,10 +253,11 @@ class LLM:
 
     def _begin(self, work: Coroutine[Any, Any, Value]) -> Future[Value]:
         """Runs `work` on the gateway's loop."""
-        if not self._end.alive:
-            work.close()
-            raise DrainingError("this LLM is closed; make another")
-        return asyncio.run_coroutine_threadsafe(work, self._loop)
+        with self._ending:  # what is handed over before the end is begun, and hears of it
+            if self._end.alive:
+                return asyncio.run_coroutine_threadsafe(work, self._loop)
+        work.close()
+        raise DrainingError("this LLM is closed; make another")
 
     def _wait(self, work: Coroutine[Any, Any, Value]) -> Value:
         future = self._begin(work)
@@ -289,6 +295,8 @@ class LLM:
                 raise RequestError(
                     f"n {options.n}: a stream has one answer; leave n out", param="n"
                 )
+            if options.sampling.logprobs is not None or options.sampling.prompt_logprobs:
+                raise RequestError("a stream is text alone; leave logprobs out", param="logprobs")
             talk = not isinstance(prompt, str) and _first_is(prompt, Mapping)
             admit = self._gateway.chat if talk else self._gateway.complete
             generation = await admit(prompt, options)
@@ -317,6 +325,9 @@ async def _serve(
     begun.set_result((asyncio.get_running_loop(), over))
     await over.wait()
     await gateway.stop()
+    # Whoever still waits is told why; returning at once would cancel them.
+    asking = asyncio.all_tasks() - {asyncio.current_task()}
+    await asyncio.gather(*asking, return_exceptions=True)
 
 
 async def _whole(generation: Generation, options: GenerationOptions) -> Result:

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -137,6 +138,11 @@ def test_a_stream_says_the_same_in_pieces(llm: LLM) -> None:
     assert "".join(llm.stream(TALK, **GREEDY)) == reply.text
 
 
+def test_a_stream_has_no_place_for_log_probabilities(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="leave logprobs out"):
+        next(llm.stream("the rain", logprobs=2))
+
+
 def test_leaving_a_stream_ends_its_request(llm: LLM) -> None:
     for piece in llm.stream("the rain", temperature=0.0, ignore_eos=True):
         assert piece
@@ -246,6 +252,66 @@ def test_a_closed_model_is_gone_and_says_so(
     with pytest.raises(DrainingError, match="closed"):
         llm.generate("rain")
     assert threading.active_count() <= before
+
+
+def test_closing_tells_everybody_who_waits(
+    checkpoint: Callable[[str], Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those too whose prompts are not even tokenised yet."""
+    encoding, closing = threading.Event(), threading.Event()
+    encode = Tokenizer.encode
+
+    def slow(self: Tokenizer, text: str, *, add_special_tokens: bool) -> list[int]:
+        encoding.set()
+        closing.wait(10)
+        time.sleep(0.3)  # the engine ends before
+        return encode(self, text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+    heard: list[BaseException] = []
+
+    def ask(asking: Callable[[str], object]) -> None:
+        try:
+            asking("rain " * 2000)
+        except BaseException as error:
+            heard.append(error)
+
+    with LLM(checkpoint("mixtral"), tokenizer=folder, kv_memory_gib=0.02) as llm:
+        ways = (llm.generate, lambda prompt: list(llm.stream(prompt)))
+        threads = [threading.Thread(target=ask, args=(way,)) for way in ways]
+        for thread in threads:
+            thread.start()
+        assert encoding.wait(10)
+        closing.set()
+    for thread in threads:
+        thread.join(10)
+    assert [type(error) for error in heard] == [DrainingError] * 2
+
+
+def test_asking_while_it_is_closed_is_answered(
+    checkpoint: Callable[[str], Path], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llm = LLM(checkpoint("mixtral"), tokenizer=folder, kv_memory_gib=0.02)
+    closing = threading.Thread(target=llm.close)
+    submit = asyncio.run_coroutine_threadsafe
+
+    def submit_late(*given: Any) -> Any:
+        closing.start()
+        closing.join(1)
+        return submit(*given)
+
+    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", submit_late)
+    with pytest.raises(DrainingError):
+        llm.generate("rain", temperature=0.0, ignore_eos=True)
+    closing.join(10)
+    assert not closing.is_alive()
+
+
+def test_wrong_options_are_known_before_the_model_is_looked_for() -> None:
+    with pytest.raises(ConfigError, match="max-running"):
+        LLM("/no/such/model", max_running=0)
+    with pytest.raises(ConfigError, match="precision"):
+        LLM("/no/such/model", precision="int3")
 
 
 def test_an_engine_that_ends_by_itself_leaves_nobody_waiting(

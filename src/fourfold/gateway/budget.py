@@ -63,6 +63,11 @@ def check_options(options: GenerationOptions, limits: GatewayLimits, vocabulary:
         _within("seed", sampling.seed, -(2 ** (_SEED_BITS - 1)), 2**_SEED_BITS - 1)
     if sampling.logprobs is not None:
         _within("top_logprobs", sampling.logprobs, 0, min(limits.max_logprobs, vocabulary))
+    elif sampling.prompt_logprobs:
+        raise RequestError(
+            "prompt_logprobs needs logprobs; give it too, 0 for no alternatives",
+            param="prompt_logprobs",
+        )
     if len(options.stop) > limits.max_stop:
         raise RequestError(
             f"{len(options.stop)} stop strings are too many; send at most {limits.max_stop}",

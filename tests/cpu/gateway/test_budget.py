@@ -65,6 +65,7 @@ def check(
         ({"seed": -(2**63) - 1}, "seed"),
         ({"logprobs": -1}, "top_logprobs"),
         ({"logprobs": 6}, "top_logprobs"),
+        ({"prompt_logprobs": True}, "prompt_logprobs"),
         ({"stop": ("a",) * 4}, "stop"),
         ({"stop": ("a", "")}, "stop"),
         ({"logit_bias": {0: 0.0, 1: 0.0, 2: 0.0}}, "logit_bias"),
@@ -146,9 +147,10 @@ def test_prompts_and_answers_that_do_not_fit(
 
 def test_every_sampling_field_is_checked_or_needs_no_check() -> None:
     """A field added to `SamplingParams` must get its row above."""
-    plain = {"prompt_logprobs", "max_tokens"}  # a flag, and what the gateway itself decides
+    plain = {"max_tokens"}  # the gateway itself decides it
     checked = {
         *("temperature", "top_p", "min_p", "top_k", "seed", "logprobs", "logit_bias"),
+        "prompt_logprobs",
         *("presence_penalty", "frequency_penalty", "repetition_penalty", "stop_token_ids"),
     }
     assert {field.name for field in msgspec.structs.fields(SamplingParams)} == plain | checked
