@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -26,9 +27,11 @@ FAMILY = "mixtral"
 
 
 def grouped(weight: Tensor, group: int, bits: int, *, zero: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes in -2^(bits-1) .. 2^(bits-1) - 1, with scale and zero point [O, K / group]."""
+    """Codes in -2^(bits-1) .. 2^(bits-1) - 1, with scale and zero point [O, K / group]; the last
+    group may be a part of one."""
     low, high = -(1 << (bits - 1)), (1 << (bits - 1)) - 1
-    parts = weight.unflatten(-1, (-1, group))
+    whole = F.pad(weight, (0, -weight.shape[1] % group))
+    parts = whole.unflatten(-1, (-1, group))
     if zero:
         least, most = parts.amin(-1).clamp_max(0), parts.amax(-1).clamp_min(0)
         scale = ((most - least) / (high - low)).to(torch.bfloat16)
@@ -37,7 +40,8 @@ def grouped(weight: Tensor, group: int, bits: int, *, zero: bool) -> tuple[Tenso
         scale = (parts.abs().amax(-1) / high).to(torch.bfloat16)
         point = torch.zeros_like(scale).float()
     codes = (parts / scale.float()[..., None] + point[..., None]).round().clamp(low, high)
-    return codes.flatten(-2).to(torch.int8), scale, point.to(torch.int8)
+    codes = codes.flatten(-2)[:, : weight.shape[1]]
+    return codes.to(torch.int8), scale, point.to(torch.int8)
 
 
 def int32_words(codes: Tensor, bits: int) -> Tensor:
@@ -60,8 +64,11 @@ def packed(group: int, bits: int = 4, *, zero: bool = False) -> Callable[[Tensor
         }
         if zero:
             parts["weight_zero_point"] = int32_words(point.T, bits).T.contiguous()
-        spread = scale.float().repeat_interleave(group, 1)
-        return parts, (codes.float() - point.float().repeat_interleave(group, 1)) * spread
+        spread, points = (
+            part.float().repeat_interleave(group, 1)[:, : weight.shape[1]]
+            for part in (scale, point)
+        )
+        return parts, (codes.float() - points) * spread
 
     return code
 
@@ -141,6 +148,11 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Coded]]] = {
     "w4-zero": (
         compressed("pack-quantized", ints(group_size=32, symmetric=False)),
         packed(32, zero=True),
+    ),
+    # 64 and 96 channels are not whole groups of 40, but could be of 32.
+    "w4-partial-groups": (
+        compressed("pack-quantized", ints(group_size=40, symmetric=False)),
+        packed(40, zero=True),
     ),
     "w8a16": (compressed("pack-quantized", ints(8, group_size=16)), packed(16, 8)),
     "w8a8": (compressed("int-quantized", ints(8, "channel")), int8_per_channel),
@@ -242,6 +254,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "e5m2": (BLOCKS | {"fmt": "e5m2"}, "fmt = 'e5m2'"),
     "unknown": (BLOCKS | {"brand_new": 3}, "brand_new = 3"),
+    "group": (compressed("pack-quantized", ints(group_size="32")), "weights.group_size = '32'"),
     "size": (BLOCKS | {"weight_block_size": [128]}, "weight_block_size = [128]"),
     "no object": ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "groups"),
 }
@@ -274,9 +287,21 @@ def test_codes_without_a_scale_are_refused(
         load_tiny(path)
 
 
-def test_scales_that_fit_no_block_are_refused(
+@pytest.mark.parametrize(
+    ("config", "code"),
+    [
+        (BLOCKS | {"weight_block_size": [128, 128]}, fp8_blocks(40)),
+        # Of these nobody can tell how wide a block is: 64 may be two of 32 or one and a half of 40.
+        (BLOCKS, fp8_blocks(40)),
+        (compressed("pack-quantized", ints()), packed(40)),
+        (compressed("pack-quantized", ints(group_size=16)), packed(32)),
+    ],
+)
+def test_scales_that_fit_no_size_that_is_named_are_refused(
+    config: dict[str, Any],
+    code: Callable[[Tensor], Coded],
     published: Callable[..., tuple[Path, dict[str, Tensor]]],
 ) -> None:
-    path, _ = published(BLOCKS | {"weight_block_size": [128, 128]}, fp8_blocks(40))
+    path, _ = published(config, code)
     with pytest.raises(CheckpointError, match=r"scales .* do not fit"):
-        load_tiny(path)
+        DirectoryCheckpoint(path).shapes()

@@ -4,7 +4,8 @@ Two ways of writing codes cover what the hub has of our families: `compressed-te
 packed into int32, int8 or float8 with a scale per tensor, channel, group or block) and the
 `fp8`, `fbgemm_fp8` methods (float8 with a scale per tensor, channel or block). The tensors say by
 themselves how each module is stored, so lists of modules that were left out need not be read;
-config.json is read to refuse what the tensors would not show. How activations were meant to be
+config.json is read to refuse what the tensors would not show, and for how many channels share a
+scale: where the last of them are fewer, their number does not say. How activations were meant to be
 rounded is no property of the weights: the precision that is served decides it.
 
 Shapes: O output channels, K input channels.
@@ -13,6 +14,7 @@ Shapes: O output channels, K input channels.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -25,6 +27,7 @@ _REMEDY = "use the original checkpoint; `fourfold quantize` makes 4-bit weights 
 _CODES = ("weight_packed", "weight")
 _COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_shape", "weight_zero_point")
 _ACTIVATIONS = ("input_scale", "input_zero_point", "input_scale_ub")
+Blocks = frozenset[tuple[int, int]]
 CODE_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32}
 
 
@@ -38,11 +41,11 @@ class Stored:
 
 @dataclasses.dataclass(frozen=True)
 class PublishedFormat:
-    """A quantization_config that is honoured completely. `block` are the rows and columns that
-    share a scale where scales are a matrix of both."""
+    """A quantization_config that is honoured completely. `blocks` are the rows and columns that
+    share a scale, as config.json names them: (1, size) for groups."""
 
     where: str
-    block: tuple[int, int] | None
+    blocks: Blocks
 
     def weights(
         self, shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, str]
@@ -61,6 +64,8 @@ class PublishedFormat:
             if kind == "weight_packed" and "weight_shape" not in parts:
                 raise CheckpointError(f"{self.where}: {name} has no weight_shape; fetch it again")
             shape = shapes[parts.get("weight_shape", name)]
+            scales = shapes[parts.get("weight_scale", f"{module}.weight_scale_inv")]
+            self._block(name, scales, shape)
             found[f"{module}.weight"] = Stored(parts, shape)
         return found
 
@@ -96,21 +101,25 @@ class PublishedFormat:
         """One scale for each weight, from one a tensor, a channel, a group or a block."""
         if scale.numel() == 1:
             return scale.reshape(1, 1)
-        scale = scale[:, None] if scale.dim() == 1 else scale
-        steps = []
-        for axis, (size, count) in enumerate(zip(shape, scale.shape, strict=True)):
-            block = self.block[axis] if self.block is not None else 0
-            if block and count == -(-size // block):
-                steps.append(block)
-            elif count in (1, size) or (not block and size % count == 0):
-                steps.append(size // count)
-            else:
-                raise CheckpointError(
-                    f"{self.where}: scales {list(scale.shape)} do not fit {name} {list(shape)}; "
-                    f"{_REMEDY}"
-                )
-        whole = scale.repeat_interleave(steps[0], 0)[: shape[0]]
-        return whole.repeat_interleave(steps[1], 1)[:, : shape[1]]
+        rows, columns = self._block(name, tuple(scale.shape), shape)
+        whole = scale.view(len(scale), -1).repeat_interleave(rows, 0)[: shape[0]]
+        return whole.repeat_interleave(columns, 1)[:, : shape[1]]
+
+    def _block(self, name: str, scales: tuple[int, ...], shape: tuple[int, ...]) -> tuple[int, int]:
+        """The rows and columns of a weight that share one of its scales."""
+        if len(shape) == 2:
+            rows, columns = shape
+            if math.prod(scales) == 1:
+                return rows, columns
+            wanted = (*scales, 1) if len(scales) == 1 else scales
+            known = {(1, columns)} | {(min(r, rows), min(c, columns)) for r, c in self.blocks}
+            fitting = [(r, c) for r, c in known if (-(-rows // r), -(-columns // c)) == wanted]
+            if len(fitting) == 1:
+                return fitting[0]
+        raise CheckpointError(
+            f"{self.where}: scales {list(scales)} do not fit {name} {list(shape)} in "
+            f"blocks of {sorted(self.blocks)}; {_REMEDY}"
+        )
 
 
 def unpack_int32(packed: Tensor, bits: int) -> Tensor:
@@ -124,16 +133,16 @@ def unpack_int32(packed: Tensor, bits: int) -> Tensor:
 def read_published(config: Mapping[str, Any], where: str) -> PublishedFormat:
     """The format that a quantization_config describes. `CheckpointError` naming what we would not
     honour, and the remedy."""
-    methods: dict[Any, Callable[[_Fields], tuple[int, int] | None]] = {
+    methods: dict[Any, Callable[[_Fields], Blocks]] = {
         "compressed-tensors": _read_compressed_tensors,
         "fp8": _read_fp8,
         "fbgemm_fp8": _read_fbgemm,
     }
     fields = _Fields(config, where, "quantization_config")
     method = fields.take("quant_method", *methods)
-    block = methods[method](fields)
+    blocks = methods[method](fields)
     fields.finish()
-    return PublishedFormat(where, block)
+    return PublishedFormat(where, blocks)
 
 
 class _Fields:
@@ -153,11 +162,20 @@ class _Fields:
             raise self.refuse(name, value, f"only {allowed}")
         return value
 
-    def pair(self, name: str) -> tuple[int, int] | None:
-        """Two positive integers, or nothing."""
+    def group(self, name: str) -> Blocks:
+        """How many columns share a scale: a positive integer, or nothing (-1: all)."""
+        value = self._left.pop(name, None)
+        if value is None or value == -1:
+            return frozenset()
+        if type(value) is not int or value < 1:
+            raise self.refuse(name, value, "only a size")
+        return frozenset({(1, value)})
+
+    def block(self, name: str) -> Blocks:
+        """How many rows and columns share a scale: two positive integers, or nothing."""
         value = self._left.pop(name, None)
         if value is None:
-            return None
+            return frozenset()
         if isinstance(value, str):
             value = [int(part) if part.isdigit() else part for part in value.split("x")]
         if (
@@ -166,7 +184,7 @@ class _Fields:
             or any(type(entry) is not int or entry < 1 for entry in value)
         ):
             raise self.refuse(name, value, "only two sizes")
-        return value[0], value[1]
+        return frozenset({(value[0], value[1])})
 
     def groups(self, name: str) -> list[_Fields]:
         value = self._left.pop(name, None)
@@ -203,13 +221,13 @@ class _Fields:
         )
 
 
-def _read_compressed_tensors(fields: _Fields) -> tuple[int, int] | None:
+def _read_compressed_tensors(fields: _Fields) -> Blocks:
     formats = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
     fields.take("format", *formats, "mixed-precision")
     fields.take("quantization_status", "compressed", "frozen", None)
     fields.ignore("ignore", "global_compression_ratio", "version")
     fields.ignore_if("sparsity_config", "format", "dense")
-    block = None
+    blocks: Blocks = frozenset()
     for group in fields.groups("config_groups"):
         group.take("format", *formats, None)
         group.ignore("targets", "input_activations")
@@ -221,21 +239,22 @@ def _read_compressed_tensors(fields: _Fields) -> tuple[int, int] | None:
         weights.take("strategy", "tensor", "channel", "group", "block")
         weights.take("actorder", None, False, "weight", "static")
         weights.take("dynamic", None, False)
-        block = weights.pair("block_structure") or block
-        weights.ignore("symmetric", "group_size", "observer", "observer_kwargs")
+        blocks |= weights.block("block_structure") | weights.group("group_size")
+        weights.ignore("symmetric", "observer", "observer_kwargs")
         weights.ignore("scale_dtype", "zp_dtype")
         weights.finish()
         group.finish()
-    return block
+    return blocks
 
 
-def _read_fp8(fields: _Fields) -> tuple[int, int] | None:
+def _read_fp8(fields: _Fields) -> Blocks:
     fields.take("fmt", "e4m3", None)
     fields.take("activation_scheme", "dynamic", "static", None)
     fields.take("scale_fmt", "ue8m0", "float", None)
     fields.ignore("modules_to_not_convert", "ignored_layers", "ignore")
-    return fields.pair("weight_block_size")
+    return fields.block("weight_block_size")
 
 
-def _read_fbgemm(fields: _Fields) -> None:
+def _read_fbgemm(fields: _Fields) -> Blocks:
     fields.ignore("modules_to_not_convert", "activation_scale_ub")
+    return frozenset()
