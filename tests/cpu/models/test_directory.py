@@ -194,3 +194,12 @@ def test_a_broken_configuration_is_named(config: str, edited: Callable[..., Path
     path = edited("llama", lambda tensors: None)
     (path / "config.json").write_text(config)
     refusal(path)
+
+
+def test_a_tensor_in_two_files_is_refused(edited: Callable[..., Path]) -> None:
+    """Which of them is meant nobody can tell, and the two may differ."""
+    path = edited("llama", lambda tensors: None)
+    shutil.copyfile(path / WEIGHTS, path / "model.fp16.safetensors")
+    said = refusal(path)
+    assert WEIGHTS in said
+    assert "model.fp16.safetensors" in said

@@ -183,7 +183,7 @@ class DirectoryCheckpoint:
 
     @functools.cached_property
     def _index(self) -> dict[str, _Entry]:
-        index = {}
+        index: dict[str, _Entry] = {}
         for file in self._files():
             try:
                 # Opening checks that the file is whole and its header true.
@@ -192,6 +192,11 @@ class DirectoryCheckpoint:
                         held = shape
                         if name.rpartition(".")[2] == _CONTENTS:
                             held = tuple(opened.get_tensor(name).flatten().tolist())
+                        if name in index:
+                            raise CheckpointError(
+                                f"{self._path} has {name} in {index[name].part.file.name} and in "
+                                f"{file.name}; leave only the files of one checkpoint there"
+                            )
                         index[name] = _Entry(part, held, shape, dtype)
             except (SafetensorError, OSError) as error:
                 raise CheckpointError(f"{file} cannot be read ({error}); fetch it again") from error
