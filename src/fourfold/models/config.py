@@ -190,9 +190,9 @@ class ConfigReader:
         return value
 
 
-def read_rope(reader: ConfigReader) -> RopeConfig:
+def read_rope(reader: ConfigReader, theta_default: float) -> RopeConfig:
     """The rotary settings, in the older (`rope_theta`, `rope_scaling`) or the newer
-    (`rope_parameters`) spelling."""
+    (`rope_parameters`) spelling; a `theta_default` is the family's own."""
     parameters: dict[str, Any] = {}
     for name in ("rope_scaling", "rope_parameters"):
         value = reader.optional(name) or {}
@@ -207,7 +207,7 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
         return value
 
     theta = number("rope_theta")
-    theta = float(theta) if theta is not None else reader.number("rope_theta", 10000.0)
+    theta = float(theta) if theta is not None else reader.number("rope_theta", theta_default)
     reader.expect("rope_theta", theta)
     reader.expect("rope_interleaved", False)
     for rotated in (reader.optional("partial_rotary_factor"), number("partial_rotary_factor")):
@@ -232,8 +232,9 @@ def read_rope(reader: ConfigReader) -> RopeConfig:
     return RopeConfig(theta=theta, kind=kind, **keywords)
 
 
-def read_common(reader: ConfigReader) -> dict[str, Any]:
-    """The fields that every family spells alike, as keywords of `ModelConfig`."""
+def read_common(reader: ConfigReader, *, theta_default: float = 10000.0) -> dict[str, Any]:
+    """The fields that every family spells alike, as keywords of `ModelConfig`. `theta_default` is
+    what the family means by a `rope_theta` that is absent."""
     heads = reader.integer("num_attention_heads")
     width = reader.integer("hidden_size")
     reader.expect("hidden_act", "silu")
@@ -256,7 +257,7 @@ def read_common(reader: ConfigReader) -> dict[str, Any]:
         "ffn_width": reader.integer("intermediate_size"),
         "max_positions": reader.integer("max_position_embeddings"),
         "norm_eps": reader.number("rms_norm_eps"),
-        "rope": read_rope(reader),
+        "rope": read_rope(reader, theta_default),
         "tied_embeddings": reader.flag("tie_word_embeddings", False),
         "eos_token_ids": reader.token_ids("eos_token_id"),
     }

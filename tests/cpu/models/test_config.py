@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+import transformers
 
 from fourfold.errors import CheckpointError
 from fourfold.models.config import ModelConfig, MoEConfig, RopeConfig
@@ -188,6 +189,12 @@ def test_a_mixture_that_makes_no_sense_is_refused(name: str, value: Any) -> None
 def test_an_unknown_family_is_refused_with_those_there_are(model_type: Any) -> None:
     with pytest.raises(CheckpointError, match="mixtral"):
         read({"model_type": model_type, **COMMON})
+
+
+@pytest.mark.parametrize("family", OWN)
+def test_an_absent_theta_is_the_familys_own(family: str) -> None:
+    theirs = transformers.AutoConfig.for_model(family).default_theta
+    assert read(minimal(family)).rope.theta == theirs
 
 
 def test_two_thetas_that_differ_are_refused() -> None:

@@ -89,6 +89,12 @@ class GGUFCheckpoint:
     def __init__(self, path: Path) -> None:
         self.where = str(path)
         self._reader = read_gguf(path)
+        parts = int(read_value(self._reader, "split.count") or 1)
+        if parts > 1:
+            raise CheckpointError(
+                f"{path} is one of {parts} parts of a model; join them with "
+                "`llama-gguf-split --merge` and give the file that it writes"
+            )
         architecture = read_value(self._reader, "general.architecture")
         if architecture not in _MODEL_TYPES:
             raise CheckpointError(
@@ -120,6 +126,9 @@ class GGUFCheckpoint:
             )
         fields.setdefault("vocab_size", embedding.shape[1])
         fields["vocab_size"] = int(fields["vocab_size"])
+        # Of what is absent ggml's default is meant, whatever a family's is.
+        fields.setdefault("rope_theta", 10000.0)
+        self._add_rotated(fields)
         fields["tie_word_embeddings"] = "lm_head.weight" not in self._tensors
         scaling = read_value(self._reader, f"{prefix}rope.scaling.type")
         if scaling not in (None, "none"):
@@ -140,6 +149,14 @@ class GGUFCheckpoint:
         if eos is not None:
             fields["eos_token_id"] = int(eos)
         return fields
+
+    def _add_rotated(self, fields: dict[str, Any]) -> None:
+        """Says which part of a head is rotated where it is not all, for families to refuse."""
+        rotated = read_value(self._reader, f"{self._architecture}.rope.dimension_count")
+        width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
+        head = fields.get("head_dim") or (width // heads if width and heads else None)
+        if rotated is not None and head is not None and rotated != head:
+            fields["partial_rotary_factor"] = rotated / head
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         # GGUF lists the fastest axis first; stacked experts are presented one by one.

@@ -7,7 +7,7 @@ from fourfold.models.families.family import Family, Placements, place_backbone, 
 
 
 def read_config(reader: ConfigReader) -> ModelConfig:
-    common = read_common(reader)
+    common = read_common(reader, theta_default=1e6)
     reader.expect("sliding_window")  # Mixtral knows no use_sliding_window that turns it off
     return ModelConfig(
         family="mixtral",
