@@ -270,10 +270,11 @@ class CompletionReply:
         text, tokens = delta.text, delta.tokens
         offsets = self._offsets.get(delta.index)
         if offsets is None:
-            offsets = self._offsets[delta.index] = _Offsets()
-            if self._echo:
-                prompt = self._echo[delta.index // self._n]
-                text = prompt.prompt_text + text
+            prompt = self._echo[delta.index // self._n] if self._echo else None
+            echoed = "" if prompt is None else prompt.prompt_text
+            offsets = self._offsets[delta.index] = _Offsets(echoed)
+            if prompt is not None:
+                text = echoed + text
                 tokens = (prompt.prompt_tokens + tokens) if self._logprobs else tokens
         logprobs = _completion_logprobs(tokens, offsets) if self._logprobs else None
         finish = None if delta.finish is None else _reason(delta)
@@ -288,15 +289,22 @@ class CompletionReply:
 
 
 class _Offsets:
-    """Counts the characters that the tokens so far have completed."""
+    """Counts the characters that the tokens so far have completed in a choice's text, which may
+    begin with an echoed prompt."""
 
-    def __init__(self) -> None:
+    def __init__(self, echoed: str) -> None:
+        self._echoed = echoed
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._length = 0
 
-    def next(self, data: bytes) -> int:
+    def next(self, token: TokenText) -> int:
         start = self._length
-        self._length += len(self._decoder.decode(data))
+        # A prompt shows the marks that its caller wrote, not those put around it.
+        if not token.special or self._echoed.startswith(token.text, start):
+            shown = self._decoder.decode(token.data)
+            # SentencePiece puts a space before a text.
+            added = not start and shown[:1] == " " and self._echoed[:1] not in ("", " ")
+            self._length += len(shown) - added
         return start
 
 
@@ -313,7 +321,7 @@ def _completion_logprobs(tokens: Sequence[TokenText], offsets: _Offsets) -> Comp
             None if token.logprob is None else _finite(token.logprob) for token in tokens
         ],
         top_logprobs=top,
-        text_offset=[offsets.next(token.data) for token in tokens],
+        text_offset=[offsets.next(token) for token in tokens],
     )
 
 

@@ -54,6 +54,8 @@ class TokenText(msgspec.Struct, frozen=True):
     token: int
     logprob: float | None = None
     top: tuple[TokenText, ...] = ()
+    special: bool = False
+    """Whether it is a mark of the model's; an answer's text shows none of it."""
 
 
 class Delta(msgspec.Struct, frozen=True, kw_only=True):
@@ -262,4 +264,10 @@ class Generation:
 
     def _plain(self, token: int, logprob: float | None = None) -> TokenText:
         data = self._tokenizer.token_bytes(token)
-        return TokenText(data.decode(errors="replace"), data, token, logprob)
+        return TokenText(
+            text=data.decode(errors="replace"),
+            data=data,
+            token=token,
+            logprob=logprob,
+            special=self._tokenizer.is_special(token),
+        )

@@ -17,10 +17,12 @@ from fourfold.gateway.generation import Delta, GenerationOptions, TokenText, Usa
 MODEL = "org/fake-moe"
 
 
-def token(text: str | bytes, logprob: float | None = None, *top: TokenText) -> TokenText:
+def token(
+    text: str | bytes, logprob: float | None = None, *top: TokenText, special: bool = False
+) -> TokenText:
     """A token as the gateway reports it; bytes that are not UTF-8 show as U+FFFD."""
     data = text.encode() if isinstance(text, str) else text
-    return TokenText(data.decode("utf-8", "replace"), data, len(data), logprob, top)
+    return TokenText(data.decode("utf-8", "replace"), data, len(data), logprob, top, special)
 
 
 @dataclass(frozen=True, kw_only=True)

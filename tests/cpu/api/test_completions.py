@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import httpx
+import pytest
 
 from fourfold.engine.messages import FinishReason
 from fourfold.errors import RequestError
@@ -127,6 +128,33 @@ def test_offsets_begin_with_the_answer_without_echo(
     assert logprobs["text_offset"] == [0, 2]
     assert logprobs["top_logprobs"] == [{"ab": -1.0}, {"c": -1.0}]
     assert gateway.calls[0][1].sampling.prompt_logprobs is False
+
+
+@pytest.mark.parametrize(
+    ("prompt", "pieces", "offsets"),
+    [
+        ("a<m>b", ("<s>", "a", "<m>", "b"), [0, 0, 1, 4]),  # <s> is put before every prompt
+        ("<m>", ("<s>", "<m>"), [0, 0]),
+        ("Hi you", ("<s>", " Hi", " you"), [0, 0, 2]),  # as SentencePiece begins a text
+        (" Hi", ("<s>", " Hi"), [0, 0]),
+    ],
+)
+def test_offsets_count_what_the_text_shows(
+    prompt: str,
+    pieces: tuple[str, ...],
+    offsets: list[int],
+    http: httpx.Client,
+    gateway: FakeGateway,
+) -> None:
+    """Marks of the model are in an echoed prompt where the caller wrote them, nowhere else."""
+    marks = ("<s>", "<m>")
+    prompt_tokens = tuple(token(piece, -1.0, special=piece in marks) for piece in pieces)
+    said = [token("x", -1.0), token("<m>", -1.0, special=True), token(" y", -1.0)]
+    gateway.say("x", "", " y", tokens=[(t,) for t in said], prompt_tokens=prompt_tokens)
+    choice = ask(http, prompt=prompt, echo=True, logprobs=0).json()["choices"][0]
+    end = len(prompt)
+    assert choice["text"] == f"{prompt}x y"
+    assert choice["logprobs"]["text_offset"] == [*offsets, end, end + 1, end + 1]
 
 
 def test_when_one_prompt_is_refused_the_others_are_cancelled(

@@ -71,6 +71,26 @@ def test_the_openai_client_gets_sense(server: Server) -> None:
     assert text == whole.choices[0].message.content
 
 
+def test_offsets_of_tokens_lead_to_their_text(server: Server) -> None:
+    body = {
+        "model": "default",
+        "prompt": "one<|im_start|>two",
+        "max_tokens": 4,
+        "echo": True,
+        "logprobs": 0,
+        "logit_bias": {"2": 100},  # <|im_end|>, of which an answer shows nothing
+        "ignore_eos": True,
+    }
+    answer = httpx.post(f"{server.base_url}{COMPLETIONS}", json=body, timeout=60)
+    choice = answer.json()["choices"][0]
+    assert choice["text"] == body["prompt"]
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"][-4:] == ["<|im_end|>"] * 4
+    shown = list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))[:-4]
+    assert all(choice["text"].startswith(token, offset) for token, offset in shown)
+    assert logprobs["text_offset"][-4:] == [len(choice["text"])] * 4
+
+
 def test_64_clients_of_which_many_leave(server: Server) -> None:
     """Either API, streamed and not, with n, left at random moments: all is free afterwards."""
     dice = random.Random(0)
