@@ -35,6 +35,7 @@ COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for the older API; chat has none and may fill the context."""
 
 _REMEDIES = {
+    "annotations": "only 'content' is shown to the model; leave it out",
     "audio": "answers are text; leave it out",
     "best_of": "it must equal 'n'; ask for 'n' samples and choose among them",
     "function_call": "tool calls are not built yet; leave it out",
@@ -61,6 +62,7 @@ _REMEDIES = {
     "include_obfuscation": "chunks are not padded; send false or leave it out",
 }
 _NEUTRAL: dict[str, tuple[object, ...]] = {
+    "annotations": ([],),
     "modalities": (["text"],),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
@@ -153,12 +155,15 @@ def _biases(value: Any) -> dict[int, float]:
             raise fault("invalid_value", 'its keys must be token ids, such as {"50256": -100}')
         if type(bias) not in (int, float) or not -100 <= bias <= 100:
             raise fault("invalid_value", "its values must be numbers from -100 to 100")
-    return {int(token): float(bias) for token, bias in value.items()}
+    biases = {int(token): float(bias) for token, bias in value.items()}
+    if len(biases) < len(value):
+        raise fault("invalid_value", "it biases one token twice, as in 5 and 05; send each once")
+    return biases
 
 
 Text = Annotated[str, AfterValidator(_clean)]
 Unsupported = Annotated[None, PlainValidator(_unsupported)]
-StopText = Annotated[Text, Field(min_length=1, max_length=MAX_STOP_LENGTH)]
+StopText = Annotated[str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_clean)]
 TokenId = Annotated[int, Field(ge=0)]
 
 
@@ -174,6 +179,7 @@ class Message(_Strict):
 
     name: Unsupported = None
     refusal: Unsupported = None
+    annotations: Unsupported = None
     audio: Unsupported = None
     function_call: Unsupported = None
     tool_calls: Unsupported = None

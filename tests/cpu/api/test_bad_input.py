@@ -21,6 +21,12 @@ CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 USER = {"role": "user", "content": "Hi"}
 UNSUPPORTED = "unsupported_parameter"
+DUMPED = {
+    "role": "assistant",
+    "content": "Hi",
+    **dict.fromkeys(("refusal", "annotations", "audio", "function_call", "tool_calls")),
+}
+"""An answer as `message.model_dump()` of the openai package gives it back."""
 
 
 def chat(**fields: Any) -> dict[str, Any]:
@@ -135,6 +141,9 @@ MESSAGES = [
     row("nothing but a system message", say("system"), "messages[0].role", "invalid_role_order"),
     row("a name in a message", chat(messages=[USER | {"name": "Ann"}]), "messages[0].name",
         UNSUPPORTED),
+    row("annotations in a message",
+        chat(messages=[USER, {"role": "assistant", "content": "a", "annotations": [{}]}, USER]),
+        "messages[1].annotations", UNSUPPORTED),
     row("tool calls in a message",
         chat(messages=[USER, {"role": "assistant", "content": "", "tool_calls": []}, USER]),
         "messages[1].tool_calls", UNSUPPORTED),
@@ -180,6 +189,8 @@ VALUES = [
     row("a NUL in a stop string", chat(stop="\0"), "stop[0]", "invalid_value"),
     row("10^5 stops of a wrong type", chat(stop=[1] * 100_000), "stop[0]", "invalid_type"),
     row("a bias of 200", chat(logit_bias={"5": 200}), "logit_bias", "invalid_value"),
+    row("a bias for an id in two spellings", chat(logit_bias={"5": 1, "05": -1}), "logit_bias",
+        "invalid_value"),
     row("a bias for no id", chat(logit_bias={"cat": 1}), "logit_bias", "invalid_value"),
     row("a bias of NaN", chat(logit_bias={"5": float("nan")}), "logit_bias", "invalid_value"),
     row("top_logprobs alone", chat(top_logprobs=2), "top_logprobs", "invalid_value"),
@@ -299,6 +310,12 @@ def test_bad_input_is_refused_with_a_typed_error(server: Any, bad: Row) -> None:
     check(server, bad)
 
 
+def test_an_empty_stop_string_is_counted_in_characters(server: Any) -> None:
+    with client_of(server) as client:
+        error = client.post(CHAT, json=chat(stop="")).json()["error"]
+    assert error["message"] == "'stop[0]' must have at least 1 characters"
+
+
 @pytest.mark.real_gateway
 @pytest.mark.parametrize("bad", GATEWAY_ROWS, ids=lambda bad: bad.name)
 def test_requests_over_budget_are_refused(server: Any, bad: Row) -> None:
@@ -317,6 +334,8 @@ GOOD = [
     (CHAT, say("assistant", "user")),
     (CHAT, say("developer", "user", "assistant", "user")),
     (CHAT, content([{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])),
+    (CHAT, chat(messages=[USER, DUMPED, USER])),
+    (CHAT, chat(messages=[USER, DUMPED | {"annotations": []}, USER])),
     (COMPLETIONS, complete(best_of=2, n=2)),
     (COMPLETIONS, complete(prompt=[[1, 2], [3]])),
     (COMPLETIONS, complete(prompt=["a", "b"])),
