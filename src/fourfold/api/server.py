@@ -52,7 +52,7 @@ def bind(config: ApiConfig) -> socket.socket:
         family, kind, _, _, address = socket.getaddrinfo(
             config.host, config.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-    except socket.gaierror:
+    except (socket.gaierror, UnicodeError):  # the latter: no name of a host at all
         message = f"--host {config.host} is not known; give an address of this machine"
         raise ConfigError(message) from None
     listener = socket.socket(family, kind)
@@ -109,6 +109,7 @@ async def serve(
             timeout_keep_alive=config.keep_alive_timeout,
             timeout_graceful_shutdown=_LAST_WORDS,
         ),
+        config,
         on_started=lambda: on_ready(_url(listener, config)) if on_ready else None,
     )
     async with _ending(server, gateway, config, stop or asyncio.Event()):
@@ -123,13 +124,19 @@ def _url(listener: socket.socket, config: ApiConfig) -> str:
 class _Server(uvicorn.Server):
     """uvicorn without its signal handlers, telling when it accepts connections."""
 
-    def __init__(self, config: uvicorn.Config, on_started: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, bounds: ApiConfig, on_started: Callable[[], None]
+    ) -> None:
         super().__init__(config)
+        self._bounds = bounds
         self._on_started = on_started
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         for listener in sockets or ():
-            listener.listen(_BACKLOG)  # fails if another server came first since `bind`
+            try:
+                listener.listen(_BACKLOG)
+            except OSError as error:  # another server came first since `bind`
+                raise ConfigError(_bind_remedy(error, self._bounds)) from None
         await super().startup(sockets)
         self._on_started()
 

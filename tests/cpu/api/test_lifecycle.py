@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import signal
@@ -14,10 +15,12 @@ from pathlib import Path
 import httpx
 import pytest
 
+from fourfold.api.app import create_app
 from fourfold.api.config import ApiConfig
-from fourfold.api.server import bind
+from fourfold.api.server import bind, serve
 from fourfold.errors import ConfigError
 from tests.cpu.api.conftest import Server, eventually
+from tests.cpu.api.fakes import FakeGateway
 from tests.cpu.api.test_bad_input import CHAT, chat
 
 ROOT = Path(__file__).parents[3]
@@ -111,10 +114,22 @@ def test_a_taken_port_is_one_line_with_the_remedy(server: Server) -> None:
     assert "--port" in str(error.value)
 
 
-@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7"])
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "203.0.113.7", "a..b", "x" * 64])
 def test_a_host_that_is_not_here_is_one_line_with_the_remedy(host: str) -> None:
     with pytest.raises(ConfigError, match="--host"):
         bind(ApiConfig(host=host, port=0))
+
+
+def test_a_port_taken_since_it_was_bound_is_one_line_too() -> None:
+    """Until somebody listens, several may bind: two servers that load at the same time."""
+    with bind(ApiConfig(port=0)) as first:
+        config = ApiConfig(port=first.getsockname()[1])
+        with bind(config) as second:
+            first.listen()
+            gateway = FakeGateway()
+            serving = serve(create_app(gateway, config), gateway, config, listener=second)
+            with pytest.raises(ConfigError, match=f"port {config.port} on 127.0.0.1 is taken; "):
+                asyncio.run(serving)
 
 
 def test_models_health_and_version(http: httpx.Client) -> None:
