@@ -8,6 +8,7 @@ compute, is an error naming it, because a checkpoint computed almost as written 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -134,7 +135,11 @@ class ConfigReader:
         return value
 
     def number(self, name: str, default: Any = _MISSING) -> float:
-        return float(self._take(name, (int, float), "a number", default))
+        """A number above zero: JSON of Python's may hold infinities and NaN, too."""
+        value = float(self._take(name, (int, float), "a number", default))
+        if not 0.0 < value < math.inf:
+            raise self.error(f"{name} = {value} is not a number above zero")
+        return value
 
     def flag(self, name: str, default: Any = _MISSING) -> bool:
         return bool(self._take(name, (bool,), "true or false", default))
@@ -204,6 +209,8 @@ def read_rope(reader: ConfigReader, theta_default: float) -> RopeConfig:
         value = parameters.pop(name, None)
         if value is not None and type(value) not in (int, float):
             raise reader.error(f"rope {name} = {value!r} is not a number")
+        if value is not None and not 0.0 < value < math.inf:
+            raise reader.error(f"rope {name} = {value!r} is not a number above zero")
         return value
 
     theta = number("rope_theta")
@@ -229,6 +236,8 @@ def read_rope(reader: ConfigReader, theta_default: float) -> RopeConfig:
     absent = [name for name, value in keywords.items() if value is None]
     if absent or parameters:
         raise reader.error(f"rope {kind!r}: missing {absent}, not honoured {sorted(parameters)}")
+    if kind == "llama3" and keywords["low_freq_factor"] >= keywords["high_freq_factor"]:
+        raise reader.error("rope low_freq_factor must be less than high_freq_factor")
     return RopeConfig(theta=theta, kind=kind, **keywords)
 
 
@@ -244,8 +253,8 @@ def read_common(reader: ConfigReader, *, theta_default: float = 10000.0) -> dict
     if reader.optional("use_sliding_window") is None:  # false turns off a window that is named
         reader.expect("sliding_window")
     layer_types = reader.optional("layer_types") or []
-    if set(layer_types) - {"full_attention"}:
-        raise reader.error(f"layer_types {sorted(set(layer_types))} (only full_attention)")
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        raise reader.error(f"layer_types = {layer_types!r} is not supported (only full_attention)")
     reader.expect("quantization_config")
     return {
         "vocabulary": reader.integer("vocab_size"),

@@ -131,6 +131,7 @@ def test_positions_scaled_linearly(made: Made, tmp_path: Path) -> None:
         ({"add_logit_scale": 0.5}, "logit_scale"),
         ({"add_rope_dimension_count": 8}, "partial_rotary_factor = 0.5"),
         ({"add_key_length": 32}, "partial_rotary_factor = 0.5"),
+        ({"add_key_length": 0}, "head_dim = 0"),
         ({"add_uint16": ("split.count", 3)}, "one of 3 parts"),
         ({"add_tensor": ("rope_freqs.weight", np.ones(8, np.float32))}, "rope_freqs"),
         ({"add_tensor": ("blk.0.attn_sinks.weight", np.ones(8, np.float32))}, "attn_sinks"),

@@ -155,7 +155,7 @@ class GGUFCheckpoint:
         rotated = read_value(self._reader, f"{self._architecture}.rope.dimension_count")
         width, heads = fields.get("hidden_size"), fields.get("num_attention_heads")
         head = fields.get("head_dim") or (width // heads if width and heads else None)
-        if rotated is not None and head is not None and rotated != head:
+        if rotated is not None and head and rotated != head:
             fields["partial_rotary_factor"] = rotated / head
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
