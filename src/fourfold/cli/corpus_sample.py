@@ -21,6 +21,7 @@ from fourfold.train.data.config import SampleConfig
 
 if TYPE_CHECKING:
     from fourfold.llm import LLM
+    from fourfold.models.checkpoint.source import Source
     from fourfold.train.data.sampling import Sampled, Sampling, Wanted
 
 _ASKED_AT_ONCE = 512
@@ -50,21 +51,18 @@ def run(options: Options) -> int:
             options.out.open("ab") as output,  # what cannot be written is known before loading
             load_llm(options.model, source, options.engine) as llm,
         ):
-            begin = _beginning(options.model) if options.openings is None else None
+            begin = _beginning(options.model, source) if options.openings is None else None
             asyncio.run(_sample_all(llm, options, sampling, begin, done, output))
     except OSError as error:
         raise ConfigError(f"{options.out} cannot be continued ({error}); set --out") from error
     return 0
 
 
-def _beginning(model: ModelOptions) -> int:
+def _beginning(model: ModelOptions, source: Source) -> int:
     """The token that stands before a text: the end of the one before it."""
     from fourfold.gateway.tokenizer import load_tokenizer
-    from fourfold.models.checkpoint.source import find_source
 
-    words = load_tokenizer(
-        model.source() if model.tokenizer is None else find_source(model.tokenizer, weights=False)
-    )
+    words = load_tokenizer(model.words(source))
     specials = words.specials
     for mark in (_END_OF_DOCUMENT, specials.get("bos_token"), specials.get("eos_token")):
         token = None if mark is None else words.backend.token_to_id(mark)

@@ -27,7 +27,10 @@ class Options:
 def run(options: Options) -> int:
     from rich.console import Console
 
+    from fourfold.gateway.chat_template import ChatTemplate
+    from fourfold.gateway.tokenizer import load_tokenizer
     from fourfold.models.loading import (
+        LoadOptions,
         check_tensors,
         check_widths,
         is_upcycled,
@@ -42,15 +45,21 @@ def run(options: Options) -> int:
     from fourfold.quadrants.kv_pages import PAGE_TOKENS
 
     console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+    dummy, uniform = options.model.load == "dummy", options.model.routing == "uniform"
+    LoadOptions(dummy=dummy, uniform_routing=uniform)  # refuses what contradicts
     source = options.model.source()
+    words = options.model.words(source)
     device = resolve_device(options.model.device)
     try:
         checkpoint = open_checkpoint(source)
         precision = served_precision(options.model.precision, device, checkpoint)
         family, config = read_model_config(checkpoint.fields(), checkpoint.where)
         check_widths(config, device, precision)
-        if options.model.load != "dummy":
+        if not dummy:
             check_tensors(checkpoint, config, family.place(config))
+        tokenizer = load_tokenizer(words)
+        if tokenizer.chat_template is not None:
+            ChatTemplate(tokenizer.chat_template, tokenizer.specials)
     except CheckpointError as error:
         console.print(f"{source.model_id} would be refused: {error}")
         return 1

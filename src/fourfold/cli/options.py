@@ -43,6 +43,10 @@ class ModelOptions:
         """The model on disk. Raises `CheckpointError`."""
         return find_source(self.model, revision=self.revision)
 
+    def words(self, source: Source) -> Source:
+        """Where the tokenizer of a model is. Raises `CheckpointError`."""
+        return source if self.tokenizer is None else find_source(self.tokenizer, weights=False)
+
     def setup(
         self,
         source: Source,
@@ -54,7 +58,6 @@ class ModelOptions:
         from fourfold.engine.building import EngineSetup
         from fourfold.gateway.local import GatewaySetup
 
-        tokenizer = source if self.tokenizer is None else find_source(self.tokenizer, weights=False)
         engine = EngineSetup(
             source=source,
             device=self.device,
@@ -63,7 +66,8 @@ class ModelOptions:
             uniform_routing=self.routing == "uniform",
             config=config,
         )
-        return GatewaySetup(engine=engine, tokenizer=tokenizer, limits=limits, names=names)
+        words = self.words(source)
+        return GatewaySetup(engine=engine, tokenizer=words, limits=limits, names=names)
 
 
 def load_llm(options: ModelOptions, source: Source, config: EngineConfig) -> LLM:

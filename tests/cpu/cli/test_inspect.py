@@ -15,15 +15,17 @@ from fourfold.models.checkpoint.source import find_source
 from fourfold.models.footprint import footprint
 from fourfold.models.loading import open_checkpoint, read_model_config
 from tests.cpu.cli.conftest import Command
+from tests.cpu.gateway.made_tokenizers import write_default
 from tests.cpu.models import default_model
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3-moe", "mixtral", "olmoe"])
 def test_a_checkpoint_that_would_be_served(
-    family: str, checkpoint: Callable[[str], Path], command: Command
+    family: str, checkpoint: Callable[[str], Path], tmp_path: Path, command: Command
 ) -> None:
-    path = checkpoint(family)
-    code, out, err = command("inspect", path, "--precision", "float32", "--device", "cpu")
+    path, words = checkpoint(family), write_default(tmp_path / "words")
+    options = ("--precision", "float32", "--device", "cpu", "--tokenizer", words)
+    code, out, err = command("inspect", path, *options)
     assert (code, err) == (0, "")
     reader = open_checkpoint(find_source(str(path)))
     _, config = read_model_config(reader.fields(), reader.where)
@@ -63,6 +65,32 @@ def test_tensors_that_would_be_refused(served: Path, tmp_path: Path, command: Co
     assert code == 1
     assert "lm_head.weight is [320, 64], not [330, 64]" in out
     assert command("inspect", path, "--load", "dummy")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "says"),
+    [
+        ("tokenizer.json", "{", "is not a readable tokenizer"),
+        ("chat_template.jinja", "{% if %}", "chat template cannot be compiled"),
+    ],
+)
+def test_words_that_would_be_refused(
+    file: str, text: str, says: str, served: Path, tmp_path: Path, command: Command
+) -> None:
+    path = tmp_path / "odd"
+    shutil.copytree(served, path)
+    (path / file).write_text(text)
+    code, out, err = command("inspect", path)
+    assert (code, err) == (1, "")
+    assert "would be refused" in out
+    assert says in out
+    assert command("inspect", path, "--tokenizer", served)[0] == 0
+
+
+def test_uniform_routing_is_for_random_weights(served: Path, command: Command) -> None:
+    code, _, err = command("inspect", served, "--routing", "uniform")
+    assert code == 2
+    assert "--load dummy" in err
 
 
 def test_a_gguf_file_that_would_be_refused(tmp_path: Path, command: Command) -> None:

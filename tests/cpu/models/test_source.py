@@ -103,6 +103,15 @@ def test_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
     assert DEFAULT_MODEL_PACKAGE in refused("default")
 
 
+@pytest.mark.usefixtures("no_hub")
+def test_only_a_hub_id_has_revisions(directory: Path, tmp_path: Path) -> None:
+    file = tmp_path / "tiny.gguf"
+    file.touch()
+    for model in (None, "default", str(directory), str(file)):
+        with pytest.raises(CheckpointError, match="revision main is of a hub id"):
+            find_source(model, revision="main")
+
+
 def test_a_hub_id_is_fetched(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, Any]] = []
 

@@ -45,6 +45,7 @@ def find_source(model: str | None, *, revision: str | None = None, weights: bool
     naming what was tried.
     """
     if model is None or model == "default":
+        _check_no_revision(revision, "the embedded default")
         return Source(SourceKind.EMBEDDED, _embedded_file(), DEFAULT_MODEL_ID)
     try:
         local = _find_local(Path(model).expanduser(), weights)
@@ -55,6 +56,7 @@ def find_source(model: str | None, *, revision: str | None = None, weights: bool
             "give a directory, a .gguf file or a hub id (owner/name)"
         ) from error
     if local is not None:
+        _check_no_revision(revision, model)
         return local
     if _HUB_ID.fullmatch(model):
         return Source(SourceKind.DIRECTORY, _download(model, revision), model)
@@ -62,6 +64,13 @@ def find_source(model: str | None, *, revision: str | None = None, weights: bool
         f"model {model!r} not found: no such directory or .gguf file here, and not a hub id "
         "(owner/name); leave it out for the embedded default"
     )
+
+
+def _check_no_revision(revision: str | None, what: str) -> None:
+    if revision is not None:
+        raise CheckpointError(
+            f"revision {revision} is of a hub id, and {what} is on this machine; leave it out"
+        )
 
 
 def _find_local(path: Path, weights: bool) -> Source | None:
