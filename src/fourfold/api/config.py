@@ -41,7 +41,7 @@ class ApiConfig:
     """Largest request body, in bytes (413 beyond)."""
 
     max_prompts: int = 64
-    """Most prompts in one request to /v1/completions."""
+    """Most prompts in one request to /v1/completions; at most --max-concurrent ever are."""
 
     header_timeout: float = 10.0
     """Seconds for a request's headers to arrive (408 beyond)."""

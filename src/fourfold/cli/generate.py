@@ -49,7 +49,7 @@ class Options:
     """Draw from the smallest set of tokens with this much probability."""
     max_tokens: int = 1024
     """Longest answer, shortened where the context leaves less."""
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Texts that end an answer."""
     seed: int = 0
     """Makes drawn answers repeatable."""

@@ -8,6 +8,9 @@ import logging
 import os
 import sys
 import time
+from typing import Annotated
+
+import tyro
 
 from fourfold.api.config import ApiConfig
 from fourfold.cli.options import ModelOptions, loading_bar
@@ -22,7 +25,7 @@ class Options:
     """Serves a model to OpenAI clients until SIGTERM or Ctrl-C."""
 
     model: ModelOptions = ModelOptions()
-    served_name: tuple[str, ...] = ()
+    served_name: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     """Further names that requests may use for the model."""
     engine: EngineConfig = EngineConfig()
     limits: GatewayLimits = GatewayLimits()
@@ -53,7 +56,10 @@ def run(options: Options) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     started = time.perf_counter()
     source = options.model.source()
-    listener = server.bind(options.api)  # a taken port is known before the model is loaded
+    # Each prompt is held as a request: more of them in one could never be admitted.
+    most = min(options.api.max_prompts, options.limits.max_concurrent)
+    api = dataclasses.replace(options.api, max_prompts=most)
+    listener = server.bind(api)  # a taken port is known before the model is loaded
     names = options.served_name or (("default",) if options.model.model is None else ())
     engine = _share_cores(options.engine, len(options.cluster.roles))
     setup = options.model.setup(source, engine, options.limits, names)
@@ -62,7 +68,7 @@ def run(options: Options) -> int:
             setup,
             options.cluster,
             progress,
-            drain_timeout=options.api.drain_timeout,
+            drain_timeout=api.drain_timeout,
         )
     gateway = cluster.gateway
 
@@ -78,10 +84,8 @@ def run(options: Options) -> int:
         stop = asyncio.Event()
         cluster.start(on_failure=stop.set)
         try:
-            app = create_app(gateway, options.api, cluster.fleet)
-            await server.serve(
-                app, gateway, options.api, listener=listener, on_ready=announce, stop=stop
-            )
+            app = create_app(gateway, api, cluster.fleet)
+            await server.serve(app, gateway, api, listener=listener, on_ready=announce, stop=stop)
         finally:
             await cluster.stop()
 

@@ -51,6 +51,10 @@ def assert_one_line(result: tuple[int, str, str], *fragments: str) -> None:
         ("serve /no/such/folder", ["/no/such/folder", "not found"]),
         ("serve no-such-model", ["no-such-model", "owner/name"]),
         ("inspect /no/such/file.gguf", ["/no/such/file.gguf"]),
+        ("serve --revision main", ["revision main", "hub id"]),
+        ("inspect --tokenizer /no/such/words", ["/no/such/words"]),
+        ("serve --served-name mine no-such-model", ["no-such-model", "owner/name"]),
+        ("generate --stop END /no/such/file.jsonl", ["/no/such/file.jsonl cannot be read"]),
         ("serve no-such-model --api-key", ["--api-key"]),  # an unset $KEY must not open the door
         ("chat --temperature hot", ["hot"]),
         ("chat --tokenizer", ["--tokenizer"]),

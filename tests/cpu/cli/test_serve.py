@@ -71,8 +71,8 @@ def serving(*arguments: str) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def server(served: str) -> Iterator[Server]:
-    arguments = ("--precision", "float32", "--kv-memory-gib", "0.02", "--served-name", "tiny")
-    with serving(str(served), *arguments) as running:
+    arguments = ("--precision", "float32", "--kv-memory-gib", "0.02", "--max-concurrent", "8")
+    with serving("--served-name", "tiny", str(served), *arguments) as running:
         yield running
 
 
@@ -100,6 +100,14 @@ def test_an_openai_client_gets_the_same_answer_streamed_and_not(server: Server) 
 def test_a_mistake_is_a_clear_error(server: Server) -> None:
     with pytest.raises(openai.BadRequestError, match="temperature"):
         server.client().chat.completions.create(model="tiny", messages=TALK, temperature=-1)
+
+
+def test_more_prompts_than_it_may_ever_hold_are_refused_for_good(server: Server) -> None:
+    """A client would try again for ever what is answered 429."""
+    completions = server.client().completions
+    assert len(completions.create(model="tiny", prompt=["a"] * 8, max_tokens=1).choices) == 8
+    with pytest.raises(openai.BadRequestError, match="at most 8 entries"):
+        completions.create(model="tiny", prompt=["a"] * 9, max_tokens=1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
