@@ -62,6 +62,8 @@ class Options:
             raise ConfigError(
                 "--windows and --held-out-windows must be at least 1 and --window-tokens 2"
             )
+        if self.method is Method.RTN and self.text is not None:
+            raise ConfigError("--method rtn reads no --text; leave one of them out")
 
 
 def run(options: Options) -> int:
@@ -91,6 +93,12 @@ def run(options: Options) -> int:
         options.out,
         device,
     )
+    for name, read_NL, wanted in (
+        ("--text", calibration, options.windows),
+        ("--held-out", held_out, options.held_out_windows),
+    ):
+        if read_NL is not None and len(read_NL) < wanted:
+            console.print(f"{name} is enough for {len(read_NL)} of the {wanted} windows only.")
     if conversion.restarted:
         console.print(f"{options.out} held a conversion with other options; it starts anew.")
     elif conversion.finished:

@@ -67,6 +67,8 @@ def test_rounding_reads_no_text_to_calibrate_on(
         (["--text", "nowhere.txt"], "nowhere.txt"),
         (["--held-out", "nowhere.txt"], "nowhere.txt"),
         (["--window-tokens", "100000"], "give a longer text"),
+        (["--window-tokens", "1025", "--windows", "1"], "1024 positions"),
+        (["--method", "rtn"], "--text"),
         (["--device", "cuda:99"], "cuda:99"),
     ],
 )
@@ -86,6 +88,17 @@ def test_mistakes_are_one_line(
     assert named in log
     assert log.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_text_too_short_for_all_windows_is_told(
+    served: Path, tmp_path: Path, texts: tuple[str, ...], command: Command
+) -> None:
+    given = ("--windows", "1000", *SMALL[2:], *texts)
+    code, _, log = command("quantize", served, "--out", tmp_path / "out", *given)
+    assert code == 0, log
+    assert "--text is enough for" in log
+    assert "of the 1000 windows" in log
+    assert "--held-out is" not in log
 
 
 def test_the_folder_is_needed(served: Path, command: Command) -> None:

@@ -265,6 +265,30 @@ def test_a_changed_configuration_starts_anew(checkpoint: Find, tmp_path: Path) -
     assert (conversion.finished, conversion.restarted) == (0, True)
 
 
+@pytest.mark.parametrize("method", list(Method))
+def test_weights_that_are_no_numbers_are_named(
+    method: Method, checkpoint: Find, tmp_path: Path
+) -> None:
+    path = tmp_path / "broken"
+    shutil.copytree(checkpoint("llama"), path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match="layer 1 .* not finite"):
+        convert(path, tmp_path / "out", ConversionOptions(method=method))
+
+
+def test_a_model_that_knows_nothing_is_converted(checkpoint: Find, tmp_path: Path) -> None:
+    """Its perplexity is beyond what a float holds."""
+    path = tmp_path / "loud"
+    shutil.copytree(checkpoint("qwen3"), path)
+    tensors = load_file(path / "model.safetensors")
+    tensors["lm_head.weight"] *= 1e4
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    assert convert(path, tmp_path / "out").before == float("inf")
+    assert (tmp_path / "out" / "config.json").exists()
+
+
 def test_gptq_needs_a_text(checkpoint: Find, tmp_path: Path) -> None:
     texts = Texts(None, tokens(1, 2))
     with pytest.raises(ConfigError, match="needs a text"):

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fourfold.errors import ConfigError
+from fourfold.errors import CheckpointError, ConfigError
 from fourfold.kernels.w4a8_gemm.packing import W4A8Recipe
 from fourfold.models.checkpoint.fingerprint import fingerprint
 from fourfold.models.checkpoint.fourfold_format import FourfoldFormat
@@ -91,6 +91,12 @@ class Conversion:
         self._family, self.config = read_model_config(self._fields, self._checkpoint.where)
         if packed_format(self._checkpoint) is not None:
             raise ConfigError(f"{source.path} was quantised by this program; give its original")
+        length, positions = texts.held_out_NL.shape[1], self.config.max_positions
+        if length > positions:
+            raise ConfigError(
+                f"windows of {length} tokens are longer than the {positions} positions that the "
+                "model has; use a smaller --window-tokens"
+            )
         placements = self._family.place(self.config)
         check_tensors(self._checkpoint, self.config, placements)
         self._output = Output(out, self._asked())
@@ -130,6 +136,11 @@ class Conversion:
         block = self._model.blocks[layer]
         converter.rotation.rotate_block(block)
         streams["exact"].advance(block)
+        if not bool(streams["exact"].x_TD.isfinite().all()):
+            raise CheckpointError(
+                f"{self._checkpoint.where}: what layer {layer} computes is not finite; "
+                "fetch the checkpoint again"
+            )
         text = None
         if self._texts.calibration_NL is not None:
             text = Text(streams["calibration"], streams["calibration exact"])

@@ -10,7 +10,6 @@ width, E experts, K experts per token.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -84,10 +83,12 @@ class Stream:
             self.x_TD[rows] = x + delta
 
     def perplexity(self, model: Decoder, tokens_NL: Tensor) -> float:
-        """Of the windows' own tokens, each predicted from those before it, after the last layer."""
+        """Of the windows' own tokens, each predicted from those before it, after the last layer;
+        infinite where a float does not hold it."""
         lost = 0.0
         targets_NL = tokens_NL.to(self.x_TD.device)
         for x_LD, window_L in zip(self.x_TD.view(*tokens_NL.shape, -1), targets_NL, strict=True):
             logits = model.logits(model.norm(x_LD[:-1]))
             lost += float(F.cross_entropy(logits, window_L[1:], reduction="sum"))
-        return math.exp(lost / (self.windows * (self.length - 1)))
+        mean = lost / (self.windows * (self.length - 1))
+        return float(torch.tensor(mean, dtype=torch.float64).exp())
