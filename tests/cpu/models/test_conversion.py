@@ -274,7 +274,7 @@ def test_weights_that_are_no_numbers_are_named(
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CheckpointError, match="layer 1 .* not finite"):
+    with pytest.raises(CheckpointError, match=r"layer 1 .* not finite"):
         convert(path, tmp_path / "out", ConversionOptions(method=method))
 
 
