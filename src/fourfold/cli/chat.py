@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from fourfold.cli.options import ModelOptions, load_llm
 from fourfold.engine.config import EngineConfig
-from fourfold.errors import RequestError, RequestFailedError
+from fourfold.errors import ConfigError, RequestError, RequestFailedError
 from fourfold.gateway.config import GatewayLimits
 
 if TYPE_CHECKING:
@@ -78,6 +78,8 @@ def _read_line() -> str | None:
         return input("> " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):
         return None
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the input cannot be read: {error}; send it in UTF-8") from error
 
 
 def _asked(options: Options) -> Asked:

@@ -109,6 +109,10 @@ class Joining:
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of HOST:PORT or [HOST]:PORT. Raises `ConfigError`."""
     host, _, port = address.rpartition(":")
+    try:
+        host.encode("idna")  # as connecting will
+    except UnicodeError:
+        host = ""
     if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
         raise ConfigError(f"--join {address} is no HOST:PORT")
     return host.strip("[]"), int(port)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -53,6 +54,15 @@ def reply(served: Path, words: Tokenizer) -> Callable[..., str]:
         return words.decode(driving.generate(engine, [ids], params)[0])
 
     return answer
+
+
+def test_lines_that_are_no_text_are_a_clear_error(
+    command: Command, small: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), "utf-8"))
+    code, _, err = command("chat", *small, *LIKELIEST)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("fourfold: the input cannot be read: 'utf-8' codec")
 
 
 def test_a_reply_knows_what_was_said_before(talk: Talk, reply: Callable[..., str]) -> None:
