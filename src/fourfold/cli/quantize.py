@@ -174,7 +174,8 @@ def _write_tokenizer(source: Source, tokenizer: Tokenizer, path: Path) -> None:
     """Writes what a GGUF file holds in itself as a Hugging Face folder has it."""
     if source.kind is SourceKind.DIRECTORY:
         return
-    tokenizer.backend.save(str(path / "tokenizer.json"))
+    backend = tokenizer.backend.to_str(pretty=True)
+    (path / "tokenizer.json").write_text(backend, encoding="utf-8")
     settings = tokenizer.specials | {"chat_template": tokenizer.chat_template}
     for name, fields in (
         ("tokenizer_config.json", {k: v for k, v in settings.items() if v is not None}),

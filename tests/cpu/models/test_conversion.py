@@ -213,10 +213,10 @@ def test_what_fails_at_the_end_costs_no_layer(checkpoint: Find, tmp_path: Path) 
     """Writing the tokenizer is the last of hours of work."""
 
     def stop(folder: Path) -> None:
-        raise StopError
+        raise OSError(errno.ENOSPC, "full", folder / "tokenizer.json")
 
     out, source = tmp_path / "out", find_source(str(checkpoint("llama")))
-    with pytest.raises(StopError):
+    with pytest.raises(ConfigError, match=r"full.*tokenizer\.json.* free some space"):
         Conversion(source, ConversionOptions(), TEXTS, out, CPU).run(stop, lambda layer: None)
     assert not (out / "config.json").exists()
     heard: list[LayerReport] = []

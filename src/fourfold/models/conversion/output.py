@@ -112,7 +112,10 @@ class Output:
                     if file.is_file() and file.name not in ("config.json", _INDEX, _ASKED):
                         with _replacing(self.path / file.name) as beside:
                             shutil.copyfile(file, beside)
-        write_tokenizer(self.path)
+        try:
+            write_tokenizer(self.path)
+        except OSError as error:
+            raise _unwritten(self.path, error) from error
         _write_json(self.path / "config.json", config)
         for left in (_STATE, _ASKED):
             (self.path / left).unlink(missing_ok=True)
@@ -178,10 +181,14 @@ def _replacing(file: Path) -> Iterator[Path]:
         yield beside
         os.replace(beside, file)
     except (OSError, SafetensorError) as error:
-        raise ConfigError(
-            f"{file} cannot be written ({error}); free some space or mend what is wrong with the "
-            "folder: the same command goes on after the layers that are finished"
-        ) from error
+        raise _unwritten(file, error) from error
     finally:
         with contextlib.suppress(OSError):
             beside.unlink(missing_ok=True)
+
+
+def _unwritten(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(
+        f"{path} cannot be written ({error}); free some space or mend what is wrong with the "
+        "folder: the same command goes on after the layers that are finished"
+    )
