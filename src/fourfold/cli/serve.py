@@ -48,6 +48,11 @@ def _share_cores(engine: EngineConfig, workers: int) -> EngineConfig:
     return dataclasses.replace(engine, decode_threads=max(1, threads))
 
 
+def further_names(options: Options) -> tuple[str, ...]:
+    """Names of the model beside its own; the embedded one is `default`, too."""
+    return (*options.served_name, *(("default",) if options.model.model is None else ()))
+
+
 def run(options: Options) -> int:
     from fourfold.api import server
     from fourfold.api.app import create_app
@@ -60,9 +65,8 @@ def run(options: Options) -> int:
     most = min(options.api.max_prompts, options.limits.max_concurrent)
     api = dataclasses.replace(options.api, max_prompts=most)
     listener = server.bind(api)  # a taken port is known before the model is loaded
-    names = options.served_name or (("default",) if options.model.model is None else ())
     engine = _share_cores(options.engine, len(options.cluster.roles))
-    setup = options.model.setup(source, engine, options.limits, names)
+    setup = options.model.setup(source, engine, options.limits, further_names(options))
     with loading_bar(source.model_id) as progress:
         cluster = make_cluster(
             setup,

@@ -17,6 +17,9 @@ import httpx
 import openai
 import pytest
 
+from fourfold.cli import serve
+from fourfold.cli.options import ModelOptions
+
 TALK: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "hello"}]
 MAIN = (sys.executable, "-c", "from fourfold.cli.main import main; main()")
 
@@ -80,6 +83,12 @@ def test_it_is_ready_and_names_its_model(server: Server) -> None:
     assert httpx.get(f"{server.url}/ready").status_code == 200
     assert httpx.get(f"{server.url}/health").status_code == 200
     assert {model.id for model in server.client().models.list()} >= {"tiny"}
+
+
+def test_further_names_are_further() -> None:
+    assert serve.further_names(serve.Options(served_name=("mine",))) == ("mine", "default")
+    named = serve.Options(served_name=("mine",), model=ModelOptions(model="owner/name"))
+    assert serve.further_names(named) == ("mine",)
 
 
 def test_an_openai_client_gets_the_same_answer_streamed_and_not(server: Server) -> None:
