@@ -34,7 +34,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         self._open_cycles: list[RequestResponseCycle] = []
         self._write_timer: asyncio.TimerHandle | None = None
 
-    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it, too
         super().connection_made(transport)
         if len(self.connections) > self.bounds.max_connections:
             message = "the server holds as many connections as it may; try again shortly"

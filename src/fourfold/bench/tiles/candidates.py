@@ -27,17 +27,16 @@ def candidates(tokens: int, blocks: int, *, bits: int, grouped: bool, hopper: bo
 
 
 def _triton(rows: list[int], blocks: int, bits: int, *, splits: bool) -> Iterator[Tiles]:
-    stages = _STAGES
     for half, row, warps in itertools.product((16, 32, 64, 128), rows, (1, 2, 4, 8)):
         stage = 2 * half * 16 * bits + row * 128
         sums = 2 * half * row // (32 * warps)
         suits = _REGISTERS[0] <= sums <= _REGISTERS[1] and half * row >= 256 * warps
-        if suits and stages * stage <= _SHARED_MEMORY:
-            yield Tiles(half, row, stages, warps, max(1, 64 // warps))
+        if suits and _STAGES * stage <= _SHARED_MEMORY:
+            yield Tiles(half, row, _STAGES, warps, max(1, 64 // warps))
         # Each warp has blocks of its own.
         splitting = splits and warps > 1 and blocks % warps == 0 and half == 16
-        if splitting and stages * warps * stage <= _SHARED_MEMORY:
-            yield Tiles(half, row, stages, warps, 64 // warps, split=warps)
+        if splitting and _STAGES * warps * stage <= _SHARED_MEMORY:
+            yield Tiles(half, row, _STAGES, warps, 64 // warps, split=warps)
 
 
 def _gluon(rows: list[int], blocks: int) -> Iterator[Tiles]:

@@ -40,7 +40,7 @@ class DecodeSequences(NamedTuple):
     """Where each sequence's open page is."""
 
     @property
-    def sealed_B(self) -> Ints:  # noqa: N802
+    def sealed_B(self) -> Ints:  # noqa: N802 (the suffix names its shape)
         """Sealed pages that the new rows attend to."""
         return (self.lengths_B - 1) // PAGE_TOKENS
 

@@ -109,7 +109,7 @@ def _scan(
         total = tl.sum(tl.exp2((x - _finite(top)) * LOG2_E))
         tl.store(stat + 2 * T, top)
         tl.store(stat + 3 * T, total)
-    if HAS_TABLES:  # noqa: SIM102
+    if HAS_TABLES:  # noqa: SIM102 (the outer is decided when compiled)
         if adjusted:
             x = penalise(x, said, penalties)
             if is_biased(rows, row):

@@ -176,6 +176,7 @@ def _write_json(file: Path, value: Mapping[str, Any]) -> None:
 def _replacing(file: Path) -> Iterator[Path]:
     """Where to write what replaces a file once it is whole; nothing of it is left otherwise.
     `ConfigError` where it cannot be written."""
+    # The same name each time, so that what a kill leaves of a layer is written over.
     beside = file.with_name(f"{file.name}.part")
     try:
         yield beside
