@@ -145,7 +145,7 @@ class DataSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     rows: int = 64
     """Rows of the global batch: of one step, over all processes."""
     seed: int = 0
-    """Of the order of documents."""
+    """Of the order of documents and rows."""
 
     def __post_init__(self) -> None:
         _positive("data", self, "length", "rows")

@@ -1,6 +1,6 @@
 """Batches whose content is a function of their number alone, so that a run resumes exactly.
 
-Shapes: B rows, L tokens that are predicted in a row, N documents.
+Shapes: B rows, L tokens that are predicted in a row, N documents, R rows of an epoch.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from torch import Tensor
 from fourfold.errors import ConfigError
 from fourfold.train.data.shards import Places, Shards
 
+_ROWS = 1 << 32
+"""Added to an epoch's number where it is rows that are put in order, not documents."""
 _READ_SECONDS = 600.0
 """How long one batch may take to read: a disk that takes longer does not come back."""
 
@@ -52,8 +54,9 @@ class Batches(Protocol):
 class ShardBatches:
     """Rows cut from the documents of shards, which every epoch concatenates in another order.
 
-    The order is a function of seed and epoch. A row's last token is the next row's first, so that
-    in an epoch every token but a rest shorter than a row is predicted once.
+    A row's last token is the next row's first, so that in an epoch every token but a rest shorter
+    than a row is predicted once. Rows are then put in an order of their own: those of one long
+    document would else fill a batch. Both orders are functions of seed and epoch.
     """
 
     def __init__(self, shards: Shards, *, rows: int, length: int, seed: int) -> None:
@@ -73,6 +76,7 @@ class ShardBatches:
         self._epoch = -1
         self._order_N: Places = np.zeros(0, np.int64)
         self._end_N: Places = np.zeros(0, np.int64)
+        self._place_R: Places = np.zeros(0, np.int64)
 
     @property
     def batches_of_epoch(self) -> int:
@@ -83,15 +87,17 @@ class ShardBatches:
         tokens_BL = np.empty((self._rows, self._length + 1), np.int64)
         document_BL = np.empty((self._rows, self._length + 1), np.int32)
         for row in range(self._rows):
-            epoch, place = divmod(index * self._rows + row, self._rows_of_epoch)
+            epoch, number = divmod(index * self._rows + row, self._rows_of_epoch)
             self._enter(epoch)
-            self._fill(place * self._length, tokens_BL[row], document_BL[row])
+            begin = int(self._place_R[number]) * self._length
+            self._fill(begin, tokens_BL[row], document_BL[row])
         return Batch(torch.from_numpy(tokens_BL), torch.from_numpy(document_BL))
 
     def _enter(self, epoch: int) -> None:
         if epoch != self._epoch:
             self._order_N = shuffled(len(self._shards.length_N), self._seed, epoch)
             self._end_N = np.cumsum(self._shards.length_N[self._order_N])
+            self._place_R = shuffled(self._rows_of_epoch, self._seed, epoch + _ROWS)
             self._epoch = epoch
 
     def _fill(self, begin: int, tokens_L: NDArray[np.int64], document_L: NDArray[np.int32]) -> None:

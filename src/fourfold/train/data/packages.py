@@ -2,6 +2,10 @@
 
 The texts of Python packages and of Debian packages, each once, as JSON lines with the package and
 its licence; `sources.json` sums up. The same packages give the same files.
+
+A text that repeats mostly lines of earlier ones is left out like a copy: of modules made from one
+another (two thirds of some packages) some would be trained on and others held out, and what is
+measured would be memory.
 """
 
 from __future__ import annotations
@@ -27,6 +31,10 @@ _FILE_BYTES = 1 << 26
 """Of texts in one file, before compression."""
 _LONGEST_LINE = 2000
 _FEWEST_LETTERS = 0.6
+_SHORTEST_LINE = 20
+"""Characters of a line that tells where it is from; shorter ones are everywhere."""
+_MOST_REPEATED = 0.5
+"""Of the characters of such lines, what may have been in earlier texts."""
 _SUMMARY = "sources.json"
 
 
@@ -63,10 +71,10 @@ def gather(config: PackagesConfig, progress: Callable[[int, int], None]) -> Corp
     texts = itertools.chain(python_texts(config), debian_texts(config.debian))
     writer = _LineWriter(config.out)
     done = size = 0
-    seen: set[int] = set()
+    known = _Known()
     for text in texts:
         raw = text.text.encode()
-        if (reason := _unfit(text, raw, config, seen)) is not None:
+        if (reason := _unfit(text, config) or known.repeated(raw)) is not None:
             left_out[reason] = left_out.get(reason, 0) + 1
             continue
         writer.add(text)
@@ -86,8 +94,8 @@ def gather(config: PackagesConfig, progress: Callable[[int, int], None]) -> Corp
     return corpus
 
 
-def _unfit(found: Text, raw: bytes, config: PackagesConfig, seen: set[int]) -> str | None:
-    """Why a text is left out, or None."""
+def _unfit(found: Text, config: PackagesConfig) -> str | None:
+    """Why a text is left out by itself, or None."""
     text = found.text
     if found.package.licence == UNKNOWN_LICENCE and not config.unknown_licences:
         return "no known licence"
@@ -100,11 +108,30 @@ def _unfit(found: Text, raw: bytes, config: PackagesConfig, seen: set[int]) -> s
     letters = sum(character.isalpha() or character.isspace() for character in text)
     if letters < _FEWEST_LETTERS * len(text) or (not text.isprintable() and "\0" in text):
         return "no prose or code"
-    key = xxhash.xxh64_intdigest(raw)
-    if key in seen:
-        return "a copy"
-    seen.add(key)
     return None
+
+
+class _Known:
+    """Hashes of the texts that were taken, and of their lines."""
+
+    def __init__(self) -> None:
+        self._texts: set[int] = set()
+        self._lines: set[int] = set()
+
+    def repeated(self, raw: bytes) -> str | None:
+        """Why a text is left out for what was before it; or None, and then it is known, too."""
+        whole = xxhash.xxh64_intdigest(raw)
+        if whole in self._texts:
+            return "a copy"
+        lines = [line for line in map(bytes.strip, raw.splitlines()) if len(line) >= _SHORTEST_LINE]
+        keys = [xxhash.xxh64_intdigest(line) for line in lines]
+        sizes = [len(line) for line in lines]
+        old = sum(size for key, size in zip(keys, sizes, strict=True) if key in self._lines)
+        if old > _MOST_REPEATED * sum(sizes):
+            return "nearly a copy"
+        self._texts.add(whole)
+        self._lines.update(keys)
+        return None
 
 
 class _LineWriter:

@@ -76,7 +76,7 @@ def machine(tmp_path: Path) -> Path:
     doc.mkdir(parents=True)
     (doc / "copyright").write_text("Files: *\nLicense: GPL-2\n\nFiles: x\nLicense: Zlib\n")
     (doc / "README.gz").write_bytes(gzip.compress(f"delta: {PROSE}".encode()))
-    page = f"<head><title>no</title></head><p>{PROSE}<br>A &lt;b&gt;</p><script>no</script>"
+    page = f"<head><title>no</title></head><p>page: {PROSE}<br>A &lt;b&gt;</p><script>no</script>"
     (doc / "page.html").write_text(page)
     (doc / "changelog.gz").write_bytes(gzip.compress(PROSE.encode()))
     (tmp_path / "share/man/man1").mkdir(parents=True)
@@ -108,7 +108,7 @@ def test_texts_are_gathered_once_with_their_licence(
     licences = [text["licence"] for text in texts.values()]
     assert licences == ["BSD-3-Clause"] * 2 + ["MIT"] + ["GPL-2, Zlib"] * 2
     assert texts["alpha/long.py"]["text"] == f"{PROSE}\n\n\nA\n\n{PROSE * 3}"
-    assert texts["doc/delta/page.html"]["text"] == f"{PROSE.strip()}\nA <b>\n"
+    assert texts["doc/delta/page.html"]["text"] == f"page: {PROSE.strip()}\nA <b>\n"
     summary = json.loads((machine / "out/sources.json").read_text())
     assert summary["documents"] == 5
     assert summary["bytes"] == sum(len(text["text"]) for text in texts.values())
@@ -121,6 +121,23 @@ def test_texts_are_gathered_once_with_their_licence(
     }
     assert [s["name"] for s in summary["sources"]] == ["alpha", "delta", "beta"]
     assert "3 packages" in capsys.readouterr().err
+
+
+def test_a_text_made_from_another_is_left_out(tmp_path: Path) -> None:
+    lines = [f"token {i} goes to expert {i * i}\n" for i in range(40)]
+    changed = [f"token {i} goes to no expert at all\n" for i in range(40)]
+    stated = "License-Expression: MIT\n"
+    texts = {
+        "alpha/a.md": "".join(lines),
+        "alpha/b.md": "".join(lines[:30] + changed[:10]),  # more than half is known
+        "alpha/c.md": "".join(lines[:10] + changed[:30]),
+        "alpha/d.md": "x = 1\n" * 40 + "".join(changed[30:]),  # short lines tell nothing
+        "alpha/e.md": "x = 1\n" * 41,
+    }
+    package(tmp_path / "python", "alpha", stated, texts)
+    assert [t["path"][6:] for t in gather(tmp_path)] == ["a.md", "c.md", "d.md", "e.md"]
+    summary = json.loads((tmp_path / "out/sources.json").read_text())
+    assert summary["left_out"] == {"nearly a copy": 1}
 
 
 def test_the_same_packages_give_the_same_files(machine: Path) -> None:
