@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 _MANY_OUTPUTS = 32768
+_NARROW = 4096
 _HOPPER_STAGES = {16: 8, 32: 8, 64: 6, 128: 5}
 _SHARED_MEMORY = (227 << 10) - 2048  # bytes, less scales and barriers
 MOST_SPLIT_TOKENS = 16
@@ -51,6 +52,8 @@ def choose_grouped(tokens: int, blocks: int, *, groups: bool, hopper: bool) -> T
             return Tiles(64, tokens, 8, 4, 2, split=2, hopper=True)
         unroll = 2 if groups and tokens > 64 else 1
         return Tiles(128, tokens, _HOPPER_STAGES[tokens], 4, 1, hopper=True, unroll=unroll)
+    if tokens <= 16:
+        return Tiles(32, tokens, 4, 2, 32)
     if tokens <= 32:
         return Tiles(64, tokens, 4, 4, 32)
     return Tiles(64, tokens, 4, 4, 4 if tokens <= 64 else 2)
@@ -65,9 +68,8 @@ def choose_dense(
     its rows; `groups` and `hopper` as in `choose_grouped`.
     """
     if bits == 8:
-        if hopper and tokens > 512:
-            return Tiles(128, 128, 4, 4, 1, hopper=True)
-        return _choose_8_bits(tokens, blocks, outputs)
+        hopper_tiles = _choose_8_bits_hopper(tokens, outputs) if hopper else None
+        return hopper_tiles or _choose_8_bits(tokens, blocks, outputs)
     if tokens <= 16:
         if blocks % 4 == 0 and blocks > 16:
             return Tiles(16, 16, 4, 4, 8, split=4)
@@ -81,13 +83,24 @@ def choose_dense(
     return Tiles(64, tile, 4, 4, 4 if tile == 64 else 2)
 
 
+def _choose_8_bits_hopper(tokens: int, outputs: int) -> Tiles | None:
+    """The Gluon kernel's tiles where it is the faster one, which has been measured."""
+    if tokens > 512:
+        return Tiles(128, 128, 4, 4, 1, hopper=True)
+    narrow = outputs <= _NARROW
+    if outputs >= _MANY_OUTPUTS or tokens > 256 or tokens <= (64 if narrow else 32):
+        return None
+    tile = 32 if narrow or tokens <= 64 else 64
+    return Tiles(128, tile, _HOPPER_STAGES[tile], 4, 1, hopper=True, unroll=2)
+
+
 def _choose_8_bits(tokens: int, blocks: int, outputs: int) -> Tiles:
     if outputs >= _MANY_OUTPUTS or tokens > 512:
         if tokens > 64:
             return Tiles(128, 128, 4, 8, 1)
         return Tiles(64, 16 if tokens <= 16 else 64, 4, 4, 8)
     # As many programs as fill a GPU: the fewer rows there are, the fewer a program has.
-    narrow = outputs <= 4096
+    narrow = outputs <= _NARROW
     if tokens > 64:
         return Tiles(32 if narrow else 64, 64, 4, 4, 64)
     tile = 16 if tokens <= 16 else 32 if tokens <= 32 else 64
