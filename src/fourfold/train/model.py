@@ -23,7 +23,7 @@ from fourfold.quadrants.experts import ExpertWeights
 from fourfold.quantize.weights import Activations, DenseWeight
 from fourfold.train.config import ModelSection, RouterSection
 from fourfold.train.router import TrainedRouter
-from fourfold.train.rows import trained_swiglu
+from fourfold.train.rows import TrainedNorm, trained_swiglu
 
 _VOCABULARY_STEP = 64
 
@@ -94,7 +94,10 @@ def build(
     """
     with torch.device("meta"):
         model = Decoder(config)
+        model.norm = TrainedNorm(config.width, config.norm_eps)
         for block in model.blocks:
+            block.attention_norm = TrainedNorm(config.width, config.norm_eps)
+            block.ffn_norm = TrainedNorm(config.width, config.norm_eps)
             if isinstance(block.ffn, SparseFFN):
                 _make_trainable(block.ffn, config, experts)
             else:

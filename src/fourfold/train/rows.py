@@ -1,5 +1,5 @@
-"""Routed rows and back, the FFN's gate, and heads turned by their positions: with gradients that
-keep little and are one pass over memory.
+"""Routed rows and back, the FFN's gate, heads turned by their positions, and norms of sums: with
+gradients that keep little and are one pass over memory.
 
 Spreading tokens to rows and collecting rows to tokens are each other's gradient.
 
@@ -16,12 +16,17 @@ from torch import Tensor
 
 from fourfold.kernels.rope import norm_rope
 from fourfold.kernels.training import (
+    add_norm,
+    add_norm_backward,
     gated_swiglu,
     gated_swiglu_backward,
     norm_rope_backward,
     sum_rows,
 )
+from fourfold.models.layers import RMSNorm
+from fourfold.quadrants.experts import Delta, combined
 from fourfold.quadrants.projection import Projected
+from fourfold.quantize.weights import Activations, Weight
 
 
 class _Spread(torch.autograd.Function):
@@ -131,3 +136,65 @@ def rotated(projected: Projected) -> tuple[Tensor, Tensor, Tensor]:
         projected, projected.qkv_TA, *weights
     )
     return heads
+
+
+class _AddNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, stream_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        normed_TD, added_TD = add_norm(
+            stream_TD.contiguous(), delta_TD.contiguous(), weight_D, eps
+        )
+        ctx.save_for_backward(added_TD, weight_D)
+        ctx.eps = eps
+        # The last norm's sum goes nowhere.
+        ctx.set_materialize_grads(False)
+        return normed_TD, added_TD
+
+    @staticmethod
+    def backward(
+        ctx: Any, grad_normed: Tensor, grad_added: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        added_TD, weight_D = ctx.saved_tensors
+        if grad_added is not None:
+            grad_added = grad_added.contiguous()
+        grad_TD, of_weight = add_norm_backward(
+            grad_normed.contiguous(), grad_added, added_TD, weight_D, ctx.eps
+        )
+        return grad_TD, grad_TD, of_weight.to(weight_D.dtype), None
+
+
+class _Norm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        normed_TD, x_TD = add_norm(x_TD.contiguous(), None, weight_D, eps)
+        ctx.save_for_backward(x_TD, weight_D)
+        ctx.eps = eps
+        return normed_TD
+
+    @staticmethod
+    def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_TD, weight_D = ctx.saved_tensors
+        grad_TD, of_weight = add_norm_backward(
+            grad_TD.contiguous(), None, x_TD, weight_D, ctx.eps
+        )
+        return grad_TD, of_weight.to(weight_D.dtype), None
+
+
+class TrainedNorm(RMSNorm):
+    """A norm of the residual stream whose sum and gradients are one pass each."""
+
+    # Left out of what is compiled: it is one kernel already, of Triton on a GPU.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def add_and_norm(
+        self, stream_TD: Tensor, delta: Delta | None, reader: Weight, *, keep: bool
+    ) -> tuple[Activations, Tensor]:
+        """As `RMSNorm.add_and_norm`."""
+        if delta is None:
+            normed_TD = _Norm.apply(stream_TD, self.weight, self.eps)  # type: ignore[no-untyped-call]
+            return Activations(normed_TD), stream_TD
+        normed_TD, stream_TD = _AddNorm.apply(  # type: ignore[no-untyped-call]
+            stream_TD, combined(delta), self.weight, self.eps
+        )
+        return Activations(normed_TD), stream_TD

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,6 +14,7 @@ from fourfold.kernels.rope import norm_rope
 from fourfold.kernels.training import (
     reference,
     triton_cross_entropy,
+    triton_norm,
     triton_rope_backward,
     triton_sum_rows,
     triton_swiglu,
@@ -35,6 +38,11 @@ def close(got: Tensor | None, wanted: Tensor | None) -> None:
     torch.testing.assert_close(got, wanted, rtol=rounds, atol=rounds)
 
 
+def close_all(got: Iterable[Tensor | None], wanted: Iterable[Tensor | None]) -> None:
+    for mine, theirs in zip(got, wanted, strict=True):
+        close(mine, theirs)
+
+
 @pytest.mark.parametrize("gated", [False, True])
 def test_swiglu_and_its_gradients(gated: bool) -> None:
     gate_up, gates = torch.randn(7, 20, requires_grad=True), torch.rand(7, requires_grad=True)
@@ -46,8 +54,7 @@ def test_swiglu_and_its_gradients(gated: bool) -> None:
     got = training.gated_swiglu_backward(
         upstream, gate_up.detach(), gates.detach() if gated else None
     )
-    for mine, theirs in zip(got, wanted, strict=True):
-        close(mine, theirs)
+    close_all(got, wanted)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -64,6 +71,37 @@ def test_the_swiglu_kernels(rows: int, width: int, gated: bool, dtype: torch.dty
         assert got[1] is not None
         assert wanted[1] is not None
         torch.testing.assert_close(got[1], wanted[1], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_the_norm_of_a_sum_and_its_gradients(adds: bool) -> None:
+    stream, delta, weight = (torch.randn(*s, requires_grad=True) for s in ((5, 12), (5, 12), (12,)))
+    added = stream + delta if adds else stream
+    plain = F.rms_norm(added, (12,), weight, 1e-6)
+    got, sum_ = training.add_norm(
+        stream.detach(), delta.detach() if adds else None, weight.detach(), 1e-6
+    )
+    close(got, plain)
+    close(sum_, added)
+    upstream, along = torch.randn(5, 12), torch.randn(5, 12)
+    wanted = torch.autograd.grad((plain, added), (stream, weight), (upstream, along))
+    close_all(training.add_norm_backward(upstream, along, sum_, weight.detach(), 1e-6), wanted)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("adds", [False, True])
+@pytest.mark.parametrize(("rows", "width"), [(1, 8), (700, 24), (5, 2100)])
+def test_the_norm_kernels(rows: int, width: int, adds: bool, dtype: torch.dtype) -> None:
+    stream, delta, upstream, along = torch.randn(4, rows, width).to(dtype).unbind()
+    weight = torch.rand(width).to(dtype)
+    wanted = reference.add_norm(stream, delta if adds else None, weight, 1e-5)
+    close_all(triton_norm.launch(stream, delta if adds else None, weight, 1e-5), wanted)
+    arguments = (upstream, along if adds else None, wanted[1], weight, 1e-5)
+    got = triton_norm.launch_backward(*arguments)
+    close(got[0], reference.add_norm_backward(*arguments)[0])
+    torch.testing.assert_close(
+        got[1], reference.add_norm_backward(*arguments)[1], rtol=1e-4, atol=1e-4
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,6 +1,8 @@
 """What training computes besides products, forward and backward, in few passes over memory."""
 
 from fourfold.kernels.training.verbs import (
+    add_norm,
+    add_norm_backward,
     cross_entropy,
     gated_swiglu,
     gated_swiglu_backward,
@@ -9,6 +11,8 @@ from fourfold.kernels.training.verbs import (
 )
 
 __all__ = [
+    "add_norm",
+    "add_norm_backward",
     "cross_entropy",
     "gated_swiglu",
     "gated_swiglu_backward",

@@ -32,6 +32,30 @@ def gated_swiglu_backward(
     return torch.cat((grad_gate, grad_RF * silu), -1).to(gate_up_RF.dtype), grad_gates_R
 
 
+def add_norm(
+    stream_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """See `fourfold.kernels.training.add_norm`."""
+    added_TD = stream_TD if delta_TD is None else stream_TD + delta_TD
+    unit_TD, _ = _normed(added_TD, eps)
+    return (unit_TD * weight_D.float()).to(added_TD.dtype), added_TD
+
+
+def add_norm_backward(
+    grad_normed_TD: Tensor,
+    grad_added_TD: Tensor | None,
+    added_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """See `fourfold.kernels.training.add_norm_backward`."""
+    unit_TD, inverse_T1 = _normed(added_TD, eps)
+    grad_TD, grad_weight = _norm_backward(grad_normed_TD.float(), unit_TD, inverse_T1, weight_D)
+    if grad_added_TD is not None:
+        grad_TD = grad_TD + grad_added_TD.float()
+    return grad_TD.to(added_TD.dtype), grad_weight
+
+
 def sum_rows(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
     """See `fourfold.kernels.training.sum_rows`."""
     y_TD = rows_RD[place_TK[:, 0]].float()
@@ -81,13 +105,24 @@ def _head_backward(
     weight_C: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor | None]:
-    grad_THC, x_THC = grad_THC.float(), x_THC.float()
+    grad_THC = grad_THC.float()
     turned = (grad_THC * sin_TC.float()[:, None]).roll(grad_THC.shape[-1] // 2, -1)
     grad_THC = grad_THC * cos_TC.float()[:, None] + turned
     if weight_C is None:
         return grad_THC, None
-    inverse = torch.rsqrt(x_THC.square().mean(-1, keepdim=True) + eps)
-    unit = x_THC * inverse
-    grad_weight = (grad_THC * unit).sum((0, 1))
-    grad_THC = grad_THC * weight_C.float()
-    return inverse * (grad_THC - unit * (grad_THC * unit).mean(-1, keepdim=True)), grad_weight
+    return _norm_backward(grad_THC, *_normed(x_THC, eps), weight_C)
+
+
+def _normed(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`x / rms(x)` over the last axis and `1 / rms(x)`, float32."""
+    inverse = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return x.float() * inverse, inverse
+
+
+def _norm_backward(
+    grad: Tensor, unit: Tensor, inverse: Tensor, weight: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients, float32, of `unit * weight` for what was normed and for the weight."""
+    grad_weight = (grad * unit).flatten(0, -2).sum(0)
+    grad = grad * weight.float()
+    return inverse * (grad - unit * (grad * unit).mean(-1, keepdim=True)), grad_weight

@@ -44,6 +44,39 @@ def gated_swiglu_backward(
     return launch_backward(grad_RF, gate_up_RF, gates_R)
 
 
+def add_norm(
+    stream_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    """`x / rms(x) * weight` of the sum of stream and delta, and the sum; without a delta that is the
+    stream itself. [T, D] each, of one dtype and contiguous.
+    """
+    given = (stream_TD,) if delta_TD is None else (stream_TD, delta_TD)
+    _check_norm(weight_D, *given)
+    if not stream_TD.is_cuda:
+        return reference.add_norm(stream_TD, delta_TD, weight_D, eps)
+    from fourfold.kernels.training.triton_norm import launch
+
+    return launch(stream_TD, delta_TD, weight_D, eps)
+
+
+def add_norm_backward(
+    grad_normed_TD: Tensor,
+    grad_added_TD: Tensor | None,
+    added_TD: Tensor,
+    weight_D: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of `add_norm` from those of what is normed and, where it is used, of the sum: for
+    the sum, which is that for stream and delta, and float32 [D] for the weight."""
+    given = (grad_normed_TD,) if grad_added_TD is None else (grad_normed_TD, grad_added_TD)
+    _check_norm(weight_D, added_TD, *given)
+    if not added_TD.is_cuda:
+        return reference.add_norm_backward(grad_normed_TD, grad_added_TD, added_TD, weight_D, eps)
+    from fourfold.kernels.training.triton_norm import launch_backward
+
+    return launch_backward(grad_normed_TD, grad_added_TD, added_TD, weight_D, eps)
+
+
 def sum_rows(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
     """Sum of rows `place_TK[t]` for every token, in the order of its choices; [T, D].
 
@@ -102,3 +135,12 @@ def _check_swiglu(gate_up_RF: Tensor, gates_R: Tensor | None) -> None:
     assert gate_up_RF.is_contiguous(), gate_up_RF.stride()
     assert gates_R is None or gates_R.shape == gate_up_RF.shape[:1], gates_R
     assert gates_R is None or gates_R.is_contiguous(), gates_R
+
+
+def _check_norm(weight_D: Tensor, first_TD: Tensor, *others: Tensor) -> None:
+    assert first_TD.shape[1:] == weight_D.shape, (first_TD.shape, weight_D.shape)
+    assert weight_D.is_contiguous(), weight_D.stride()
+    for each_TD in (first_TD, *others):
+        assert each_TD.is_contiguous(), each_TD.stride()
+        assert each_TD.shape == first_TD.shape, (each_TD.shape, first_TD.shape)
+        assert each_TD.dtype == first_TD.dtype, (each_TD.dtype, first_TD.dtype)
