@@ -15,7 +15,9 @@ from torch import Tensor
 
 
 @triton.jit
-def _kernel(logits, targets, losses, V, stride, GRADIENT: tl.constexpr, TOKENS: tl.constexpr):
+def _cross_entropy_kernel(
+    logits, targets, losses, V, stride, GRADIENT: tl.constexpr, TOKENS: tl.constexpr
+):
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
     target = tl.load(targets + row)
@@ -50,7 +52,7 @@ def launch(logits_SV: Tensor, target_S: Tensor, gradient: bool) -> Tensor:
     rows, vocabulary = logits_SV.shape
     loss_S = torch.empty(rows, dtype=torch.float32, device=logits_SV.device)
     tokens = min(4096, triton.next_power_of_2(vocabulary))
-    _kernel[(rows,)](
+    _cross_entropy_kernel[(rows,)](
         logits_SV,
         target_S,
         loss_S,

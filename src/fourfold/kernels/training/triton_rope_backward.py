@@ -67,7 +67,7 @@ def _heads(
 
 
 @triton.jit(do_not_specialize=["T"])
-def _kernel(
+def _norm_rope_backward_kernel(
     grad_q,
     grad_k,
     grad_v,
@@ -143,7 +143,7 @@ def launch(
     grad_qkv = torch.empty(qkv_TA.shape, dtype=qkv_TA.dtype, device=qkv_TA.device)
     programs = min(_PROGRAMS, tokens)
     sums = torch.empty((programs, 2, width), dtype=torch.float32, device=qkv_TA.device)
-    _kernel[(programs,)](
+    _norm_rope_backward_kernel[(programs,)](
         grad_q,
         grad_k,
         grad_v,

@@ -17,7 +17,7 @@ _TILE = 4096
 
 
 @triton.jit(do_not_specialize=["R"])
-def _forward(
+def _swiglu_kernel(
     gate_up,
     gates,
     hidden,
@@ -41,7 +41,7 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["R"])
-def _backward(
+def _swiglu_backward_kernel(
     grad,
     gate_up,
     gates,
@@ -93,7 +93,7 @@ def launch(gate_up_RF: Tensor, gates_R: Tensor | None) -> Tensor:
     tile = _tile(width)
     gated = gates_R is not None
     grid = (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(width, tile["CHANNELS"]))
-    _forward[grid](
+    _swiglu_kernel[grid](
         gate_up_RF,
         gates_R if gated else gate_up_RF,
         hidden_RF,
@@ -116,7 +116,7 @@ def launch_backward(
     if rows == 0:
         return grad_gate_up, grad_gates
     tile = _tile(width)
-    _backward[(triton.cdiv(rows, tile["ROWS"]),)](
+    _swiglu_backward_kernel[(triton.cdiv(rows, tile["ROWS"]),)](
         grad_RF,
         gate_up_RF,
         gates_R if gated else gate_up_RF,

@@ -47,9 +47,8 @@ def gated_swiglu_backward(
 def add_norm(
     stream_TD: Tensor, delta_TD: Tensor | None, weight_D: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
-    """`x / rms(x) * weight` of the sum of stream and delta, and the sum; without a delta that is the
-    stream itself. [T, D] each, of one dtype and contiguous.
-    """
+    """`x / rms(x) * weight` of the sum x of stream and delta, and the sum; without a delta that is
+    the stream itself. [T, D] each, of one dtype and contiguous."""
     given = (stream_TD,) if delta_TD is None else (stream_TD, delta_TD)
     _check_norm(weight_D, *given)
     if not stream_TD.is_cuda:
