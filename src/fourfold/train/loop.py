@@ -108,6 +108,7 @@ class Trainer:
         reporter = Reporter(
             log,
             watch,
+            device=self._parallel.device,
             every=run.log_every,
             last=last,
             flops_per_token=count(self.model.config, self._config.data.length).flops_per_token,

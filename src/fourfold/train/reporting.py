@@ -23,10 +23,34 @@ class TrainingError(FourfoldError):
     """A run that cannot go on."""
 
 
+class Moment:
+    """When all that a device was given before is done. Two of them say how long it took between
+    them, whenever the host comes to ask."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._event: torch.cuda.Event | None = None
+        if device.type == "cuda":
+            self._event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+            self._event.record()
+        self._at = time.perf_counter()
+
+    def wait(self) -> None:
+        """Until it has come."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def seconds_since(self, before: Moment) -> float:
+        """From an earlier one to this, which has come."""
+        if self._event is None or before._event is None:
+            return self._at - before._at
+        milliseconds: float = before._event.elapsed_time(self._event)
+        return milliseconds / 1e3
+
+
 @dataclasses.dataclass(frozen=True)
 class Launched:
     """A step that the device may still be busy with; its tensors are sums over all processes, on
-    their way to the host: `done` tells when they are there."""
+    their way to the host: `done` is when they are there."""
 
     step: int
     """Steps taken with this one."""
@@ -39,8 +63,7 @@ class Launched:
     """Cross-entropy over its tokens, balance loss, z-loss, gradient norm."""
     load_LE: Tensor | None
     """Rows that went to each expert of each sparse layer."""
-    done: torch.cuda.Event | None = None
-    """None where they are there already."""
+    done: Moment
 
     @classmethod
     def fetched(
@@ -54,14 +77,12 @@ class Launched:
     ) -> Launched:
         """A step whose tensors are copied to the host once they are computed. Who reads them waits
         for these copies, not for what the device is given meanwhile."""
-        if not sums_4.is_cuda:
-            return cls(step, counted, tokens, rate, sums_4, load_LE)
-        sums_4 = sums_4.to("cpu", non_blocking=True)
-        if load_LE is not None:
-            load_LE = load_LE.to("cpu", non_blocking=True)
-        done = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        done.record()
-        return cls(step, counted, tokens, rate, sums_4, load_LE, done)
+        device = sums_4.device
+        if device.type == "cuda":
+            sums_4 = sums_4.to("cpu", non_blocking=True)
+            if load_LE is not None:
+                load_LE = load_LE.to("cpu", non_blocking=True)
+        return cls(step, counted, tokens, rate, sums_4, load_LE, Moment(device))
 
 
 class Reporter:
@@ -72,6 +93,7 @@ class Reporter:
         log: Metrics | None,
         watch: Watch,
         *,
+        device: torch.device,
         every: int,
         last: int,
         flops_per_token: float,
@@ -82,6 +104,7 @@ class Reporter:
         Args:
             log: takes the records; None in processes that write none.
             watch: is told every record that is written.
+            device: what steps are computed on.
             every: steps between records.
             last: the run's last step, which is always recorded.
             flops_per_token: of training.
@@ -89,30 +112,31 @@ class Reporter:
             spikes: what losses were usual so far.
         """
         self._log, self._watch = log, watch
+        self._device = device
         self._every, self._last = every, last
         self._flops_per_token, self._peak = flops_per_token, peak
         self.spikes = spikes
         self.seconds = 0.0
         """Of the steps that were read."""
-        self._begun = time.perf_counter()
+        self._begun = Moment(device)
         self._window = (0, 0.0)
         self._load_LE: Tensor | None = None
 
     def begin(self) -> None:
         """Starts the clock, after something that is no training."""
-        self._begun = time.perf_counter()
+        self._begun = Moment(self._device)
 
     def read(self, launched: Launched) -> None:
         """Waits for a step and reports it. `TrainingError` where its loss is no number."""
-        if launched.done is not None:
-            launched.done.synchronize()
+        launched.done.wait()
         summed, balance, z, norm = launched.sums_4.tolist()
         loss = summed / max(1, launched.counted)
-        now = time.perf_counter()
+        # Not when it is read: the next step was launched in between, and of the last one none is.
+        took = launched.done.seconds_since(self._begun)
+        self._begun = launched.done
         tokens, seconds = self._window
-        self._window = (tokens + launched.counted, seconds + now - self._begun)
-        self.seconds += now - self._begun
-        self._begun = now
+        self._window = (tokens + launched.counted, seconds + took)
+        self.seconds += took
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise TrainingError(
                 f"the loss of step {launched.step} is {loss} and its gradients' norm {norm}; "

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from fourfold.errors import ConfigError
-from fourfold.train.metrics import Metrics, SpikeWatch, StepRecord, loads, read_records
-from fourfold.train.reporting import Launched, Reporter, TrainingError
+from fourfold.train.metrics import Metrics, Record, SpikeWatch, StepRecord, loads, read_records
+from fourfold.train.reporting import Launched, Moment, Reporter, TrainingError
 from tests.cpu.train import toy
 
 
@@ -53,20 +55,86 @@ def test_a_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
 
 
+class At(Moment):
+    """A moment of a device's own time, at which numbers arrive."""
+
+    def __init__(self, seconds: float, arrive: Callable[[], object] = lambda: None) -> None:
+        super().__init__(torch.device("cpu"))
+        self._at, self.wait = seconds, arrive  # type: ignore[assignment, method-assign]
+
+
+def reporter_of(records: list[Record], monkeypatch: pytest.MonkeyPatch, **options: Any) -> Reporter:
+    """One whose clock starts at 0, on a device that does 1000 FLOP/s at most."""
+    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    log = Metrics(Path("unused"), steps=0, tensorboard=False)
+    return Reporter(
+        log,
+        records.append,
+        device=torch.device("cpu"),
+        flops_per_token=5,
+        peak=1000,
+        spikes=SpikeWatch(),
+        **options,
+    )
+
+
 def test_a_step_is_read_when_its_numbers_are_there() -> None:
     """And not when the device has done what it was given since."""
     sums_4 = torch.zeros(4)
-
-    class Copied:
-        def synchronize(self) -> None:
-            sums_4.copy_(torch.tensor([6.0, 0, 0, 1]))
-
+    cpu = torch.device("cpu")
     reporter = Reporter(
-        None, print, every=1, last=1, flops_per_token=1, peak=None, spikes=SpikeWatch()
+        None, print, device=cpu, every=1, last=1, flops_per_token=1, peak=None, spikes=SpikeWatch()
     )
-    step = Launched(1, 3, 3, 0.1, sums_4, None, cast(torch.cuda.Event, Copied()))
-    reporter.read(step)
+    there = At(1.0, lambda: sums_4.copy_(torch.tensor([6.0, 0, 0, 1])))
+    reporter.read(Launched(1, 3, 3, 0.1, sums_4, None, there))
     assert reporter.spikes.mean == 2.0
+
+
+def test_speeds_are_those_of_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of one second each, however long the host takes to read them: the last is read right
+    after the one before it."""
+    monkeypatch.chdir(tmp_path)
+    records: list[Record] = []
+    reporter = reporter_of(records, monkeypatch, every=2, last=5)
+    steps = [Launched(n, 100, 100 * n, 0.1, torch.ones(4), None, At(float(n))) for n in range(1, 6)]
+    for step in steps:
+        reporter.read(step)
+    told = [(r.step, r.tokens_per_second, r.mfu) for r in records if isinstance(r, StepRecord)]
+    assert told == [(2, 100.0, 0.5), (4, 100.0, 0.5), (5, 100.0, 0.5)]
+    assert reporter.seconds == 5.0
+
+
+def test_moments_of_a_gpu_are_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Event:
+        """The device comes to it 250 ms after the one before."""
+
+        count = 0
+
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            Event.count += 1
+            self.at = 250.0 * Event.count
+
+        def elapsed_time(self, other: Event) -> float:
+            return other.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    first, _, third = (Moment(torch.device("cuda")) for _ in range(3))
+    assert third.seconds_since(first) == 0.5
+
+
+def test_what_is_no_training_takes_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    records: list[Record] = []
+    reporter = reporter_of(records, monkeypatch, every=1, last=2)
+    reporter.read(Launched(1, 100, 100, 0.1, torch.ones(4), None, At(1.0)))
+    monkeypatch.setattr(time, "perf_counter", lambda: 60.0)
+    reporter.begin()
+    reporter.read(Launched(2, 100, 200, 0.1, torch.ones(4), None, At(61.0)))
+    assert [r.tokens_per_second for r in records if isinstance(r, StepRecord)] == [100.0, 100.0]
+    assert reporter.seconds == 2.0
 
 
 def test_a_line_that_was_cut_short_is_left_out(tmp_path: Path) -> None:
