@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree
 
+from fourfold.kernels.routing import choose_experts
 from fourfold.models.router import Router
 from fourfold.quadrants.experts import Routing
 
@@ -37,6 +38,10 @@ class TrainedRouting(Routing):
 _pytree.register_dataclass(TrainedRouting)
 
 
+# Left out of what is compiled: it is one kernel already, of Triton on a GPU.
+_choose = torch.compiler.disable(choose_experts)  # type: ignore[no-untyped-call]
+
+
 class TrainedRouter(Router):
     """Routes as `Router` does, with gradients for the gates."""
 
@@ -45,8 +50,7 @@ class TrainedRouter(Router):
         softmax = self.rule.score == "softmax"
         scores_TE = logits_TE.softmax(-1) if softmax else logits_TE.sigmoid()
         bias_E = self.selection_bias
-        wanted_TE = logits_TE if bias_E is None else scores_TE + bias_E
-        experts_TK = wanted_TE.detach().topk(self.rule.choices, dim=-1).indices
+        experts_TK = _choose(logits_TE.detach(), self.rule, bias_E=bias_E)
         if softmax:
             gates_TK = logits_TE.gather(-1, experts_TK).softmax(-1)
             share_TE = scores_TE

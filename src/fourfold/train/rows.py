@@ -143,9 +143,7 @@ class _AddNorm(torch.autograd.Function):
     def forward(
         ctx: Any, stream_TD: Tensor, delta_TD: Tensor, weight_D: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        normed_TD, added_TD = add_norm(
-            stream_TD.contiguous(), delta_TD.contiguous(), weight_D, eps
-        )
+        normed_TD, added_TD = add_norm(stream_TD.contiguous(), delta_TD.contiguous(), weight_D, eps)
         ctx.save_for_backward(added_TD, weight_D)
         ctx.eps = eps
         # The last norm's sum goes nowhere.
@@ -176,9 +174,7 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, Tensor, None]:
         x_TD, weight_D = ctx.saved_tensors
-        grad_TD, of_weight = add_norm_backward(
-            grad_TD.contiguous(), None, x_TD, weight_D, ctx.eps
-        )
+        grad_TD, of_weight = add_norm_backward(grad_TD.contiguous(), None, x_TD, weight_D, ctx.eps)
         return grad_TD, of_weight.to(weight_D.dtype), None
 
 

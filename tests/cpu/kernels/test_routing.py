@@ -8,6 +8,7 @@ import torch
 from fourfold.kernels.routing import (
     Rule,
     Spread,
+    choose_experts,
     combine,
     group_rows,
     route,
@@ -239,6 +240,19 @@ def test_ties_go_to_the_first_expert_and_nan_to_different_ones() -> None:
     assert len({*experts_TK[1].tolist()} & {*range(5)}) == 3
     assert experts_TK[2].tolist() == [0, 1, 2]
     assert torch.equal(route(x_TD[[0, 2]], weight_ED, Rule(3))[1], experts_TK[[0, 2]])
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_choice_among_logits_is_the_routers(rule: Rule, biased: bool) -> None:
+    torch.manual_seed(4)
+    logits_TE = torch.randn(21, 60).round(decimals=1)  # with equals among them
+    bias_E = torch.rand(60) if biased else None
+    experts_TK = triton_route.launch_choose_experts(logits_TE, rule, bias_E)
+    assert torch.equal(experts_TK, choose_experts(logits_TE, rule, bias_E=bias_E))
+    assert torch.equal(experts_TK, route(logits_TE, torch.eye(60), rule, bias_E=bias_E)[1])
+    none_TE = triton_route.launch_choose_experts(logits_TE[:0], rule, bias_E)
+    assert none_TE.shape == (0, rule.choices)
 
 
 @pytest.mark.parametrize("tokens", [70, 530])

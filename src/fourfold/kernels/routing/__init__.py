@@ -3,7 +3,16 @@
 from fourfold.kernels.routing.combine import combine
 from fourfold.kernels.routing.group_rows import group_rows
 from fourfold.kernels.routing.groups import RowGroups
-from fourfold.kernels.routing.route import route, route_and_group
+from fourfold.kernels.routing.route import choose_experts, route, route_and_group
 from fourfold.kernels.routing.rule import Rule, Spread
 
-__all__ = ["RowGroups", "Rule", "Spread", "combine", "group_rows", "route", "route_and_group"]
+__all__ = [
+    "RowGroups",
+    "Rule",
+    "Spread",
+    "choose_experts",
+    "combine",
+    "group_rows",
+    "route",
+    "route_and_group",
+]

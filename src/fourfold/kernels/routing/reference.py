@@ -63,14 +63,8 @@ def route(
 ) -> tuple[Tensor, Tensor]:
     """See `fourfold.kernels.routing.route`."""
     logits_TE = F.linear(x_TD.float(), weight_ED)
-    scores_TE = logits_TE.softmax(-1) if rule.score == "softmax" else logits_TE.sigmoid()
-    # Scores may underflow; the order of logits is that of the scores.
-    wanted_TE = logits_TE if bias_E is None else scores_TE + bias_E
-    if spread is not None:
-        spread.steps.add_(1)
-        wanted_TE = wanted_TE.masked_fill(_apart(logits_TE, rule, spread), -torch.inf)
-    order_TE = wanted_TE.sort(dim=-1, descending=True, stable=True).indices
-    experts_TK = order_TE[:, : rule.choices].contiguous()
+    experts_TK = choose_experts(logits_TE, rule, bias_E=bias_E, spread=spread)
+    scores_TE = _scores(logits_TE, rule)
     if rule.score == "softmax" and rule.normalise:
         # The chosen scores over their sum: the softmax of the chosen logits alone.
         return logits_TE.gather(-1, experts_TK).softmax(-1) * rule.scale, experts_TK
@@ -78,6 +72,27 @@ def route(
     if rule.normalise:
         gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True).clamp_min(_SMALLEST)
     return gates_TK * rule.scale, experts_TK
+
+
+def choose_experts(
+    logits_TE: Tensor,
+    rule: Rule,
+    *,
+    bias_E: Tensor | None = None,
+    spread: Spread | None = None,
+) -> Tensor:
+    """See `fourfold.kernels.routing.choose_experts`."""
+    # Scores may underflow; the order of logits is that of the scores.
+    wanted_TE = logits_TE if bias_E is None else _scores(logits_TE, rule) + bias_E
+    if spread is not None:
+        spread.steps.add_(1)
+        wanted_TE = wanted_TE.masked_fill(_apart(logits_TE, rule, spread), -torch.inf)
+    order_TE = wanted_TE.sort(dim=-1, descending=True, stable=True).indices
+    return order_TE[:, : rule.choices].contiguous()
+
+
+def _scores(logits_TE: Tensor, rule: Rule) -> Tensor:
+    return logits_TE.softmax(-1) if rule.score == "softmax" else logits_TE.sigmoid()
 
 
 def _apart(logits_TE: Tensor, rule: Rule, spread: Spread) -> Tensor:

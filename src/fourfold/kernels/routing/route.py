@@ -61,6 +61,20 @@ def route_and_group(
     return gates_TK, experts_TK, group_rows(experts_TK, len(weight_ED), live_T=live_T)
 
 
+def choose_experts(logits_TE: Tensor, rule: Rule, *, bias_E: Tensor | None = None) -> Tensor:
+    """The experts, int64 [T, K], that `route` chooses where these are the logits: float32,
+    contiguous."""
+    assert logits_TE.is_contiguous(), logits_TE.stride()
+    assert logits_TE.dtype == torch.float32, logits_TE.dtype
+    assert 0 < rule.choices <= logits_TE.shape[1], rule
+    assert not logits_TE.is_cuda or logits_TE.shape[1] <= 1024, logits_TE.shape
+    if not logits_TE.is_cuda:
+        return reference.choose_experts(logits_TE, rule, bias_E=bias_E)
+    from fourfold.kernels.routing.triton_route import launch_choose_experts
+
+    return launch_choose_experts(logits_TE, rule, bias_E)
+
+
 def _check(x_TD: Tensor, weight_ED: Tensor, rule: Rule) -> None:
     assert x_TD.shape[1] == weight_ED.shape[1], (x_TD.shape, weight_ED.shape)
     assert 0 < rule.choices <= weight_ED.shape[0], rule

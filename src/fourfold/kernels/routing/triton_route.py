@@ -372,11 +372,27 @@ def launch_route(
     spread: Spread | None,
 ) -> tuple[Tensor, Tensor]:
     """`route` on checked arguments, in two launches."""
-    tokens, experts = x_TD.shape[0], weight_ED.shape[0]
-    gates_TK, experts_TK = _empty_choice(x_TD, rule)
-    if tokens == 0:
-        return gates_TK, experts_TK
+    if len(x_TD) == 0:
+        return _empty_choice(0, rule, x_TD.device)
     scores, settings = _scored(x_TD, weight_ED, rule, bias_E, spread)
+    return _launch_choice(scores, settings, len(x_TD), len(weight_ED), rule)
+
+
+def launch_choose_experts(logits_TE: Tensor, rule: Rule, bias_E: Tensor | None) -> Tensor:
+    """`choose_experts` on checked arguments."""
+    tokens, experts = logits_TE.shape
+    if tokens == 0:
+        return _empty_choice(0, rule, logits_TE.device)[1]
+    scores = (logits_TE, logits_TE if bias_E is None else bias_E, 0, logits_TE)
+    settings = _settings(1, experts, rule, bias_E, None, logits_TE.device)
+    return _launch_choice(scores, settings, tokens, experts, rule)[1]
+
+
+def _launch_choice(
+    scores: tuple[Any, ...], settings: dict[str, Any], tokens: int, experts: int, rule: Rule
+) -> tuple[Tensor, Tensor]:
+    """Gates and experts, [T, K]."""
+    gates_TK, experts_TK = _empty_choice(tokens, rule, scores[0].device)
     tile = choose_choice(tokens, settings["E"])
     _choose[(triton.cdiv(tokens, tile.tokens),)](
         *scores,
@@ -403,7 +419,7 @@ def launch_route_and_group(
     """`route_and_group` of at least one token and so few that an expert's rows fit one tile, in two
     launches."""
     tokens, experts = x_TD.shape[0], weight_ED.shape[0]
-    gates_TK, experts_TK = _empty_choice(x_TD, rule)
+    gates_TK, experts_TK = _empty_choice(tokens, rule, x_TD.device)
     rows = experts_TK.numel()
     tile = choose_tile(rows, experts)
     tiles = most_tiles(rows, experts, tile)
@@ -436,11 +452,11 @@ def launch_route_and_group(
     return gates_TK, experts_TK, groups
 
 
-def _empty_choice(x_TD: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-    shape = (x_TD.shape[0], rule.choices)
+def _empty_choice(tokens: int, rule: Rule, device: torch.device) -> tuple[Tensor, Tensor]:
+    shape = (tokens, rule.choices)
     return (
-        torch.empty(shape, dtype=torch.float32, device=x_TD.device),
-        torch.empty(shape, dtype=torch.int64, device=x_TD.device),
+        torch.empty(shape, dtype=torch.float32, device=device),
+        torch.empty(shape, dtype=torch.int64, device=device),
     )
 
 
@@ -449,23 +465,37 @@ def _scored(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Launches the logits; what a choice among them reads, and what it is compiled with."""
     early = overlaps_launches(x_TD.device)
-    overlapped = {"EARLY": early, "launch_pdl": early}
+    options = {"COUNT": spread is not None, "EARLY": early, "launch_pdl": early}
     steps = weight_ED if spread is None else spread.steps
-    parts = _launch_logits(x_TD, weight_ED, steps, {"COUNT": spread is not None, **overlapped})
+    parts = _launch_logits(x_TD, weight_ED, steps, options)
     scores = (
         parts,
         weight_ED if bias_E is None else bias_E,
         0 if spread is None else spread.seed,
         steps,
     )
-    settings = {
-        "SPLITS": parts.shape[0],
+    settings = _settings(parts.shape[0], len(weight_ED), rule, bias_E, spread, x_TD.device)
+    return scores, settings
+
+
+def _settings(
+    splits: int,
+    experts: int,
+    rule: Rule,
+    bias_E: Tensor | None,
+    spread: Spread | None,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What a choice among logits in so many pieces is compiled with."""
+    early = overlaps_launches(device)
+    return {
+        "SPLITS": splits,
         "SOFTMAX": rule.score == "softmax",
         "NORMALISE": rule.normalise,
         "BIASED": bias_E is not None,
         "SPREAD": spread is not None,
         "K": rule.choices,
-        "E": max(16, triton.next_power_of_2(weight_ED.shape[0])),
-        **overlapped,
+        "E": max(16, triton.next_power_of_2(experts)),
+        "EARLY": early,
+        "launch_pdl": early,
     }
-    return scores, settings
