@@ -87,6 +87,11 @@ class Trainer:
                     f"data.{name} = {now}, but {path} was trained with {was}, and counts its place "
                     "in the data in such batches; use that, or a new run.folder"
                 )
+        if progress.steps > (last := self._config.schedule.steps):
+            raise ConfigError(
+                f"schedule.steps = {last}, but {path} has taken {progress.steps} steps; raise it, "
+                "or take a new run.folder"
+            )
         self.steps, self.tokens, self._seconds = progress.steps, progress.tokens, progress.seconds
         self._spikes = SpikeWatch(progress.steps, progress.loss_mean, progress.loss_deviation)
 
@@ -118,6 +123,8 @@ class Trainer:
         before = self._seconds
         unread: Launched | None = None
         try:
+            if held_out is not None and self.steps == last and not self._is_evaluated(log):
+                reporter.tell(self.evaluate(held_out))
             while self.steps < last:
                 current = self.launch()
                 if unread is not None:
@@ -139,6 +146,13 @@ class Trainer:
         finally:
             if log is not None:
                 log.close()
+
+    def _is_evaluated(self, log: Metrics | None) -> bool:
+        """Whether the metrics, which only the first process has, hold an evaluation of here."""
+        known = torch.zeros((), device=self._parallel.device)
+        if log is not None:
+            known += log.evaluated == self.steps
+        return bool(self._parallel.summed(known))
 
     def _is_due(self, every: int) -> bool:
         return self.steps % every == 0 or self.steps == self._config.schedule.steps

@@ -120,6 +120,9 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / "metrics.jsonl"
         kept = [record for record in read_records(path) if record.step <= steps]
+        evaluated = [record.step for record in kept if isinstance(record, EvaluationRecord)]
+        self.evaluated = evaluated[-1] if evaluated else None
+        """The step of the last evaluation that was there."""
         written = path.with_suffix(".new")
         written.write_bytes(b"".join(msgspec.json.encode(record) + b"\n" for record in kept))
         os.replace(written, path)

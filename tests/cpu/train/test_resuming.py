@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from fourfold.errors import CheckpointError, ConfigError
 from fourfold.train import checkpoint
 from fourfold.train.config import TrainConfig
-from fourfold.train.metrics import Record, StepRecord, read_records
+from fourfold.train.metrics import EvaluationRecord, Record, StepRecord, read_records
 from tests.cpu.train import toy
 
 MUON: dict[str, Any] = {"optimizer": {"kind": "muon"}}
@@ -94,6 +94,27 @@ def test_a_place_in_other_batches_is_refused(name: str, value: int, tmp_path: Pa
     toy.trainer(toy.config(tmp_path, {"schedule": {"steps": 2, "warmup": 0}})).run()
     with pytest.raises(ConfigError, match=rf"data\.{name} = {value}"):
         toy.trainer(toy.config(tmp_path, {"data": {name: value}}))
+
+
+def test_fewer_steps_than_were_taken_are_refused(tmp_path: Path) -> None:
+    toy.trainer(toy.config(tmp_path, {"schedule": {"steps": 4}})).run()
+    with pytest.raises(ConfigError, match=r"schedule\.steps = 3, but .*step-00000004 has taken 4"):
+        toy.trainer(toy.config(tmp_path, {"schedule": {"steps": 3}}))
+
+
+def test_a_run_that_is_at_its_end_is_evaluated_once(tmp_path: Path) -> None:
+    """It starts from where a stable phase ended and has no decay, or its metrics were lost."""
+    last = {"schedule": {"steps": 4, "decay": 0.0}, "run": {"evaluate_batches": 1}}
+    stable = toy.config(tmp_path / "stable", last)
+    unseen = toy.chain(stable, seed=1)
+    toy.trainer(stable).run(held_out=unseen)
+    start = tmp_path / "stable" / "checkpoints" / "step-00000004"
+    branch = toy.config(tmp_path / "branch", last, {"run": {"start_from": str(start)}})
+    for _ in range(2):
+        toy.trainer(branch).run(held_out=unseen)
+    found = [read_records(tmp_path / run / "metrics.jsonl") for run in ("stable", "branch")]
+    assert found[1] == [record for record in found[0] if isinstance(record, EvaluationRecord)]
+    assert len(found[1]) == 1
 
 
 def half_a_file(tensors: dict[str, torch.Tensor], path: Path) -> None:
