@@ -25,6 +25,8 @@ _GREETED_AT_ONCE = 8
 _WAITING = 64
 """Connections that wait to be greeted at most; more are closed unread."""
 _GREETING_SECONDS = 5.0
+_REST_SECONDS = 0.5
+"""Until the next try where a connection could not be accepted, for it still asks to be."""
 
 
 class ClusterListener:
@@ -70,7 +72,13 @@ class ClusterListener:
     def _accept(self) -> None:
         try:
             connection, _ = self._socket.accept()
-        except OSError:  # it has gone again, or there are too many open files
+        except (BlockingIOError, ConnectionAbortedError):  # it has gone again
+            return
+        except OSError as error:  # for instance no more descriptors; others may free some
+            logger.warning("no worker can join for now: %s", error.strerror or error)
+            assert self._loop is not None
+            self._loop.remove_reader(self._socket)
+            self._loop.call_later(_REST_SECONDS, self._go_on, self._loop)
             return
         if len(self._greetings) >= _WAITING:
             connection.close()
@@ -79,6 +87,10 @@ class ClusterListener:
         greeting = self._loop.create_task(self._greet(connection))
         self._greetings.add(greeting)
         greeting.add_done_callback(self._greetings.discard)
+
+    def _go_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        if self._loop is loop:  # neither paused nor closed meanwhile
+            loop.add_reader(self._socket, self._accept)
 
     async def _greet(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import os
 import resource
@@ -260,5 +261,46 @@ def test_more_than_may_wait_are_closed_unread(monkeypatch: pytest.MonkeyPatch) -
             await eventually(lambda: sum(map(has_ended, crowd)) == 2)
             for connection in crowd:
                 connection.close()
+
+    go(main)
+
+
+@contextlib.contextmanager
+def no_more_files() -> Iterator[None]:
+    """Every descriptor that this process may have is taken."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    highest = max(map(int, os.listdir("/proc/self/fd")))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 8, hard))
+    held = []
+    try:
+        with contextlib.suppress(OSError):
+            while True:
+                held.append(os.open(os.devnull, os.O_RDONLY))
+        yield
+    finally:
+        for number in held:
+            os.close(number)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def test_out_of_files_the_door_rests_and_opens_again(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who waits to be accepted wakes the loop all the time: requests would find it busy."""
+    monkeypatch.setattr(listener, "_REST_SECONDS", 0.2)
+
+    async def main() -> None:
+        async with opened() as door:
+            with socket.socket() as stranger, caplog.at_level(logging.WARNING):
+                with no_more_files():
+                    stranger.setblocking(False)
+                    assert stranger.connect_ex((door.host, door.port)) in (0, errno.EINPROGRESS)
+                    while caplog.text.count("no worker can join for now") < 3:
+                        await asyncio.sleep(0.01)
+                assert "Too many open files" in caplog.text
+                assert caplog.text.count("no worker can join for now") < 10
+            connection = await asyncio.to_thread(door.knock)
+            await asyncio.to_thread(door.meet, connection, "a friend")
+            connection.close()
 
     go(main)
