@@ -12,7 +12,7 @@ from fourfold.cluster.wiring import plain_socket
 from fourfold.engine.channel import LoadFailed, Refused
 from fourfold.engine.worker import End, Worker
 from fourfold.errors import ConfigError, FourfoldError
-from fourfold.transport.config import TransportConfig
+from fourfold.transport.config import TransportConfig, is_host
 from fourfold.transport.handshake import Handshake, Purpose, Role
 from fourfold.transport.identity import Identity
 from fourfold.transport.tls import load_tls
@@ -109,10 +109,6 @@ class Joining:
 def split_address(address: str) -> tuple[str, int]:
     """Host and port of HOST:PORT or [HOST]:PORT. Raises `ConfigError`."""
     host, _, port = address.rpartition(":")
-    try:
-        host.encode("idna")  # as connecting will
-    except UnicodeError:
-        host = ""
-    if not host or not port.isdecimal() or not 0 < int(port) < 65_536:
+    if not is_host(host) or not port.isdecimal() or not 0 < int(port) < 65_536:
         raise ConfigError(f"--join {address} is no HOST:PORT")
     return host.strip("[]"), int(port)

@@ -71,6 +71,11 @@ class TransportConfig:
             )
         if self.key is not None and len(self.key) < 16:
             raise ConfigError("the key in --key-file must have 16 bytes or more")
+        if self.advertise is not None and not is_host(self.advertise):
+            raise ConfigError(
+                f"--advertise {self.advertise!r} is no address that others could look up; give the "
+                "name or IP address by which they reach this machine"
+            )
         if self.streams is not None and not 1 <= self.streams <= MAX_STREAMS:
             raise ConfigError(f"streams to a peer must be 1 to {MAX_STREAMS}, not {self.streams}")
         if not 1 <= self.slice_bytes <= self.max_payload:
@@ -99,3 +104,11 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
+
+
+def is_host(host: str) -> bool:
+    """Whether `host` can be looked up at all: a name of labels, or an address."""
+    try:
+        return bool(host.encode("idna"))  # as connecting will
+    except UnicodeError:
+        return False

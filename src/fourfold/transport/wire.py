@@ -114,7 +114,10 @@ def dial(
 ) -> tuple[Wire, Introduction]:
     """A connection whose handshake is done. Raises `OSError` or `FourfoldError`."""
     deadline = time.monotonic() + seconds
-    connection = socket.create_connection((host, port), timeout=seconds)
+    try:
+        connection = socket.create_connection((host, port), timeout=seconds)
+    except UnicodeError as error:
+        raise ConnectionError(f"{host!r} is no name of a host") from error
     try:
         return _secure(connection, handshake, deadline, tls, server=False)
     except BaseException:

@@ -169,6 +169,10 @@ TLS_NOWHERE = ("--tls-cert", "/nowhere", "--tls-key", "/nowhere", "--tls-ca", "/
         ),
         (("worker", "--join", "a:1", "--revision", "main"), "give that as MODEL"),
         (("worker", "--join", "a:1", "--advertise", "gpu-1"), "sends other workers to where"),
+        (
+            ("worker", "--join", "a:1", "--host", "0.0.0.0", *KEY, "--advertise", "gpu..1"),
+            "--advertise 'gpu..1' is no address",
+        ),
         (("serve", "--cluster-host", "::1"), "without a --cluster-port none may; give one"),
         (("serve", "--advertise", "gpu-1"), "without a --cluster-port none may; give one"),
         (("worker", "--join", "a:1", "--host", "192.0.2.1", *KEY), "choose another address"),

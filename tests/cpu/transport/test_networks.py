@@ -4,13 +4,15 @@ and service goes on."""
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
+from unittest import mock
 
 import msgspec
 import pytest
 
 from fourfold.transport import Node, Part
-from tests.cpu.transport.nodes import Memory, Outcome, make_node, send, until
+from tests.cpu.transport.nodes import WAIT_SECONDS, Memory, Outcome, make_node, send, until
 from tests.cpu.transport.proxy import Proxy
 
 QUICK = {"stall_seconds": 2.0}
@@ -130,6 +132,20 @@ def test_nobody_listens() -> None:
     _, sent = send(sender, receiver, 1, Memory(1, 1, 10))
     assert "cannot be reached at 127.0.0.1" in sent.failure()
     sender.close()
+
+
+def test_an_address_that_is_none() -> None:
+    """A peer says where it is, and may say anything; a thread that failed would end the worker."""
+    sender, done = make_node("prefill"), Outcome()
+    failed: list[object] = []
+    with mock.patch.object(threading, "excepthook", failed.append):
+        peer = msgspec.structs.replace(sender.peer, name="decode", epoch=2, host="gpu..1")
+        link = sender.link(peer)
+        link.begin(1, done)
+        assert "'gpu..1' is no name of a host" in done.failure()
+        link.join(WAIT_SECONDS)
+    sender.close()
+    assert not failed
 
 
 def test_another_incarnation_answers() -> None:
