@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -28,6 +29,7 @@ import msgspec
 from fourfold.errors import ConfigError, FourfoldError
 from fourfold.train.config import TrainConfig, read_config
 
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
 Value = str | int | float | bool
 Fields = dict[str, Value]
 
@@ -149,6 +151,14 @@ def read_grid(path: Path) -> Grid:
     names = [size.name for size in file.model]
     if len(set(names)) < len(names) or not names:
         raise ConfigError(f"{path}: give each [[model]] a name of its own, and at least one")
+    if wrong := [name for name in names if not _NAME.fullmatch(name)]:
+        raise ConfigError(
+            f"{path}: a model's name {wrong[0]!r} cannot be a file's; use letters, digits, '.', "
+            "'_' and '-'"
+        )
+    sections: list[GridFile | SizeSection] = [file, *file.model]
+    for section in sections:
+        _check_axes(path, section)
     chains = [
         _chain(file, base, out, size, ratio, seed)
         for size in file.model
@@ -165,6 +175,16 @@ def read_grid(path: Path) -> Grid:
         timeout=file.timeout,
         keep_checkpoints=file.keep_checkpoints,
     )
+
+
+def _check_axes(path: Path, section: GridFile | SizeSection) -> None:
+    """ConfigError for runs that would be trained twice, into one folder."""
+    for axis in ("tokens", "ratios", "seeds"):
+        values = getattr(section, axis)
+        if values is not None and len(set(values)) < max(1, len(values)):
+            raise ConfigError(
+                f"{path}: {axis} = {list(values)}: give at least one, and none of them twice"
+            )
 
 
 def _check_same_text(first: Cell, other: Cell) -> None:
@@ -211,6 +231,11 @@ def _chain(
                 "biases move; lower the former"
             )
         stable = schedule.steps - round(schedule.decay * schedule.steps)
+        if cells and schedule.steps == cells[-1].config.schedule.steps:
+            raise ConfigError(
+                f"{cell.name} and {cells[-1].name} take as many steps; give tokens that differ by "
+                "a step"
+            )
         if len(tokens) > 1:
             before = stretches[-1] if stretches else None
             stretches.append(_stretch(base, out, fields, name, stable, before))
