@@ -10,12 +10,13 @@ import pytest
 import torch
 from msgspec import UNSET
 
+import fourfold.bench.train.main as bench
 from fourfold.bench.record import load
 from fourfold.bench.train.config import TrainBenchConfig
-from fourfold.bench.train.engines import Ours, Theirs, make_peer
-from fourfold.bench.train.main import main
+from fourfold.bench.train.engines import Engine, Ours, Theirs, make_peer
 from fourfold.bench.train.plain import PlainDecoder
 from fourfold.errors import ConfigError
+from fourfold.train.config import TrainConfig
 from fourfold.train.losses import Scale
 from fourfold.train.step import TrainStep, lay_out
 from tests.cpu.train import toy
@@ -107,11 +108,36 @@ def test_a_record_of_both_forms(tmp_path: Path) -> None:
         vocabulary=64,
         out=out,
     )
-    assert main(options) == 0
+    assert bench.main(options) == 0
     results = load(out).results
     assert [result.metric for result in results] == ["tokens_per_second"] * 2
     assert {result.case.split(",")[0] for result in results} == {"sparse", "dense"}
     assert all(result.peer == "plain" and result.value > 0 for result in results)
+
+
+def test_a_peer_that_does_not_fit_takes_smaller_micro_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def make(peer: Any, config: TrainConfig, *others: Any) -> Engine:
+        if peer == "compiled" or config.run.micro_rows != 1:
+            raise torch.OutOfMemoryError
+        return make_peer("plain", config, *others)
+
+    monkeypatch.setattr(bench, "make_peer", make)
+    (tmp_path / "run.toml").write_text(FILE)
+    options = TrainBenchConfig(
+        config=tmp_path / "run.toml",
+        forms=("dense",),
+        peers=("compiled", "plain"),
+        warmup=0,
+        steps=1,
+        rounds=1,
+        out=tmp_path / "train.json",
+    )
+    assert bench.main(options) == 0
+    results = load(tmp_path / "train.json").results
+    assert [result.peer for result in results] == ["plain, micro-batches of 1"]
+    assert "compiled is left out: it does not fit" in capsys.readouterr().err
 
 
 def test_a_family_without_peers_is_refused(tmp_path: Path) -> None:
@@ -142,7 +168,7 @@ def test_a_peer_that_is_not_installed_is_named_first(
     file = tmp_path / "run.toml"
     file.write_text(FILE)
     with pytest.raises(ConfigError, match="torchtitan is not installed"):
-        main(TrainBenchConfig(config=file, peers=("torchtitan",), vocabulary=64))
+        bench.main(TrainBenchConfig(config=file, peers=("torchtitan",), vocabulary=64))
     assert not capsys.readouterr().err
 
 
@@ -162,7 +188,7 @@ def test_a_peer_that_cannot_run_is_left_out(
     options = TrainBenchConfig(
         config=file, forms=("dense",), peers=("plain",), steps=1, rounds=2, vocabulary=64, out=out
     )
-    assert main(options) == 0
+    assert bench.main(options) == 0
     [result] = load(out).results
     assert result.peer is UNSET
     assert "plain is left out" in capsys.readouterr().err

@@ -31,8 +31,9 @@ class TrainBenchConfig:
     """Which forms of the model."""
     peers: tuple[Peer, ...] = ()
     """plain: modules of torch, sorted rows and grouped products. compiled: the same under
-    torch.compile. torchtitan: its Qwen3, its layers compiled; must be installed. A peer that fails,
-    or does not fit the device, is left out, and why is said."""
+    torch.compile. torchtitan: its Qwen3, its layers compiled; must be installed. A peer that does
+    not fit the device takes smaller micro-batches; one that fails, or fits with none, is left out,
+    and why is said."""
     vocabulary: int = 32768
     """Where the configuration names none."""
     warmup: int = 3
