@@ -7,6 +7,7 @@ import contextlib
 import logging
 import socket
 import time
+import tracemalloc
 from collections.abc import AsyncIterator, Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +27,7 @@ from fourfold.engine.channel import (
     Refused,
     Stop,
     ToEngine,
+    encode,
 )
 from fourfold.engine.messages import (
     Abort,
@@ -529,6 +531,31 @@ def test_a_worker_that_reads_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch
                 run.ask(number, tokens=200_000)
             await eventually(lambda: deaf.member.state is members.State.GONE)
             assert run.fleet.parked == 19
+
+    go(main)
+
+
+def test_what_waits_for_a_slow_worker_is_not_copied_for_each_bit_it_reads() -> None:
+    """The loop serves everybody else meanwhile."""
+
+    async def main() -> None:
+        async with running() as run:
+            slow = await run.worker("a")
+            message = Refused("x" * 1_000_000)
+            for _ in range(16):
+                slow.member.send(message)
+            await asyncio.sleep(0.01)
+            unread = 16 * len(encode(message))
+            tracemalloc.start()
+            deadline = time.monotonic() + PATIENCE
+            while unread > 0:
+                assert time.monotonic() < deadline
+                with contextlib.suppress(BlockingIOError):
+                    unread -= len(slow.socket.recv(1 << 16))
+                await asyncio.sleep(0)
+            _, most = tracemalloc.get_traced_memory()
+            tracemalloc.stop()
+            assert most < 20_000_000
 
     go(main)
 

@@ -102,8 +102,7 @@ class Member:
         connection.setblocking(False)
         self._channel: Channel[FromEngine] = Channel(connection, FromEngine)
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._outgoing: list[bytes] = []
-        self._unsent = 0
+        self._outgoing = bytearray()
         self._measured = EngineStats()
 
     @property
@@ -175,10 +174,8 @@ class Member:
             return
         if not self._outgoing and self._loop is not None:
             self._loop.call_soon(self._flush)
-        data = encode(message)
-        self._outgoing.append(data)
-        self._unsent += len(data)
-        if self._unsent > _MOST_UNSENT and self._loop is not None:
+        self._outgoing += encode(message)
+        if len(self._outgoing) > _MOST_UNSENT and self._loop is not None:
             self._loop.call_soon(self.end, "it reads nothing of what it is sent")
 
     def end(self, why: str) -> None:
@@ -233,18 +230,15 @@ class Member:
     def _flush(self) -> None:
         if self.state is State.GONE or not self._outgoing:
             return
-        data = b"".join(self._outgoing)
         try:
-            left = data[self._connection.send(data) :]
+            del self._outgoing[: self._connection.send(self._outgoing)]
         except BlockingIOError:
-            left = data
+            pass
         except OSError:  # reading will say so too
-            left = b""
-        self._outgoing = [left] if left else []
-        self._unsent = len(left)
+            self._outgoing.clear()
         if self._loop is None:
             return
-        if left:
+        if self._outgoing:
             self._loop.add_writer(self._connection, self._flush)
         else:
             self._loop.remove_writer(self._connection)
