@@ -101,7 +101,8 @@ class Engine:
         self._totals = EngineStats(pages_total=runner.page_count)
         self._ahead = 1 if config.overlap else 0
         self._under_way: deque[tuple[StepPlan, Launched, float]] = deque()
-        self._failed: list[TokenOutput] = []
+        self._early: list[TokenOutput] = []
+        """News that came of launching a step, to be told with what is taken in."""
         self._ended = 0.0
         self._turn_began: float | None = None
 
@@ -193,8 +194,7 @@ class Engine:
         plan = self._launch()
         if plan is None and not self._under_way:
             return None
-        outputs = self._failed
-        self._failed = []
+        outputs, self._early = self._early, []
         if self._under_way and (plan is None or len(self._under_way) > self._ahead):
             outputs += self._take_in(*self._under_way.popleft())
         self._observe()
@@ -211,20 +211,21 @@ class Engine:
         too_much = None
         try:
             launched = self._runner.launch(plan)
-            self._under_way.append((plan, launched, started))
         except torch.OutOfMemoryError as error:
             too_much = _reason(error)
         except Exception as error:  # one bad step must not end the service
             logger.exception("a step of %d tokens failed", plan.tokens)
-            self._failed += self._fail(plan, _reason(error))
-        if too_much is not None:  # here, because the error holds what the step had allocated
-            self._shrink(plan, too_much)
+            self._early += self._fail(plan, _reason(error))
+        else:
+            self._under_way.append((plan, launched, started))
         self._count(
             steps=1,
             prompt_tokens=sum(work.prompt_tokens for work in plan.work),
             schedule_seconds=scheduled - started,
             launch_seconds=time.perf_counter() - scheduled,
         )
+        if too_much is not None:  # here, because the error holds what the step had allocated
+            self._shrink(plan, too_much)
         return plan
 
     def _take_in(self, plan: StepPlan, launched: Launched, started: float) -> list[TokenOutput]:
@@ -256,11 +257,15 @@ class Engine:
     def _shrink(self, plan: StepPlan, reason: str) -> None:
         """A step did not fit into memory: the next one is smaller."""
         self._runner.free_memory()
-        if self.scheduler.retry_smaller(plan):
+        smaller = self.scheduler.retry_smaller(plan)
+        # It may have drawn tokens before it failed, over those that nobody has read yet.
+        while self._under_way:
+            self._early += self._take_in(*self._under_way.popleft())
+        if smaller:
             logger.warning("a step of %d tokens did not fit into memory; trying less", plan.tokens)
         else:
             logger.error("a step of %d tokens did not fit into memory: %s", plan.tokens, reason)
-            self._failed += self._fail(plan, reason)
+            self._early += self._fail(plan, reason)
 
     def _fail(self, plan: StepPlan, reason: str) -> list[TokenOutput]:
         if not self._runner.usable:

@@ -93,7 +93,9 @@ class Runner:
         return True
 
     def free_memory(self) -> None:
-        """Gives up what can be made again, graphs above all."""
+        """Gives up what can be made again, graphs above all, and what a step that failed may have
+        left of its samples. Every step before it must be read before the next is launched."""
+        self._samples.restart()
         if self._stream is not None:
             torch.cuda.synchronize(self.device)
             if self._graphs is not None:

@@ -60,6 +60,10 @@ class Samples:
         biased = self.need_tables().bias_NV is not None
         return packed_SF, Adjustment.BIASES if biased else Adjustment.PENALTIES
 
+    def restart(self) -> None:
+        """Has every sample begin anew in its slot, from the tokens that the host knows by then."""
+        self._stays.clear()
+
     def padded(self, packed_SF: Ints, rows: int) -> Ints:
         """Packed rows, and as many of padding as make `rows`."""
         return np.concatenate((packed_SF, self._records[[self.padding] * (rows - len(packed_SF))]))

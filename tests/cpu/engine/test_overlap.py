@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,13 +11,16 @@ from random import Random
 import pytest
 import torch
 
+from fourfold.engine import runner
 from fourfold.engine.engine import Engine
 from fourfold.engine.messages import Abort, FinishReason, SamplingParams, Submit
+from fourfold.engine.program import StepOutputs
 from fourfold.engine.runner import Launched
-from fourfold.engine.scheduler import StepPlan
+from fourfold.engine.scheduler import Sampled, StepPlan
 from fourfold.models.decoder import Decoder
 from tests.cpu.driving import load_tiny, make_engine, run, submit, tokens
 
+Fetched = Callable[[], list[Sampled]]
 VOCABULARY = 320
 
 
@@ -129,6 +133,27 @@ def test_a_step_beyond_memory_is_tried_smaller(
     assert answers(engine, asked) == wanted
     assert refused
     assert engine.idle
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_tokens_of_a_step_that_cannot_be_read_for_memory_are_drawn_again(
+    model: Decoder, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step has counted them by then, and put them where the next one looks for its input."""
+    asked = requests(4)
+    options = {"pages": 24, "max_running": 6, "step_tokens": 300, "overlap": overlap}
+    wanted = answers(make_engine(model, **options), asked)
+    engine = make_engine(model, **options)
+    fetch, drawn = runner.fetch_drawn, itertools.count(1)
+
+    def limited(outputs: StepOutputs, alternatives: Sequence[int | None]) -> Fetched:
+        if next(drawn) % 7 == 0 and len(alternatives) > 1:
+            raise torch.OutOfMemoryError("too much")
+        return fetch(outputs, alternatives)
+
+    monkeypatch.setattr(runner, "fetch_drawn", limited)
+    assert answers(engine, asked) == wanted
+    assert next(drawn) > 14
 
 
 def test_a_sample_that_never_fits_fails_alone(
