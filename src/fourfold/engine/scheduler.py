@@ -95,6 +95,8 @@ class Scheduler:
         self._parts: dict[int, Sequence] = {}
         """By their requests, those that are computed here in part."""
         self._tokens = config.tokens
+        self._full = False
+        """Whether more samples did not fit into memory: nobody comes before one has left."""
         self._slots = list(reversed(range(config.running)))
         self._arrivals = 0
 
@@ -144,7 +146,7 @@ class Scheduler:
             if self._chunk(sequence, budget) and not sequence.pending:
                 budget -= self._schedule_chunk(sequence, budget, prefills)
         for sequence in list(self.waiting):
-            if budget < self._chunk_multiple or not self._slots:
+            if budget < self._chunk_multiple or not self._slots or self._full:
                 break
             if _waits_for_leader(sequence):
                 continue
@@ -219,6 +221,7 @@ class Scheduler:
         youngest = self._youngest()
         if youngest is not None and len(self.running) > 1:
             self._preempt(youngest)
+            self._full = True
             return True
         return False
 
@@ -368,6 +371,7 @@ class Scheduler:
         else:
             self.running.remove(sequence)
         self._slots.append(sequence.slot)
+        self._full = False
         sequence.slot = -1
         self.pool.release(sequence.forget_pages())
 

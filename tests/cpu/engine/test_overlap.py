@@ -156,6 +156,25 @@ def test_tokens_of_a_step_that_cannot_be_read_for_memory_are_drawn_again(
     assert next(drawn) > 14
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_samples_that_do_not_fit_together_take_turns(
+    model: Decoder, overlap: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(model, overlap=overlap)
+    launch = engine._runner.launch
+
+    def limited(plan: StepPlan) -> Launched:
+        if len(plan.work) > 1:
+            raise torch.OutOfMemoryError("too much")
+        return launch(plan)
+
+    params = SamplingParams(temperature=0.0, max_tokens=9)
+    asked = [submit(number, [number + 3] * 5, params) for number in range(4)]
+    wanted = answers(make_engine(model), asked)
+    monkeypatch.setattr(engine._runner, "launch", limited)
+    assert answers(engine, asked) == wanted
+
+
 def test_a_sample_that_never_fits_fails_alone(
     model: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
