@@ -218,9 +218,9 @@ class Engine:
             self._early += self._fail(plan, _reason(error))
         else:
             self._under_way.append((plan, launched, started))
+            prompt_tokens = sum(work.prompt_tokens for work in plan.work)
+            self._count(steps=1, prompt_tokens=prompt_tokens)
         self._count(
-            steps=1,
-            prompt_tokens=sum(work.prompt_tokens for work in plan.work),
             schedule_seconds=scheduled - started,
             launch_seconds=time.perf_counter() - scheduled,
         )

@@ -175,6 +175,23 @@ def test_samples_that_do_not_fit_together_take_turns(
     assert answers(engine, asked) == wanted
 
 
+def test_a_step_beyond_memory_computes_nothing(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make_engine(model)
+    launch = engine._runner.launch
+
+    def limited(plan: StepPlan) -> Launched:
+        if plan.tokens > 90:
+            raise torch.OutOfMemoryError("too much")
+        return launch(plan)
+
+    monkeypatch.setattr(engine._runner, "launch", limited)
+    run(engine, [submit(0, [5] * 300, SamplingParams(max_tokens=1))])
+    assert engine.stats.prompt_tokens == 300
+    assert engine.stats.steps == 4
+
+
 def test_a_sample_that_never_fits_fails_alone(
     model: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
