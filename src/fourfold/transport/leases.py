@@ -177,7 +177,7 @@ class Leases:
             if lease is None:
                 return
             lease.forgotten = True
-            if lease.writer is not None and not lease.over:
+            if lease.writer is not None and not lease.settled:
                 lease.writer.tell(Failed(number, "the receiver has taken its pages back"))
             if self._left(lease, _GRACE_SECONDS):
                 return

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import threading
+
+import msgspec
+import pytest
+
 from fourfold.transport import Part
+from fourfold.transport import leases as leases_module
 from fourfold.transport.control import Complete, Failed
 from fourfold.transport.frames import Header, Kind
 from fourfold.transport.leases import Leases
 from fourfold.transport.notifier import Notifier
-from tests.cpu.transport.nodes import Memory, Outcome
+from tests.cpu.transport.nodes import WAIT_SECONDS, Memory, Outcome, until
 
 LEASE = 5
 FRAME = Header(
@@ -65,3 +71,28 @@ def test_a_broken_link_begins_nothing() -> None:
     assert good.told == [Complete(LEASE)]
     leases.forget(LEASE)
     notifier.close(10)
+
+
+def test_the_sender_learns_of_a_lease_that_is_forgotten_after_it_failed_amid_a_page(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It has sent all it had, so nothing it would still do brings it an answer."""
+    monkeypatch.setattr(leases_module, "_GRACE_SECONDS", WAIT_SECONDS)
+    notifier = Notifier("decode")
+    leases, sender, done = Leases(notifier), Sender(), Outcome()
+    leases.expect(LEASE, None, Memory(1, 2, 100), done)
+    altered = leases.claim(FRAME, sender)
+    late = leases.claim(msgspec.structs.replace(FRAME, first=1), sender)
+    assert altered is not None
+    assert late is not None
+    leases.sent(LEASE, sender, 2)
+    leases.land(altered, "it arrived altered")
+    assert not sender.told  # a thread still writes into the lease
+    forgetting = threading.Thread(target=leases.forget, args=(LEASE,))
+    forgetting.start()
+    until(lambda: sender.told)
+    leases.land(late, None)
+    forgetting.join()
+    assert sender.told == [Failed(LEASE, "the receiver has taken its pages back")]
+    notifier.close(10)
+    assert not done.calls
