@@ -1,11 +1,13 @@
 """A trained model as a Hugging Face directory that transformers loads and `fourfold serve` serves.
 
 Every tensor goes to the name that the family's placements read it from, so loading is the inverse
-by construction; the configuration is read back and must be the one that was trained.
+by construction; the configuration is read back and must be the one that was trained. Where a family
+has no factor of its gates, that goes into the experts' last weights, which is the same function.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -38,6 +40,12 @@ def export(
     """
     fields = config_fields(config, dtype)
     family, read = read_model_config(fields, str(folder))
+    scale = 1.0
+    if config.moe is not None and read.moe is not None:
+        scale = config.moe.scale / read.moe.scale
+        config = dataclasses.replace(
+            config, moe=dataclasses.replace(config.moe, scale=read.moe.scale)
+        )
     assert read == config, (read, config)
     folder.mkdir(parents=True, exist_ok=True)
     index: dict[str, str] = {}
@@ -46,7 +54,10 @@ def export(
     size = 0
     for name, place in family.place(config).items():
         kept = torch.float32 if ".router." in place.parameter else dtype
-        tensor = _taken(weights, place).to(kept)
+        tensor = _taken(weights, place)
+        if place.parameter.endswith(".experts.down"):
+            tensor = tensor * scale
+        tensor = tensor.to(kept)
         if size + tensor.nbytes > _FILE_BYTES and part:
             part, size = {}, 0
             files.append(part)

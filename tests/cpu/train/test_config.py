@@ -69,7 +69,7 @@ def test_a_file_and_what_overrides_it(file: Path) -> None:
         ("model.expert_width=20", r"model\.expert_width = 20"),
         ("router.score=sigmoid", r"model\.shared_experts = 0"),
         ("router.score=relu", r"router\.score = 'relu'"),
-        ("router.gate_scale=2.5", r"router\.gate_scale = 2\.5"),
+        ("router.gate_scale=0", r"router\.gate_scale = 0"),
         ("router.bias_frozen=2", r"router\.bias_frozen = 2"),
         ("optimizer.rate=0", r"optimizer\.rate = 0"),
         ("optimizer.rate=inf", r"optimizer\.rate = inf"),
