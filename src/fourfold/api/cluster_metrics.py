@@ -28,7 +28,7 @@ _PATH_COUNTERS = {
     "links": "Links that stood; more than one means that some broke.",
     "stale": "Frames for what a worker does not expect any more.",
     "corrupt": "Frames whose checksum was wrong.",
-    "failed": "Transfers that failed.",
+    "failed": "Transfers that failed, but for those that either side gave up.",
 }
 
 

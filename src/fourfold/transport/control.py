@@ -126,6 +126,8 @@ class Failed(msgspec.Struct, frozen=True, tag=True):
 
     lease: int
     reason: str
+    unwanted: bool = False
+    """Nothing went wrong: the receiver does not want it, or not any more."""
 
 
 ToReceiver = Ping | Offer | Exposed | Finish | Cancel

@@ -178,7 +178,8 @@ class Leases:
                 return
             lease.forgotten = True
             if lease.writer is not None and not lease.settled:
-                lease.writer.tell(Failed(number, "the receiver has taken its pages back"))
+                why = "the receiver has taken its pages back"
+                lease.writer.tell(Failed(number, why, unwanted=True))
             if self._left(lease, _GRACE_SECONDS):
                 return
             writer = lease.writer
@@ -313,7 +314,7 @@ class Leases:
             lease = self._leases.get(number)
             if lease is not None and lease.lets(writer):
                 lease.writer = writer
-                self._end(lease, "the sender cancelled it")
+                self._end(lease, "the sender cancelled it", counts=False)
 
     def lose(self, writer: Writer | None, reason: str) -> None:
         """A link has broken, or every one for None: what it had begun fails."""
@@ -324,9 +325,11 @@ class Leases:
                 if writer is None or lease.writer is writer:
                     self._end(lease, reason)
 
-    def _end(self, lease: Lease, problem: str | None) -> None:
+    def _end(self, lease: Lease, problem: str | None, *, counts: bool = True) -> None:
         if not lease.over:
             lease.over, lease.problem = True, problem
+            if problem is not None and counts and lease.writer is not None:
+                lease.writer.count("failed")
         self._settle(lease)
 
     def _settle(self, lease: Lease) -> None:
@@ -339,7 +342,6 @@ class Leases:
                 lease.writer.tell(Complete(lease.number))
             else:
                 lease.writer.tell(Failed(lease.number, lease.problem))
-                lease.writer.count("failed")
         self._notifier.put(lambda: self._call(lease))
 
     def _call(self, lease: Lease) -> None:

@@ -213,8 +213,8 @@ class Link:
                 self._granted(count)
             case Complete(lease):
                 self._transfers.ended(lease, None)
-            case Failed(lease, reason):
-                self._transfers.ended(lease, reason)
+            case Failed(lease, reason, unwanted):
+                self._transfers.ended(lease, reason, counts=not unwanted)
 
     def _choose(self) -> None:
         """Which way pages will go: the best that the peer has not refused."""

@@ -154,7 +154,8 @@ class Session:
             self._refused[lease] = None
             if len(self._refused) > _REMEMBERED:
                 self._refused.popitem(last=False)
-        self._control.post(Failed(lease, "the receiver has no such lease, or has taken it back"))
+        why = "the receiver has no such lease, or has taken it back"
+        self._control.post(Failed(lease, why, unwanted=True))
 
     def count(self, event: str) -> None:
         """Counts an event of this peer."""

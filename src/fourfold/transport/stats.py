@@ -38,7 +38,7 @@ class PathStats(msgspec.Struct, frozen=True, kw_only=True):
     corrupt: int
     """Frames whose checksum was wrong."""
     failed: int
-    """Transfers that failed."""
+    """Transfers that failed; not those that either side gave up."""
 
     @property
     def rate(self) -> float:

@@ -119,7 +119,8 @@ class Transfers:
             if not transfer.over:
                 if self._open:
                     self._tell(Cancel(transfer.lease))
-                self._end(transfer, "it was cancelled")
+                self._end(transfer, "it was cancelled", counts=False)
+            self._settle(transfer)
             if not self._changed.wait_for(lambda: not transfer.sending, _LEAVE_SECONDS):
                 raise RuntimeError(f"a thread still reads the pages for lease {transfer.lease}")
 
@@ -173,13 +174,13 @@ class Transfers:
                 self._settle(transfer)
                 self._changed.notify_all()
 
-    def ended(self, lease: int, problem: str | None) -> None:
-        """The receiver says how a transfer ended."""
+    def ended(self, lease: int, problem: str | None, *, counts: bool = True) -> None:
+        """The receiver says how a transfer ended, and whether a problem counts as a failure."""
         with self._changed:
             self._moved = time.monotonic()
             transfer = self._transfers.get(lease)
             if transfer is not None:
-                self._end(transfer, problem)
+                self._end(transfer, problem, counts=counts)
 
     def stop(self, problem: str) -> bool:
         """Fails everything, now and later; False where it had stopped before."""
@@ -213,13 +214,13 @@ class Transfers:
             transfer.told = True
             self._tell(Finish(transfer.lease, transfer.frames))
 
-    def _end(self, transfer: Transfer, problem: str | None) -> None:
+    def _end(self, transfer: Transfer, problem: str | None, *, counts: bool = True) -> None:
         if not transfer.over:
             transfer.over, transfer.problem = True, problem
             if transfer.queued:
                 self._cutter.drop(transfer)
                 transfer.queued = 0
-            if problem is not None:
+            if problem is not None and counts:
                 self._counters.add("failed")
         self._settle(transfer)
 
@@ -227,7 +228,7 @@ class Transfers:
         """Tells how a transfer ended, when no thread reads its pieces any more."""
         if not transfer.over or transfer.sending or transfer.settled:
             return
-        if transfer.problem is None and not transfer.finishing:
+        if transfer.problem is None and not (transfer.finishing or transfer.cancelled):
             return  # its owner may still call `finish`
         transfer.settled = True
         del self._transfers[transfer.lease]

@@ -93,6 +93,6 @@ def test_the_sender_learns_of_a_lease_that_is_forgotten_after_it_failed_amid_a_p
     until(lambda: sender.told)
     leases.land(late, None)
     forgetting.join()
-    assert sender.told == [Failed(LEASE, "the receiver has taken its pages back")]
+    assert sender.told == [Failed(LEASE, "the receiver has taken its pages back", unwanted=True)]
     notifier.close(10)
     assert not done.calls

@@ -12,7 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fourfold.transport import Part, Piece
-from tests.cpu.transport.nodes import WAYS, Memory, Outcome, Pair, make_node, send, until
+from tests.cpu.transport.nodes import (
+    WAIT_SECONDS,
+    WAYS,
+    Memory,
+    Outcome,
+    Pair,
+    make_node,
+    send,
+    until,
+)
 
 LEASES = itertools.count(1000)
 
@@ -196,8 +205,17 @@ def test_a_lease_for_another_incarnation_takes_nothing(pair: Pair) -> None:
     pair.receiver.forget(lease)
 
 
+def failures(pair: Pair) -> tuple[int, int]:
+    """Transfers that failed at the sender, and at the receiver."""
+    [there], [here] = pair.sender.stats(), pair.receiver.stats()
+    return there.failed, here.failed
+
+
 def test_a_cancelled_transfer_reads_nothing_more_and_says_nothing(pair: Pair) -> None:
     arrived, sent = Outcome(), Outcome()
+    _, stood = send(pair.sender, pair.receiver, next(LEASES), pair.memory(1, 1, 10))
+    stood.wait()
+    before = failures(pair)
     first, second = next(LEASES), next(LEASES)
     source = pair.memory(4, 500, 4096).fill(1)
     target = Memory(4, 500, 4096)
@@ -219,6 +237,21 @@ def test_a_cancelled_transfer_reads_nothing_more_and_says_nothing(pair: Pair) ->
     assert target.content() == source.content()
     pair.receiver.forget(second)
     assert sent.calls == []
+    assert failures(pair) == before  # a client that leaves is no trouble of the network
+
+
+def test_a_transfer_that_is_done_before_it_is_finished_can_be_cancelled(pair: Pair) -> None:
+    lease, arrived = next(LEASES), Outcome()
+    source, target = pair.memory(1, 2, 100), Memory(1, 2, 100)
+    link = pair.sender.link(pair.receiver.peer)
+    for _ in range(2):  # nothing of the first is left
+        pair.receiver.expect(lease, None, target, arrived)
+        transfer = link.begin(lease, Outcome())
+        transfer.write(list(source.pieces()))
+        arrived.wait()
+        link.round_trips(1, WAIT_SECONDS)  # the sender has heard of it, too
+        transfer.cancel()
+        pair.receiver.forget(lease)
 
 
 def test_a_forgotten_lease_is_not_written(pair: Pair) -> None:
