@@ -17,6 +17,7 @@ from fourfold.bench.tiles.main import compare, describe, disagreeing, main
 from fourfold.bench.tiles.products import Work, works
 from fourfold.errors import ConfigError
 from fourfold.kernels.w4a8_gemm.choose import Tiles
+from fourfold.kernels.w4a8_gemm.packing import W4A8Recipe
 
 SLOW, QUICK, WRONG = Tiles(64, 16, 4, 4, 8), Tiles(64, 32, 4, 4, 8), Tiles(128, 16, 4, 4, 8)
 
@@ -55,10 +56,19 @@ def test_nothing_is_split_that_does_not_divide() -> None:
     assert all(each.split == 1 for each in candidates(8, 15, bits=8, grouped=False, hopper=True))
 
 
-@pytest.mark.parametrize("product", ["projections-8", "projections-4"])
-def test_a_product_is_tried_with_every_tile_but_the_chosen_once(product: Any) -> None:
-    found = list(works(product, (2, 300), torch.device("cpu"), hopper=True))
-    assert [work.name.split(", ")[1] for work in found] == [
+@pytest.mark.parametrize(
+    ("product", "recipe"),
+    [
+        ("projections-8", W4A8Recipe.INT8_G64),
+        ("projections-4", W4A8Recipe.INT8_G64),
+        ("projections-4", W4A8Recipe.FP8_CHANNEL),
+    ],
+)
+def test_a_product_is_tried_with_every_tile_but_the_chosen_once(
+    product: Any, recipe: W4A8Recipe
+) -> None:
+    found = list(works(product, (2, 300), recipe, torch.device("cpu"), hopper=True))
+    assert [work.name.split(", ")[-1] for work in found] == [
         "2 x 5120 x 2048",
         "300 x 5120 x 2048",
         "2 x 2048 x 4096",

@@ -9,6 +9,7 @@ from typing import Literal
 from fourfold.errors import ConfigError
 
 Product = Literal["projections-8", "projections-4", "experts-first", "experts-second"]
+Recipe = Literal["int8-channel", "int8-g128", "int8-g64", "fp8-channel", "fp8-g128"]
 _MOST_TOKENS = 65536
 
 
@@ -29,6 +30,8 @@ class TilesBenchConfig:
     """Of weights of 8 or 4 bits: the attention's projections; the experts' two products."""
     tokens: tuple[int, ...] = (1, 8, 32, 64, 128, 256, 512, 2048)
     """Tokens of a step."""
+    recipe: Recipe = "int8-g64"
+    """How 4-bit weights are kept; by default as `--precision w4a8` serves them."""
     out: Path | None = None
     """Where the JSON record goes."""
 

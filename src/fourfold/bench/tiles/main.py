@@ -18,6 +18,7 @@ from fourfold.bench.tiles.products import Work, works
 from fourfold.errors import ConfigError
 from fourfold.kernels.compiling import KernelCompiler
 from fourfold.kernels.w4a8_gemm.choose import Tiles
+from fourfold.kernels.w4a8_gemm.packing import W4A8Recipe
 
 _DIFFERENCE = 1e-3
 """Relative, of results rounded to bfloat16 whose sums are the same."""
@@ -40,7 +41,8 @@ def main(config: TilesBenchConfig) -> int:
         hopper = torch.cuda.get_device_capability() == (9, 0)
         timer = CudaTimer()
         for product, compiler in zip(config.products, compilers, strict=True):
-            todo = list(works(product, config.tokens, device, hopper=hopper))
+            recipe = W4A8Recipe(config.recipe)
+            todo = list(works(product, config.tokens, recipe, device, hopper=hopper))
             compiler.start(partial(_walk, todo), device)
             compiler.wait()
             for work in todo:

@@ -20,12 +20,11 @@ from fourfold.kernels.rows import quantize_rows
 from fourfold.kernels.w4a8_gemm import grouped_w4a8_gemm, w4a8_gemm, w8a8_gemm
 from fourfold.kernels.w4a8_gemm.choose import Tiles, choose_dense, choose_grouped
 from fourfold.kernels.w4a8_gemm.packing import BLOCK, PackedW4A8, W4A8Recipe
-from fourfold.quantize.w4a8 import quantize_w4a8
+from fourfold.quantize.random_codes import random_w4a8
 
 _EXPERTS, _CHOICES = 128, 8
 _PROJECTIONS = ((5120, 2048), (2048, 4096))
 _FIRST, _SECOND = (2 * 768, 2048), (2048, 768)
-_RECIPE = W4A8Recipe.INT8_CHANNEL
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,14 +39,20 @@ class Work:
 
 
 def works(
-    product: Product, counts: tuple[int, ...], device: torch.device, *, hopper: bool
+    product: Product,
+    counts: tuple[int, ...],
+    recipe: W4A8Recipe,
+    device: torch.device,
+    *,
+    hopper: bool,
 ) -> Iterator[Work]:
-    """A product at each number of tokens; its weights live as long as one of them."""
+    """A product at each number of tokens, 4-bit weights as `recipe` has them; its weights live as
+    long as one of them."""
     if product in ("experts-first", "experts-second"):
-        yield from _experts(product, counts, device, hopper)
+        yield from _experts(product, counts, recipe, device, hopper)
     else:
         for outputs, inputs in _PROJECTIONS:
-            yield from _projection(product, counts, outputs, inputs, device, hopper)
+            yield from _projection(product, counts, outputs, inputs, recipe, device, hopper)
 
 
 def _projection(
@@ -55,23 +60,29 @@ def _projection(
     counts: tuple[int, ...],
     outputs: int,
     inputs: int,
+    recipe: W4A8Recipe,
     device: torch.device,
     hopper: bool,
 ) -> Iterator[Work]:
     bits, blocks = (8 if product == "projections-8" else 4), inputs // BLOCK
-    weight_OI = random_rows(outputs, inputs, device=device) * inputs**-0.5
     product_of: Callable[..., Tensor]
+    kind, groups, dtype = str(product), False, torch.int8
     if bits == 8:
+        weight_OI = random_rows(outputs, inputs, device=device) * inputs**-0.5
         rows = quantize_rows(weight_OI, torch.int8, inputs)
         product_of = partial(_product_8, weight_OI=rows.codes_TW, scale_O=rows.scale_T)
     else:
-        product_of = partial(_product_4, weight=quantize_w4a8(weight_OI, _RECIPE))
+        product_of = partial(_product_4, weight=_random(1, outputs, inputs, recipe, device))
+        groups, dtype = recipe.group is not None, recipe.activations
+        kind = f"{product}, {recipe}"
     for tokens in counts:
-        x = quantize_rows(random_rows(tokens, inputs, device=device), torch.int8, inputs)
-        chosen = choose_dense(tokens, blocks, bits=bits, outputs=outputs, hopper=hopper)
+        x = quantize_rows(random_rows(tokens, inputs, device=device), dtype, inputs)
+        chosen = choose_dense(
+            tokens, blocks, bits=bits, outputs=outputs, groups=groups, hopper=hopper
+        )
         others = candidates(tokens, blocks, bits=bits, grouped=False, hopper=hopper)
         yield Work(
-            f"{product}, {tokens} x {outputs} x {inputs}",
+            f"{kind}, {tokens} x {outputs} x {inputs}",
             chosen,
             tuple(each for each in others if each != chosen),
             partial(product_of, *x),
@@ -89,37 +100,43 @@ def _product_4(codes_TI: Tensor, scale_T: Tensor, tiles: Tiles, *, weight: Packe
 
 
 def _experts(
-    product: Product, counts: tuple[int, ...], device: torch.device, hopper: bool
+    product: Product,
+    counts: tuple[int, ...],
+    recipe: W4A8Recipe,
+    device: torch.device,
+    hopper: bool,
 ) -> Iterator[Work]:
     first = product == "experts-first"
     outputs, inputs = _FIRST if first else _SECOND
-    parts = [
-        quantize_w4a8(random_rows(outputs, inputs, device=device) * inputs**-0.5, _RECIPE)
-        for _ in range(_EXPERTS)
-    ]
-    packed_EBOJ = torch.cat([part.packed_EBOJ for part in parts])
-    weight = PackedW4A8(
-        _RECIPE, inputs, packed_EBOJ, torch.cat([part.scale_EO for part in parts]), None
-    )
+    weight = _random(_EXPERTS, outputs, inputs, recipe, device)
     blocks = inputs // BLOCK
     for tokens in counts:
         experts_TK = random_experts(tokens, "uniform", device)
         rows = tokens * _CHOICES
         x = quantize_rows(
-            random_rows(tokens if first else rows, inputs, device=device), torch.int8, inputs
+            random_rows(tokens if first else rows, inputs, device=device),
+            recipe.activations,
+            inputs,
         )
         tile = group_rows(experts_TK, _EXPERTS).tile
-        chosen = choose_grouped(tile, blocks, groups=False, hopper=hopper)
+        chosen = choose_grouped(tile, blocks, groups=recipe.group is not None, hopper=hopper)
         others = candidates(2 * rows // _EXPERTS, blocks, bits=4, grouped=True, hopper=hopper)
         tried = tuple(each for each in others if each != chosen)
         sizes = {each.tokens for each in (chosen, *tried)}
         groups = {size: group_rows(experts_TK, _EXPERTS, tile=size) for size in sizes}
         yield Work(
-            f"{product}, {tokens} tokens of {_EXPERTS} experts x {outputs} x {inputs}",
+            f"{product}, {recipe}, {tokens} tokens of {_EXPERTS} experts x {outputs} x {inputs}",
             chosen,
             tried,
             partial(_grouped, *x, weight=weight, groups=groups, first=first),
         )
+
+
+def _random(
+    experts: int, outputs: int, inputs: int, recipe: W4A8Recipe, device: torch.device
+) -> PackedW4A8:
+    generator = torch.Generator(device).manual_seed(0)
+    return random_w4a8((experts, outputs, inputs), recipe, inputs**-0.5, generator)
 
 
 def _grouped(
