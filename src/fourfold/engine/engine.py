@@ -117,7 +117,8 @@ class Engine:
 
     @property
     def turn_seconds(self) -> float:
-        """For how long the thread has been at one step; 0 while it waits for work."""
+        """For how long the thread has been at one step and the messages before it; 0 while it waits
+        for work."""
         began = self._turn_began
         return 0.0 if began is None else time.perf_counter() - began
 
@@ -276,12 +277,16 @@ class Engine:
         """Takes in all messages that have come, waiting for one if asked; returns the news that
         they make at once, or None when told to stop."""
         outputs: list[TokenOutput] = []
+        if not wait:
+            self._turn_began = time.perf_counter()
         while True:
             try:
                 message = self._inbox.get(block=wait)
             except queue.Empty:
                 self._observe()
                 return outputs
+            if wait:
+                self._turn_began = time.perf_counter()
             wait = False
             if message is None:
                 return None
@@ -359,7 +364,6 @@ class Engine:
     def _serve(self, emit: Emit) -> None:
         worked = True
         while (ended := self.receive(wait=not worked)) is not None:
-            self._turn_began = time.perf_counter()
             outputs = self.step()
             self._turn_began = None
             worked = outputs is not None
@@ -368,6 +372,7 @@ class Engine:
                     emit(news)
                 except Exception:  # whoever listened is gone; others may not be
                     logger.exception("news of %d samples could not be delivered", len(news))
+        self._turn_began = None
 
     def _count(self, **more: float) -> None:
         """Adds to counters."""

@@ -128,17 +128,22 @@ def test_no_search_for_garbage_goes_through_the_model(checkpoint: Find) -> None:
     assert gc.get_freeze_count() == 0
 
 
-def test_a_step_that_hangs_shows(checkpoint: Find, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("hanging", ["step", "_hear"])
+def test_a_step_or_message_that_hangs_shows(
+    checkpoint: Find, hanging: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     engine = make_engine(load_tiny(checkpoint("mixtral")), pages=8)
     begun, release = threading.Event(), threading.Event()
 
-    def hang() -> None:
+    def hang(*_: object) -> list[TokenOutput] | None:
         begun.set()
         release.wait(60)
+        return [] if hanging == "_hear" else None
 
-    monkeypatch.setattr(engine, "step", hang)
+    monkeypatch.setattr(engine, hanging, hang)
     assert engine.turn_seconds == 0
     engine.start(lambda outputs: None)
+    engine.abort(Abort(request_id=1))
     assert begun.wait(60)
     time.sleep(0.02)
     assert engine.turn_seconds >= 0.02
@@ -147,6 +152,7 @@ def test_a_step_that_hangs_shows(checkpoint: Find, monkeypatch: pytest.MonkeyPat
     while engine.turn_seconds:
         assert time.monotonic() < deadline
     engine.stop()
+    assert engine.turn_seconds == 0
 
 
 def test_a_worker_whose_engine_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
