@@ -384,14 +384,14 @@ class Scheduler:
             sequence.finish = FinishReason.LENGTH
         first = not sequence.prefilled_once
         sequence.prefilled_once = True
+        # Told once; of a long prompt they take more memory than all else that is kept of it.
+        prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
         return TokenOutput(
             request_id=sequence.request.request_id,
             index=sequence.index,
             token=token,
             logprob=result.logprob,
-            prompt_logprobs=tuple(sequence.prompt_logprobs)
-            if first and sampling.prompt_logprobs
-            else None,
+            prompt_logprobs=prompt_logprobs if first and sampling.prompt_logprobs else None,
             cached_tokens=sequence.cached_tokens if first else 0,
             finish=sequence.finish,
         )
