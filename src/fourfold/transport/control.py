@@ -1,6 +1,6 @@
 """The control stream of a link: small typed messages, heartbeats, and who has fallen silent.
 
-A message is msgpack behind its length in four bytes. One thread does all reading and writing, so
+A message is msgpack behind its length and checksums. One thread does all reading and writing, so
 nobody else ever waits for the peer.
 """
 
@@ -10,8 +10,10 @@ import collections
 import contextlib
 import select
 import socket
+import struct
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +21,10 @@ import msgspec
 
 from fourfold.transport.wire import Wire
 
-_LENGTH_BYTES = 4
+_HEAD = struct.Struct("<III")
+"""Length of a message, CRC-32 of it, and CRC-32 of these two."""
+HEAD_BYTES = _HEAD.size
+_SUMMED = slice(0, 8)
 _READ_BYTES = 1 << 16
 _MAX_MESSAGE = 1 << 16
 _MAX_UNSENT = 4 << 20
@@ -31,14 +36,14 @@ class Ping(msgspec.Struct, frozen=True, tag=True):
     """A heartbeat, 64 bytes on the wire; its sender's clock in nanoseconds."""
 
     sent: int
-    padding: bytes = bytes(32)
+    padding: bytes = bytes(17)
 
 
 class Pong(msgspec.Struct, frozen=True, tag=True):
     """The answer to a heartbeat, with the clock it came with."""
 
     sent: int
-    padding: bytes = bytes(32)
+    padding: bytes = bytes(17)
 
 
 class Region(msgspec.Struct, frozen=True, kw_only=True):
@@ -217,7 +222,7 @@ class Control(Generic[Incoming]):
                 return "the other side closed the link"
             except OSError as error:
                 return f"the link broke: {error.strerror or error}"
-            except (msgspec.DecodeError, _LengthError) as error:
+            except (msgspec.DecodeError, _MessageError) as error:
                 return f"a control message cannot be read: {error}"
 
     def _send(self) -> str | None:
@@ -242,16 +247,21 @@ class Control(Generic[Incoming]):
             return False
         self._arrived += data
         start = 0
-        while len(self._arrived) - start >= _LENGTH_BYTES:
-            begin = start + _LENGTH_BYTES
-            length = int.from_bytes(self._arrived[start:begin], "little")
+        while len(self._arrived) - start >= HEAD_BYTES:
+            begin = start + HEAD_BYTES
+            head = self._arrived[start:begin]
+            length, checksum, head_checksum = _HEAD.unpack(head)
+            if zlib.crc32(head[_SUMMED]) != head_checksum:
+                raise _MessageError("its head is not what was sent")
             if length > _MAX_MESSAGE:
-                raise _LengthError(f"{length} bytes are too long")
+                raise _MessageError(f"{length} bytes are too long")
             if begin + length > len(self._arrived):
                 break
-            message = self._decoder.decode(bytes(self._arrived[begin : begin + length]))
+            body = bytes(self._arrived[begin : begin + length])
+            if zlib.crc32(body) != checksum:
+                raise _MessageError("it is not what was sent")
             start = begin + length
-            self._hear(message)
+            self._hear(self._decoder.decode(body))
         del self._arrived[:start]
         return True
 
@@ -276,12 +286,17 @@ class Control(Generic[Incoming]):
 
 def encode(message: ToReceiver | ToSender) -> bytes:
     """A message as it goes over the wire."""
-    body = _encoder.encode(message)
-    return len(body).to_bytes(_LENGTH_BYTES, "little") + body
+    return enclose(_encoder.encode(message))
 
 
-class _LengthError(ValueError):
-    """A length that no message has."""
+def enclose(body: bytes) -> bytes:
+    """The bytes of a message behind its head."""
+    head = _HEAD.pack(len(body), zlib.crc32(body), 0)[_SUMMED]
+    return head + zlib.crc32(head).to_bytes(4, "little") + body
+
+
+class _MessageError(ValueError):
+    """Bytes that are no message, or not the one that was sent."""
 
 
 _encoder = msgspec.msgpack.Encoder()

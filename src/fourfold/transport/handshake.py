@@ -32,7 +32,7 @@ import msgspec
 from fourfold.errors import AuthenticationError, FourfoldError
 from fourfold.transport.identity import Identity, check_identities
 
-VERSION = 2
+VERSION = 3
 _MAGIC = b"4FLD"
 _LENGTH = struct.Struct("<I")
 _NONCE_BYTES = 32

@@ -13,7 +13,7 @@ import msgspec
 import xxhash
 
 from fourfold.errors import AuthenticationError, FourfoldError
-from fourfold.transport.control import Finish, ToSender, encode
+from fourfold.transport.control import HEAD_BYTES, Finish, ToSender, encode
 from fourfold.transport.frames import Header, Kind, encode_header
 from fourfold.transport.handshake import Handshake, Purpose, Role
 from fourfold.transport.identity import Identity
@@ -100,8 +100,8 @@ def write_stale(peer: Peer, key: bytes, leases: Sequence[int], rng: random.Rando
 
 
 def _hear(wire: Wire) -> ToSender:
-    length = bytearray(4)
-    wire.receive([memoryview(length)])
-    body = bytearray(int.from_bytes(length, "little"))
+    head = bytearray(HEAD_BYTES)
+    wire.receive([memoryview(head)])
+    body = bytearray(int.from_bytes(head[:4], "little"))
     wire.receive([memoryview(body)])
     return msgspec.msgpack.decode(bytes(body), type=ToSender)

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import xxhash
 
-from fourfold.transport.control import ToReceiver, ToSender, Welcome, encode
+from fourfold.transport.control import HEAD_BYTES, ToReceiver, ToSender, Welcome, encode
 from fourfold.transport.frames import Header, Kind, encode_header
 from fourfold.transport.handshake import Handshake, Purpose, Role
 from fourfold.transport.identity import Identity
@@ -61,9 +61,9 @@ class Forger:
 
     def hear(self) -> ToSender:
         """The next message. Raises `EOFError` or `OSError` at the end of the link."""
-        length = bytearray(4)
-        self.control.receive([memoryview(length)])
-        body = bytearray(int.from_bytes(length, "little"))
+        head = bytearray(HEAD_BYTES)
+        self.control.receive([memoryview(head)])
+        body = bytearray(int.from_bytes(head[:4], "little"))
         self.control.receive([memoryview(body)])
         return msgspec.msgpack.decode(bytes(body), type=ToSender)
 

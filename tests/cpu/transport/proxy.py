@@ -24,6 +24,8 @@ class Proxy:
         """The node as it is reached through here."""
         self.alter: Callable[[bytes], bytes] = lambda data: data
         """What becomes of bytes on their way to the node."""
+        self.alter_back: Callable[[bytes], bytes] = lambda data: data
+        """And of those on their way from it."""
         self._forwards = threading.Event()
         self._forwards.set()
         self._sockets: list[socket.socket] = []
@@ -59,18 +61,18 @@ class Proxy:
             except OSError:
                 return
             self._sockets += [near, far]
-            for source, target, alters in ((near, far, True), (far, near, False)):
+            for source, target, back in ((near, far, False), (far, near, True)):
                 thread = threading.Thread(
-                    target=self._forward, args=(source, target, alters), daemon=True
+                    target=self._forward, args=(source, target, back), daemon=True
                 )
                 thread.start()
                 self._threads.append(thread)
 
-    def _forward(self, source: socket.socket, target: socket.socket, alters: bool) -> None:
+    def _forward(self, source: socket.socket, target: socket.socket, back: bool) -> None:
         with contextlib.suppress(OSError):
             while data := source.recv(_CHUNK):
                 self._forwards.wait()
-                target.sendall(self.alter(data) if alters else data)
+                target.sendall(self.alter_back(data) if back else self.alter(data))
         self._forwards.wait()
         for each in (source, target):
             with contextlib.suppress(OSError):

@@ -99,6 +99,23 @@ def test_bytes_that_change_on_their_way(patient: Network) -> None:
     assert stats.corrupt == 1
 
 
+def test_a_message_that_changes_on_its_way_is_not_heard(patient: Network) -> None:
+    """Otherwise one lease would be taken for complete in place of another."""
+    sender, receiver, proxy = patient
+    proxy.alter_back = lambda data: data.replace(b"\xa5lease\x03", b"\xa5lease\x01")
+    link, outcomes = sender.link(proxy.peer), {}
+    for lease in (1, 3):
+        arrived, sent = Outcome(), Outcome()
+        receiver.expect(lease, None, Memory(1, 2, 100), arrived)
+        transfer = link.begin(lease, sent)
+        pieces = list(Memory(1, 2, 100).pieces(1))
+        transfer.write(pieces if lease == 3 else pieces[:1])
+        outcomes[lease] = arrived, sent
+    assert outcomes[3][0].wait() is None  # which the sender is told, but for one bit
+    for outcome in (outcomes[1][0], outcomes[1][1], outcomes[3][1]):
+        assert "link" in outcome.failure()
+
+
 def test_a_receiver_that_takes_nothing_bounds_what_is_sent() -> None:
     """The landing blocks: no more than the window leaves the sender, whose transfer then fails."""
     sender = make_node(

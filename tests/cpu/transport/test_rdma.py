@@ -17,7 +17,7 @@ import pytest
 
 from fourfold.errors import ConfigError
 from fourfold.transport import Node, SharedRegion, TransportPath, nixl
-from fourfold.transport.control import Exposed, ExposedRegion, Joined, Ping
+from fourfold.transport.control import HEAD_BYTES, Exposed, ExposedRegion, Joined, Ping
 from fourfold.transport.frames import Extent, Kind, encode_extents
 from fourfold.transport.rdma import Exposure
 from tests.cpu.transport import owner
@@ -269,7 +269,7 @@ def another_process() -> Iterator[tuple[subprocess.Popen[bytes], Exposed]]:
     assert process.stdin is not None
     try:
         line = base64.b64decode(process.stdout.readline())
-        yield process, msgspec.msgpack.decode(line[4:], type=Exposed)
+        yield process, msgspec.msgpack.decode(line[HEAD_BYTES:], type=Exposed)
     finally:
         process.kill()
         process.stdin.close()

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import socket
-import struct
 
 import msgspec
 import pytest
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 
 from fourfold.errors import ConfigError
 from fourfold.transport import Identity, Node, TransportConfig, TransportPath
-from fourfold.transport.control import Failed, Finish
+from fourfold.transport.control import HEAD_BYTES, Failed, Finish, enclose
 from fourfold.transport.handshake import Purpose
 from tests.cpu.transport.forger import Forger
 from tests.cpu.transport.nodes import PAGES, Memory, Outcome, make_node, until, works
@@ -35,14 +34,18 @@ def test_garbage_on_a_stream_closes_its_link(receiver: Node, data: bytes) -> Non
 @settings(
     max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(st.binary(min_size=1, max_size=3000), st.booleans())
+@given(st.binary(min_size=HEAD_BYTES, max_size=3000), st.booleans())
 def test_garbage_on_control_closes_its_link(receiver: Node, data: bytes, framed: bool) -> None:
     forger = Forger(receiver.peer, streams=0)
-    length = len(data) if framed else max(len(data), 1 << 17)
     body = b"\xc1" + data  # a byte that msgpack never begins with
-    forger.control.send([memoryview(struct.pack("<I", length + 1) + body)])
+    forger.control.send([memoryview(enclose(body) if framed else body)])
     forger.wait_until_closed()
     forger.close()
+
+
+def test_a_message_that_claims_to_be_long_closes_its_link(receiver: Node, forger: Forger) -> None:
+    forger.control.send([memoryview(enclose(bytes(1 << 17)))[:1000]])
+    forger.wait_until_closed()
 
 
 def test_service_goes_on_after_garbage(
