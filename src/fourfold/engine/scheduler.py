@@ -111,15 +111,17 @@ class Scheduler:
         samples fail at once, and that is the news returned.
         """
         length = len(request.prompt_ids)
+        given = length + len(request.generated)
         here = 1 if request.stage is Stage.PREFILL else request.n
         indices = range(request.index, request.index + here)
-        if not 0 < length + len(request.generated) < self.max_context:
+        if not 0 < given < self.max_context:
             return [
                 TokenOutput(
                     request_id=request.request_id,
                     index=index,
                     finish=FinishReason.FAILED,
-                    error=f"a prompt of {length} tokens does not fit {self.max_context}",
+                    error=f"a prompt of {given} tokens cannot be computed; send 1 to "
+                    f"{self.max_context - 1}",
                 )
                 for index in indices
             ]

@@ -155,7 +155,8 @@ class Drive:
             assert sequence.computed <= len(sequence.pages) * PAGE_TOKENS
             assert sequence.computed <= sequence.length
         assert all(s.finish is None for s in [*running, *scheduler.waiting])
-        assert not any(s.prompt_logprobs for s in [*holding, *scheduler.waiting] if s.prefilled_once)
+        told = [s for s in [*holding, *scheduler.waiting] if s.prefilled_once]
+        assert not any(s.prompt_logprobs for s in told)
 
     def check_ending(self, aborted: Items[int] = ()) -> None:
         """Every sample ended once, with the answer it would have had alone."""

@@ -328,6 +328,8 @@ def test_a_prompt_that_cannot_be_computed_fails_alone(
         news += [*(engine.receive(wait=False) or ()), *(engine.step() or ())]
     ends = {output.request_id: output.finish for output in news if output.finish is not None}
     assert ends == {0: FinishReason.LENGTH, 1: FinishReason.FAILED, 2: FinishReason.LENGTH}
+    [error] = [output.error for output in news if output.error]
+    assert error == f"a prompt of {length} tokens cannot be computed; send 1 to 127"
 
 
 def test_a_failed_step_generates_nothing(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> None:
