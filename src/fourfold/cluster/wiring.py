@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import select
 import socket
-import sys
 import threading
 
 from fourfold.transport.wire import Wire
@@ -26,10 +25,6 @@ def plain_socket(wire: Wire, silence: float, *, secured: bool) -> socket.socket:
         return ours
     own = socket.socket(fileno=socket.dup(wire.fileno()))
     wire.close()
-    own.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    if sys.platform == "linux":
-        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(silence)))
-        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 1)
     return own
 
 

@@ -82,10 +82,16 @@ class Wire:
         return data
 
     def give_up_after(self, seconds: float) -> None:
-        """Lets the system end the connection where nobody acknowledges its packets for so long."""
+        """Lets the system end the connection where nobody acknowledges its packets for so long,
+        and ask whether anybody does where none were sent."""
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if sys.platform == "linux":
-            milliseconds = int(1000 * seconds)
-            self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, milliseconds)
+            for option, value in (
+                (socket.TCP_USER_TIMEOUT, int(1000 * seconds)),
+                (socket.TCP_KEEPIDLE, max(1, int(seconds))),
+                (socket.TCP_KEEPINTVL, 1),
+            ):
+                self._socket.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def shut(self) -> None:
         """Ends the connection both ways; whoever waits on it is woken."""

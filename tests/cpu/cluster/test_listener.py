@@ -9,6 +9,7 @@ import logging
 import os
 import resource
 import socket
+import sys
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from fourfold.transport.handshake import Handshake, Purpose
 from fourfold.transport.handshake import Role as Side
 from fourfold.transport.identity import Identity
 from fourfold.transport.tls import load_tls
-from fourfold.transport.wire import dial
+from fourfold.transport.wire import Wire, dial
 from tests.cpu.transport.test_lifetime import STRANGER, TLS
 
 KEY = b"a secret of the whole service"
@@ -150,6 +151,20 @@ def test_a_worker_joins_under_tls_however_many_files_are_open() -> None:
             await eventually(lambda: not door.fleet.members)
 
     go(main)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other options")
+@pytest.mark.parametrize("secured", [False, True])
+def test_the_system_asks_after_a_host_that_says_nothing(secured: bool) -> None:
+    """A worker that waits for what to load would wait for ever for one that lost its power."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        near = socket.create_connection(server.getsockname())
+        far, _ = server.accept()
+    watched = socket.socket(fileno=os.dup(near.fileno()))  # options are the connection's
+    with far, watched, plain_socket(Wire(near), 5.0, secured=secured):
+        assert watched.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert watched.getsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) == 5
+        assert watched.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 5000
 
 
 def test_an_end_of_the_gateway_is_noticed_through_tls() -> None:
