@@ -51,6 +51,9 @@ def run(options: Options) -> int:
     print(f"take ratio {best.ratio:g}: {_count(best.active)} active of {_count(best.total)}")
     if best.beyond:
         print(f"this is an extrapolation in {', '.join(best.beyond)}", file=sys.stderr)
+    if fit.untold:
+        untold = ", ".join(name.removeprefix("ln ") for name in fit.untold)
+        print(f"the runs do not tell {untold}: losses beyond them are guesses", file=sys.stderr)
     return 0
 
 

@@ -27,6 +27,7 @@ from fourfold.quadrants.costs import (
     projection_work,
     shipped_costs,
 )
+from fourfold.train.law.checks import tells_size
 from fourfold.train.law.config import AdviseConfig
 from fourfold.train.law.fitting import Fit, interval
 from fourfold.train.law.forms import Points
@@ -168,11 +169,16 @@ def advise(
     config: AdviseConfig, fit: Fit, records: Sequence[RunRecord], ratios: Sequence[int]
 ) -> list[Advice]:
     """The best model of each ratio, best first; ratios that no size of fits are left out.
-    ConfigError for a law that does not tell what size is worth."""
+    ConfigError for a law that does not tell what size is worth, or does not describe the runs."""
     if "a" in fit.untold:
         raise ConfigError(
             "the runs do not tell the exponent of size, so there is nothing to advise by; extend "
             "the grid"
+        )
+    if not tells_size(fit, records):
+        raise ConfigError(
+            f"the {fit.form.name} form does not describe the runs, so there is nothing to advise "
+            "by; `fourfold law fit` says how far it is off and what of the runs is in doubt"
         )
     shapes, costs = shapes_of(records), costs_for(config)
     found = [_best(config, fit, records, shapes, costs, float(ratio)) for ratio in ratios]

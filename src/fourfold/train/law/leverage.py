@@ -16,12 +16,12 @@ import numpy as np
 from msgspec import UNSET, UnsetType
 from numpy.typing import NDArray
 
+from fourfold.train.law.checks import by_tokens, dense_curve, tells_size
 from fourfold.train.law.fitting import Fit, interval
 from fourfold.train.law.forms import Form, Points
 from fourfold.train.law.records import RunRecord
 
 Floats = NDArray[np.float64]
-_SAME_TOKENS = 0.02
 CLAIMED = 7.0
 """The leverage that is looked for."""
 
@@ -36,7 +36,7 @@ class Estimate(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Leverage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Of the sparse models of one size and ratio."""
+    """Of the sparse models of one size and ratio on as many tokens."""
 
     model: str
     """The size, by the grid's name; its active parameters grow a little with the router."""
@@ -44,10 +44,13 @@ class Leverage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     ratio: int
     tokens: int
     forms: dict[str, Estimate]
-    """By the name of the form, the one that fits best first. Without those whose exponent of size
-    these runs do not tell."""
+    """By the name of the form, the one that fits best first. Without those that do not tell size:
+    their exponent of it is on its bound, or they do not describe the runs."""
     direct: float | UnsetType = UNSET
-    """Between dense runs on as many tokens; absent where no two enclose the loss."""
+    """Between dense runs on as many tokens, without those that lose no less than a smaller one;
+    absent where no two enclose the loss."""
+    above: float | UnsetType = UNSET
+    """Where the loss is less than that of all these dense runs: the leverage is more than this."""
     compute: float | UnsetType = UNSET
     """Training FLOPs of the dense model over those of the sparse one, by the best form."""
     interpolated: bool
@@ -56,15 +59,21 @@ class Leverage(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class Claim(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """Whether models of one size reach `CLAIMED`, and at which ratio."""
+    """Whether models of one size reach `CLAIMED` on so many tokens, and at which ratio: by the
+    forms, and between dense runs."""
 
     model: str
+    tokens: int
     verdict: str
-    """"not told" (the runs do not tell the exponent of size), "reached" (at a tried ratio),
-    "extrapolated" (at a tried ratio, but its dense model is larger than any that was run),
-    "foretold" (only at a larger ratio than was tried), "not reached"."""
+    """By the forms: "not told" (no form tells sizes), "reached" (at a tried ratio), "perhaps" (the
+    same, but its interval reaches below), "extrapolated" (at a tried ratio, but its dense model is
+    larger than any that was run), "foretold" (only at a larger ratio than was tried), "not
+    reached"."""
     ratio: float | UnsetType = UNSET
     leverage: Estimate = Estimate()
+    direct: Leverage | UnsetType = UNSET
+    """That of the least tried ratio that reaches it between dense runs, or of the best one; absent
+    where dense runs say nothing of any."""
 
 
 def dense_equivalent(
@@ -85,68 +94,76 @@ def dense_equivalent(
     return leverage
 
 
-def direct_leverage(records: Sequence[RunRecord], sparse: Sequence[RunRecord]) -> float | None:
-    """The leverage of runs alike but for their seeds, between dense runs on as many tokens; None
-    where these do not enclose their loss."""
+def direct_leverage(
+    dense: Sequence[RunRecord], sparse: Sequence[RunRecord]
+) -> tuple[float | None, float | None]:
+    """The leverage of runs alike but for their seeds, between the dense ones of runs on as many
+    tokens; and what it is more than, where the sparse ones are better than all of these. None for
+    what they do not say.
+
+    Dense runs that lose no less than a smaller one are left out: they are no fair peers, and would
+    make the leverage larger."""
     loss = float(np.mean([record.loss for record in sparse]))
-    sizes, losses = _dense_curve(records, sparse[0].tokens)
-    below = [i for i in range(len(sizes) - 1) if losses[i] >= loss >= losses[i + 1]]
-    if not below:
-        return None
-    i = below[0]
-    if losses[i] == losses[i + 1]:
-        return sizes[i] / sparse[0].active
-    way = math.log(losses[i] / loss) / math.log(losses[i] / losses[i + 1])
-    size = sizes[i] ** (1 - way) * sizes[i + 1] ** way
-    return float(size / sparse[0].active)
-
-
-def _dense_curve(records: Sequence[RunRecord], tokens: int) -> tuple[list[int], list[float]]:
-    """Sizes of the dense runs on about so many tokens, and their losses, seeds averaged."""
-    found: dict[int, list[float]] = {}
-    for record in records:
-        if record.ratio == 1 and abs(record.tokens / tokens - 1) <= _SAME_TOKENS:
-            found.setdefault(record.active, []).append(record.loss)
-    sizes = sorted(found)
-    return sizes, [float(np.mean(found[size])) for size in sizes]
+    active = sparse[0].active
+    frontier: list[tuple[int, float]] = []
+    for size, reached in zip(*dense_curve(dense), strict=True):
+        if not frontier or reached < frontier[-1][1]:
+            frontier.append((size, reached))
+    sizes, losses = [size for size, _ in frontier], [reached for _, reached in frontier]
+    if losses and loss < losses[-1]:
+        return None, sizes[-1] / active
+    for i in range(len(sizes) - 1):
+        if losses[i] >= loss >= losses[i + 1]:
+            way = math.log(losses[i] / loss) / math.log(losses[i] / losses[i + 1])
+            return float(sizes[i] ** (1 - way) * sizes[i + 1] ** way) / active, None
+    return None, None
 
 
 def leverages(records: Sequence[RunRecord], fits: Sequence[Fit]) -> list[Leverage]:
-    """Of every size and ratio that was run, on the most tokens that it was run on. The first fit
-    that tells the exponent of size says what that is in compute, and whether it is interpolated."""
-    told = [fit for fit in fits if "a" not in fit.untold]
-    cells: dict[tuple[str, int], list[RunRecord]] = {}
-    for record in sorted(records, key=lambda record: record.active):
-        if record.ratio > 1:
-            cells.setdefault((record.model, record.ratio), []).append(record)
+    """Of every size and ratio that was run, on every number of tokens, fewest first. The first fit
+    that tells sizes says what that is in compute, and whether it is interpolated."""
+    told = [fit for fit in fits if tells_size(fit, records)]
     found = []
-    for (model, ratio), cell in cells.items():
-        active = cell[0].active
-        tokens = max(record.tokens for record in cell)
-        longest = [r for r in cell if abs(r.tokens / tokens - 1) <= _SAME_TOKENS]
-        place = {"active": float(active), "ratio": float(ratio), "tokens": float(tokens)}
-        estimates = {fit.form.name: _estimate(fit, place) for fit in told}
-        first = estimates[told[0].form.name].value if told else UNSET
-        direct = direct_leverage(records, longest)
-        sizes, _ = _dense_curve(records, tokens)
-        compute: float | UnsetType = UNSET
-        interpolated = False
-        if not isinstance(first, UnsetType):
-            compute = _compute(records, longest[0], first)
-            interpolated = bool(sizes) and active * first <= max(sizes)
-        found.append(
-            Leverage(
-                model=model,
-                active=active,
-                ratio=ratio,
-                tokens=tokens,
-                forms=estimates,
-                direct=UNSET if direct is None else direct,
-                compute=compute,
-                interpolated=interpolated,
-            )
-        )
+    for group in by_tokens(records):
+        cells: dict[tuple[str, int], list[RunRecord]] = {}
+        for record in sorted(group, key=lambda record: record.active):
+            if record.ratio > 1:
+                cells.setdefault((record.model, record.ratio), []).append(record)
+        found += [_leverage(records, group, cell, told) for cell in cells.values()]
     return found
+
+
+def _leverage(
+    records: Sequence[RunRecord],
+    group: Sequence[RunRecord],
+    cell: Sequence[RunRecord],
+    told: Sequence[Fit],
+) -> Leverage:
+    """Of the runs of a cell, among those on as many tokens."""
+    first = cell[0]
+    place = {"active": float(first.active), "ratio": float(first.ratio)}
+    tokens = group[-1].tokens
+    place["tokens"] = float(tokens)
+    estimates = {fit.form.name: _estimate(fit, place) for fit in told}
+    direct, above = direct_leverage(group, cell)
+    compute: float | UnsetType = UNSET
+    interpolated = False
+    best = estimates[told[0].form.name].value if told else UNSET
+    if not isinstance(best, UnsetType):
+        compute = _compute(records, first, best)
+        sizes, _ = dense_curve(group)
+        interpolated = bool(sizes) and first.active * best <= max(sizes)
+    return Leverage(
+        model=first.model,
+        active=first.active,
+        ratio=first.ratio,
+        tokens=tokens,
+        forms=estimates,
+        direct=UNSET if direct is None else direct,
+        above=UNSET if above is None else above,
+        compute=compute,
+        interpolated=interpolated,
+    )
 
 
 def _estimate(fit: Fit, place: dict[str, float]) -> Estimate:
@@ -173,33 +190,74 @@ def _compute(records: Iterable[RunRecord], sparse: RunRecord, leverage: float) -
     return float(per_parameter * leverage * sparse.active / sparse.flops_per_token)
 
 
+def on_most_tokens(found: Sequence[Leverage]) -> list[Leverage]:
+    """Those of each size and ratio on the most tokens that it was run on."""
+    most = {(row.model, row.ratio): row.tokens for row in found}
+    return [row for row in found if row.tokens == most[row.model, row.ratio]]
+
+
 def claims(found: Sequence[Leverage], joint: Fit, *, most_ratio: float = 256.0) -> list[Claim]:
-    """Whether the sparse models of each size reach `CLAIMED`: at a ratio that was tried, by the
-    form that fits best, or at a larger one, by the joint form."""
-    claimed = []
-    for model in dict.fromkeys(leverage.model for leverage in found):
-        own = [leverage for leverage in found if leverage.model == model]
-        claimed.append(_claim(model, own, joint, most_ratio))
-    return claimed
+    """Whether the sparse models of each size reach `CLAIMED` on each number of tokens: at a ratio
+    that was tried, by the form that fits best, or at a larger one, by the joint form."""
+    cells: dict[tuple[str, int], list[Leverage]] = {}
+    for leverage in found:
+        cells.setdefault((leverage.model, leverage.tokens), []).append(leverage)
+    return [
+        msgspec.structs.replace(_claim(own, joint, most_ratio), direct=_direct_claim(own))
+        for own in cells.values()
+    ]
 
 
-def _claim(model: str, own: Sequence[Leverage], joint: Fit, most_ratio: float) -> Claim:
-    """`own` by growing ratio."""
+def _claim(own: Sequence[Leverage], joint: Fit, most_ratio: float) -> Claim:
+    """By the forms; `own` by growing ratio."""
+    claim = Claim(model=own[0].model, tokens=own[0].tokens, verdict="not told")
     if not own[0].forms:
-        return Claim(model=model, verdict="not told")
-    for leverage in own:
-        first = next(iter(leverage.forms.values()))
-        if isinstance(first.value, UnsetType) or first.value >= CLAIMED:
-            verdict = "reached" if leverage.interpolated else "extrapolated"
-            ratio = float(leverage.ratio)
-            return Claim(model=model, verdict=verdict, ratio=ratio, leverage=first)
+        return claim
+    reached = [row for row in own if _reaches(next(iter(row.forms.values())).value)]
+    if reached:
+        # One whose whole interval is above it says more than the first.
+        row = next(filter(_is_sure, reached), reached[0])
+        verdict = "reached" if _is_sure(row) else "perhaps"
+        return msgspec.structs.replace(
+            claim,
+            verdict=verdict if row.interpolated else "extrapolated",
+            ratio=float(row.ratio),
+            leverage=next(iter(row.forms.values())),
+        )
+    claim = msgspec.structs.replace(claim, verdict="not reached")
     if joint.form.name not in own[0].forms:
-        return Claim(model=model, verdict="not reached")
+        return claim
     largest, active = own[-1].ratio, own[-1].active
-    tokens = float(max(leverage.tokens for leverage in own))
     for ratio in np.geomspace(largest, most_ratio, 64)[1:] if largest < most_ratio else ():
-        place = {"active": float(active), "ratio": float(ratio), "tokens": tokens}
+        place = {"active": float(active), "ratio": float(ratio), "tokens": float(own[0].tokens)}
         estimate = _estimate(joint, place)
-        if isinstance(estimate.value, UnsetType) or estimate.value >= CLAIMED:
-            return Claim(model=model, verdict="foretold", ratio=float(ratio), leverage=estimate)
-    return Claim(model=model, verdict="not reached")
+        if _reaches(estimate.value):
+            return msgspec.structs.replace(
+                claim, verdict="foretold", ratio=float(ratio), leverage=estimate
+            )
+    return claim
+
+
+def _reaches(value: float | UnsetType) -> bool:
+    """Of what an estimate says; absent is without bound."""
+    return isinstance(value, UnsetType) or value >= CLAIMED
+
+
+def _is_sure(row: Leverage) -> bool:
+    """Whether a claim is interpolated and its whole interval reaches it."""
+    return row.interpolated and _reaches(next(iter(row.forms.values())).low)
+
+
+def _direct_claim(own: Sequence[Leverage]) -> Leverage | UnsetType:
+    known = [row for row in own if _least(row)]
+    for row in known:
+        if _least(row) >= CLAIMED:
+            return row
+    # What is only known to be more may be the most.
+    return max(known, key=lambda row: (row.above is not UNSET, _least(row)), default=UNSET)
+
+
+def _least(row: Leverage) -> float:
+    """What a leverage is at least, between dense runs; 0 where these say nothing."""
+    figures = (row.direct, row.above)
+    return max((0.0 if isinstance(each, UnsetType) else each) for each in figures)

@@ -12,7 +12,7 @@ from msgspec import UnsetType
 from fourfold.errors import ConfigError
 from fourfold.train.law.fitting import Fit
 from fourfold.train.law.forms import Points
-from fourfold.train.law.leverage import CLAIMED, Estimate
+from fourfold.train.law.leverage import CLAIMED, Estimate, on_most_tokens
 from fourfold.train.law.records import RunRecord
 from fourfold.train.law.report import LawReport, fit_of
 
@@ -107,8 +107,9 @@ def _losses_by_tokens(axes: Axes, fit: Fit, records: Sequence[RunRecord]) -> Non
 
 def _leverage(axes: Axes, report: LawReport) -> None:
     """Full marks are interpolated, hollow ones extrapolated; crosses are between dense runs."""
-    for color, model in enumerate(dict.fromkeys(row.model for row in report.leverages)):
-        rows = [row for row in report.leverages if row.model == model]
+    found = on_most_tokens(report.leverages)
+    for color, model in enumerate(dict.fromkeys(row.model for row in found)):
+        rows = [row for row in found if row.model == model]
         for row in rows:
             estimate = row.forms.get("joint", Estimate())
             if isinstance(estimate.value, UnsetType):

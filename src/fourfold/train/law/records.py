@@ -53,6 +53,13 @@ class RunRecord(
     """What each process that trained it computed on."""
     versions: dict[str, str]
 
+    @property
+    def steps(self) -> int | None:
+        """Of the optimizer, where the arguments say it, as those of a sweep do."""
+        name = "schedule.steps="
+        given = [word.removeprefix(name) for word in self.arguments if word.startswith(name)]
+        return int(given[-1]) if given else None
+
     def __post_init__(self) -> None:
         counts = (self.active, self.total, self.tokens, self.ratio, self.chosen)
         if min(*counts, self.evaluated_tokens) < 1:
