@@ -75,6 +75,7 @@ class Link:
         self._streams: list[Wire] = []
         self._senders: list[threading.Thread] = []
         self._opened = False
+        self._stood = False
         self._window = 0
         self._slice_bytes = config.slice_bytes
         self._round_trips: RoundTrips | None = None
@@ -148,7 +149,8 @@ class Link:
             reason = f"it cannot be reached at {peer.host}:{peer.port}: {error}"
         finally:
             self._break(reason)
-            self._counters.connected = False
+            if self._stood:
+                self._counters.broke()
 
     def _dial(self, purpose: Purpose) -> Wire:
         handshake = Handshake(
@@ -254,8 +256,8 @@ class Link:
             self._break(f"a stream cannot be opened: {error}")
             return
         self._counters.path = self._path()
-        self._counters.connected = True
-        self._counters.add("links")
+        self._counters.stands()
+        self._stood = True
         self._ping(RoundTrips(PROBE_ROUND_TRIPS, self._start_probe))
 
     def _ping(self, series: RoundTrips) -> None:

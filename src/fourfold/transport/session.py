@@ -106,8 +106,7 @@ class Session:
 
     def run(self) -> None:
         """Serves the control stream until the link ends, then ends all of it."""
-        self._counters.connected = True
-        self._counters.add("links")
+        self._counters.stands()
         self._control.post(Welcome(self._config.window_bytes, self._config.max_payload))
         reason = "its thread failed"
         try:
@@ -175,7 +174,7 @@ class Session:
 
     def _finish(self, reason: str) -> None:
         self.close(reason)
-        self._counters.connected = False
+        self._counters.broke()
         logger.info("the link from %s ended: %s", self._name, reason)
         self._leases.lose(self, self._why())
         with self._left:

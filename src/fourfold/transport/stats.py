@@ -20,6 +20,7 @@ class PathStats(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     """Empty until a link stood."""
     connected: bool
+    """Whether a link stands now."""
     bytes: int
     """Of payloads that were sent, or that arrived and were right."""
     seconds: float
@@ -60,10 +61,21 @@ class Counters:
         self._bytes, self._frames, self._seconds = 0, 0, 0.0
         self._events = dict.fromkeys(("links", "duplicate", "stale", "corrupt", "failed"), 0)
         self._under_way, self._since = 0, 0.0
+        self._standing = 0
         self.path = ""
-        self.connected = False
         self.tested = 0.0
         self.round_trip = 0.0
+
+    def stands(self) -> None:
+        """A link stands; `broke` follows."""
+        with self._lock:
+            self._events["links"] += 1
+            self._standing += 1
+
+    def broke(self) -> None:
+        """A link that stood has ended; another may stand since."""
+        with self._lock:
+            self._standing -= 1
 
     def begin(self) -> None:
         """A payload is under way."""
@@ -82,10 +94,10 @@ class Counters:
                 self._bytes += count
                 self._frames += 1
 
-    def add(self, event: str, count: int = 1) -> None:
-        """Counts one of `links`, `duplicate`, `stale`, `corrupt` and `failed`."""
+    def add(self, event: str) -> None:
+        """Counts one of `duplicate`, `stale`, `corrupt` and `failed`."""
         with self._lock:
-            self._events[event] += count
+            self._events[event] += 1
 
     def stats(self) -> PathStats:
         """All of it as it is now."""
@@ -95,7 +107,7 @@ class Counters:
                 peer=self._peer,
                 sends=self._sends,
                 path=self.path,
-                connected=self.connected,
+                connected=self._standing > 0,
                 bytes=self._bytes,
                 seconds=self._seconds + running,
                 frames=self._frames,

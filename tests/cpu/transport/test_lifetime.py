@@ -20,7 +20,9 @@ from fourfold.errors import ConfigError
 from fourfold.transport import Peer, SharedRegion, TlsFiles, TransportPath
 from fourfold.transport.handshake import Handshake
 from fourfold.transport.tls import load_tls
+from tests.cpu.transport.forger import Forger
 from tests.cpu.transport.nodes import (
+    WAIT_SECONDS,
     WAYS,
     Memory,
     Outcome,
@@ -131,6 +133,20 @@ def test_a_link_says_what_it_found(way: Way, caplog: pytest.LogCaptureFixture) -
     assert "pages to decode (127.0.0.1:" in line
     assert f"go over {way.described}: " in line
     assert "GB/s" in line
+
+
+def test_an_old_link_that_ends_late_leaves_the_new_one_connected() -> None:
+    """As after a network that went away: the receiver finds out about the old one last."""
+    receiver, ended = make_node("decode", 2), threading.Event()
+    receiver.on_lost = lambda epoch: ended.set()
+    old, new = Forger(receiver.peer), Forger(receiver.peer)
+    old.close()
+    assert ended.wait(WAIT_SECONDS)
+    (stats,) = receiver.stats()
+    assert (stats.connected, stats.links) == (True, 2)
+    new.close()
+    until(lambda: not receiver.stats()[0].connected)
+    receiver.close()
 
 
 # TLS
