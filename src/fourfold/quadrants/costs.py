@@ -95,27 +95,6 @@ class Limits:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Utilisation:
-    """How near work came to the limits: fractions, 1 at a limit."""
-
-    bandwidth: float
-    operations: float
-
-    @property
-    def bound(self) -> float:
-        """The nearer of the two, so the one that the work is bound by."""
-        return max(self.bandwidth, self.operations)
-
-
-def utilisation(work: Work, seconds: float, limits: Limits) -> Utilisation:
-    """Of work that took so many seconds. Padding does not count as work."""
-    return Utilisation(
-        bandwidth=work.bytes / seconds / limits.bandwidth,
-        operations=work.operations / seconds / limits.operations,
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelError:
     """Relative errors |predicted / measured - 1| over points that a model was not fitted to."""
 
@@ -181,23 +160,6 @@ def _whole_pairs(rows: int) -> int:
     """Queries times keys of a chunk alone, where a query looks at all of its own page."""
     pages, rest = divmod(rows, PAGE_TOKENS)
     return PAGE_TOKENS * (PAGE_TOKENS * pages * (pages + 1) // 2 + rest * (pages + 1))
-
-
-def decode_attention_work(
-    lengths: Sequence[int], *, heads: int, kv_heads: int, head_width: int, rows: int = 1
-) -> Work:
-    """Decoding sequences of so many tokens, the `rows` new ones of each included; pages that
-    sequences share count for each. For utilisation: the cost is that of a plan, `plan.seconds`."""
-    sealed = [(length - 1) // PAGE_TOKENS for length in lengths]
-    opened = sum(lengths) - PAGE_TOKENS * sum(sealed)
-    row_bytes = 2 * rows * len(lengths) * 2 * heads * head_width
-    open_bytes = 2 * 2 * opened * kv_heads * head_width
-    operations = 4.0 * heads * head_width * rows * sum(lengths)
-    return Work(
-        bytes=float(row_bytes + open_bytes + _page_bytes(sum(sealed), kv_heads, head_width)),
-        operations=operations,
-        padded=operations,
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -16,12 +16,10 @@ from fourfold.quadrants import costs as module
 from fourfold.quadrants.costs import (
     PARTS,
     ExpertsShape,
-    Limits,
     QuadrantCosts,
     Roofline,
     Work,
     calibration_path,
-    decode_attention_work,
     ffn_work,
     file_name,
     find_costs,
@@ -32,7 +30,6 @@ from fourfold.quadrants.costs import (
     shipped_costs,
     to_json,
     touched_experts,
-    utilisation,
     weight_bits,
 )
 
@@ -79,14 +76,6 @@ def test_heads_of_a_kv_head_are_padded_to_a_power_of_two() -> None:
     four = prefill_attention_work([(64, 0)], heads=16, kv_heads=4, head_width=64)
     assert (three.padded, three.tiles) == (four.padded, four.tiles)
     assert three.operations == pytest.approx(four.operations * 3 / 4)
-
-
-def test_a_decoding_sequence_reads_its_pages_and_its_open_page_in_16_bits() -> None:
-    work = decode_attention_work([64, 65, 200], **ATTENTION, rows=1)
-    sealed, opened = 0 + 1 + 3, 64 + 1 + 8
-    rows = 3 * 2 * 2 * 32 * 128
-    assert work.bytes == sealed * 2 * 4 * (64 * 128 + 4) + opened * 2 * 2 * 4 * 128 + rows
-    assert work.operations == 4 * 32 * 128 * (64 + 65 + 200)
 
 
 def test_one_token_touches_its_own_experts_and_many_touch_all() -> None:
@@ -162,12 +151,6 @@ def test_a_roofline_takes_the_dearest_bound_and_adds_the_rest() -> None:
     assert model.seconds(work) == 1 + 20 + 7
     assert model.seconds(dataclasses.replace(work, padded=8.0)) == 1 + (24 + 1 + 1) + 7
     assert model.seconds(dataclasses.replace(work, longest=6.0)) == 1 + 30 + 7
-
-
-def test_utilisation_counts_no_padding() -> None:
-    work = Work(bytes=10.0, operations=100.0, padded=400.0)
-    used = utilisation(work, 2.0, Limits(bandwidth=10.0, operations=200.0))
-    assert (used.bandwidth, used.operations, used.bound) == (0.5, 0.25, 0.5)
 
 
 def test_the_users_calibration_comes_first(h100: QuadrantCosts) -> None:
