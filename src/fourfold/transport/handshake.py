@@ -160,8 +160,10 @@ class Handshake:
         return Introduction(identity=theirs, purpose=purpose, session=session)
 
     def _listen(self) -> _Steps:
-        purpose, session, nonce = _open_hello((yield _HELLO.size))
-        self._sending += _HELLO.pack(_MAGIC, VERSION, purpose, session, self._nonce)
+        hello = yield _HELLO.size
+        if hello.startswith(_MAGIC):  # of another version, too: then both learn it
+            self._sending += _HELLO.pack(_MAGIC, VERSION, 0, NO_SESSION, self._nonce)
+        purpose, session, nonce = _open_hello(hello)
         words = self._words(purpose, session, nonce, self._nonce)
         proof = yield _PROOF_BYTES
         try:

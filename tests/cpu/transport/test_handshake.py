@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.errors import AuthenticationError, ConfigError
+from fourfold.transport import handshake
 from fourfold.transport.format import PageFormat
 from fourfold.transport.handshake import ForeignError, Handshake, Purpose, Role
 from fourfold.transport.identity import Identity
@@ -134,6 +135,18 @@ def test_codes_may_differ_and_a_gateway_has_no_pages() -> None:
         meet(one, other)
         assert one.error is None
         assert other.error is None
+
+
+def test_both_learn_that_their_versions_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = dialler(), listener()
+    hello = one.start()
+    now = handshake.VERSION
+    monkeypatch.setattr(handshake, "VERSION", now + 1)
+    answer = other.feed(hello)
+    assert f"speaks version {now} of the handshake, this one {now + 1}" in str(other.error)
+    monkeypatch.undo()
+    one.feed(answer)
+    assert f"speaks version {now + 1} of the handshake, this one {now}" in str(one.error)
 
 
 @given(st.binary(min_size=200, max_size=400))
