@@ -24,8 +24,8 @@ class EngineConfig:
     Default: 512 on a CPU, 8192 on a GPU."""
     mixed_tokens: int | None = None
     """Tokens of prompts at most in a step that also decodes: fewer keep answers flowing evenly
-    while prompts arrive, more let prompts begin sooner. Default: no limit on a CPU, 512 on a GPU.
-    """
+    while prompts arrive, more let prompts begin sooner. Over 8-bit pages at least a page, 64.
+    Default: no limit on a CPU, 512 on a GPU."""
     kv_memory_gib: float | None = None
     """Memory for KV pages in GiB. Default: 2 on a CPU; on a GPU what weights and a step leave."""
     kv_pages: Annotated[PageFormat, tyro.conf.EnumChoicesFromValues] = PageFormat.AUTO

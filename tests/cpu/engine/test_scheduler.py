@@ -7,6 +7,7 @@ from random import Random
 from typing import Any
 
 import msgspec
+import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
@@ -19,7 +20,8 @@ from fourfold.engine.messages import (
     Stage,
     Submit,
 )
-from fourfold.engine.scheduler import Sampled
+from fourfold.engine.page_pool import PagePool
+from fourfold.engine.scheduler import Sampled, Scheduler
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 from tests.cpu.engine.scheduling import VOCABULARY, Drive, expected_answer
 
@@ -178,6 +180,22 @@ def test_a_long_prompt_moves_in_every_step_while_others_decode() -> None:
     assert drive.news[7, 0][-1].finish is FinishReason.LENGTH
     drive.run()
     drive.check_ending()
+
+
+@pytest.mark.parametrize(("multiple", "chunk"), [(1, 5), (PAGE_TOKENS, PAGE_TOKENS)])
+def test_a_prompt_takes_small_chunks_only_beside_answers(multiple: int, chunk: int) -> None:
+    config = EngineConfig(max_running=4, step_tokens=200, mixed_tokens=5)
+    scheduler = Scheduler(config, PagePool(20), 20 * PAGE_TOKENS, chunk_multiple=multiple)
+    scheduler.add(request(0, 128, max_tokens=2))
+    plans = []
+    for step in range(3):
+        plan = scheduler.schedule()
+        assert plan is not None
+        plans.append([work.length for work in plan.work])
+        scheduler.commit(plan, [Sampled(token=3 if work.samples else None) for work in plan.work])
+        if not step:
+            scheduler.add(request(1, 150, max_tokens=2))
+    assert plans == [[128], [1, chunk], [150 - chunk]]
 
 
 def test_the_youngest_gives_way_and_comes_back_first() -> None:
