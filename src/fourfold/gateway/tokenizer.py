@@ -12,8 +12,9 @@ import functools
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 
@@ -29,6 +30,24 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CONTROL, _USER_DEFINED = 3, 4
+
+
+class _Mark(msgspec.Struct):
+    """A special token in tokenizer_config.json, as far as its text goes."""
+
+    content: str
+
+
+class _Template(msgspec.Struct):
+    """One of several chat templates there."""
+
+    name: str
+    template: str
+
+
+_TEMPLATES = str | list[_Template] | None
+_TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
+_ENDS = _TokenId | list[_TokenId] | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,20 +117,22 @@ def _from_directory(path: Path) -> Tokenizer:
     # Some files carry the settings of a training run, which would cut or pad prompts.
     backend.no_truncation()
     backend.no_padding()
-    config = _read_json(path / "tokenizer_config.json")
-    generation = _read_json(path / "generation_config.json")
+    file = path / "tokenizer_config.json"
+    config = _read_json(file)
     specials = {
-        name: value["content"] if isinstance(value, dict) else value
+        name: mark if isinstance(mark, str) else mark.content
         for name, value in config.items()
         if name.endswith("_token") and isinstance(value, str | dict)
+        for mark in [_field(file, name, value, str | _Mark)]
     }
-    template = config.get("chat_template")
+    template = _field(file, "chat_template", config.get("chat_template"), _TEMPLATES)
     if isinstance(template, list):  # several named ones: the default is meant
-        template = next((t["template"] for t in template if t.get("name") == "default"), None)
+        template = next((each.template for each in template if each.name == "default"), None)
     jinja = path / "chat_template.jinja"
     if jinja.is_file():
-        template = jinja.read_text()
-    named = generation.get("eos_token_id")
+        template = _read_text(jinja)
+    file = path / "generation_config.json"
+    named = _field(file, "eos_token_id", _read_json(file).get("eos_token_id"), _ENDS)
     ends = set(named if isinstance(named, list) else [] if named is None else [named])
     end = backend.token_to_id(specials.get("eos_token", ""))
     if end is not None:
@@ -130,10 +151,25 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        fields = json.loads(path.read_text())
+        fields = json.loads(_read_text(path))
     except ValueError as error:
         raise CheckpointError(f"{path} is not readable JSON ({error})") from error
     return fields if isinstance(fields, dict) else {}
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise CheckpointError(f"{path} is not UTF-8 ({error})") from error
+
+
+def _field(file: Path, name: str, value: Any, kind: Any) -> Any:
+    """A field's value as `kind`. Raises `CheckpointError` for any other."""
+    try:
+        return msgspec.convert(value, kind)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(f"{file}: {name} cannot be read ({error}); mend the file") from error
 
 
 def _converted(path: Path) -> Backend:

@@ -117,12 +117,29 @@ def test_a_prompt_is_never_cut_or_padded(tmp_path: Path) -> None:
         ("tokenizer.json", '{"model": {"type": "Unheard"}}'),
         ("tokenizer_config.json", "{"),
         ("generation_config.json", "nonsense"),
+        ("tokenizer_config.json", '{"chat_template": 5}'),
+        ("tokenizer_config.json", '{"chat_template": [{"name": "default"}]}'),
+        ("tokenizer_config.json", '{"chat_template": [5]}'),
+        ("tokenizer_config.json", '{"eos_token": {"lstrip": false}}'),
+        ("tokenizer_config.json", '{"eos_token": {"content": 5}}'),
+        ("generation_config.json", '{"eos_token_id": "2"}'),
+        ("generation_config.json", '{"eos_token_id": [null]}'),
+        ("generation_config.json", '{"eos_token_id": -3}'),
+        ("generation_config.json", '{"eos_token_id": 1.5}'),
+        ("generation_config.json", f'{{"eos_token_id": {10**30}}}'),
     ],
 )
 def test_a_broken_file_is_named(tmp_path: Path, name: str, content: str) -> None:
     write(tmp_path, byte_level())
     (tmp_path / name).write_text(content)
     with pytest.raises(CheckpointError, match=name):
+        load(tmp_path)
+
+
+def test_a_template_that_is_no_text_is_named(tmp_path: Path) -> None:
+    write(tmp_path, byte_level())
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(CheckpointError, match=r"chat_template.jinja is not UTF-8"):
         load(tmp_path)
 
 
