@@ -27,6 +27,7 @@ from fourfold.engine.messages import (
     Submit,
     TokenOutput,
 )
+from fourfold.errors import ConfigError
 from fourfold.transport.config import TransportConfig
 from fourfold.transport.format import PageFormat
 from fourfold.transport.peer import Peer
@@ -184,7 +185,10 @@ class Channel(Generic[Incoming]):
                     break
                 if zlib.crc32(view[begin:end]) != checksum:
                     raise ValueError("it is not what was sent")
-                messages.append(self._decoder.decode(view[begin:end]))
+                try:
+                    messages.append(self._decoder.decode(view[begin:end]))
+                except ConfigError as error:  # options that this version of the worker refuses
+                    raise ValueError(str(error)) from error
                 start = end
         del self._arrived[:start]
         return messages

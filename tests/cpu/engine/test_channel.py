@@ -186,6 +186,16 @@ def test_a_worker_without_pages_is_no_message(wire: tuple[socket.socket, socket.
         Channel[FromEngine](ours, FromEngine).receive()
 
 
+def test_options_that_are_refused_are_no_message(wire: tuple[socket.socket, socket.socket]) -> None:
+    """A gateway of another version may take what this one does not."""
+    ours, theirs = wire
+    message = msgspec.msgpack.decode(encode(TO_ENGINE[0])[12:])
+    message["setup"]["config"]["max_running"] = 0
+    ours.sendall(encode(message))
+    with pytest.raises(ValueError, match="--max-running 0 must be at least 1"):
+        Channel[ToEngine](theirs, ToEngine).receive()
+
+
 def test_what_takes_long_to_send_is_sent_while_any_of_it_goes() -> None:
     """A socket's timeout is for silence, not for the whole of a long message."""
     sent = bytearray()
