@@ -9,6 +9,8 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
+from msgspec import UNSET
 
 from fourfold.cli.main import run
 from fourfold.errors import ConfigError
@@ -16,6 +18,8 @@ from fourfold.train.law.advise import Advice, advise, costs_for, ratios_for, sha
 from fourfold.train.law.config import AdviseConfig
 from fourfold.train.law.fitting import Fit, fit
 from fourfold.train.law.forms import Points
+from fourfold.train.law.leverage import Estimate
+from fourfold.train.law.plots import draw
 from fourfold.train.law.records import RunRecord, write_record
 from fourfold.train.law.report import fit_of, make_report, write_report
 from tests.cpu.train.law.known import RATIOS, Known, grid
@@ -148,3 +152,40 @@ def test_the_commands_advise_and_draw(
     capsys.readouterr()
     assert run(["law", "plot", path]) == 2
     assert "the fit is of other records" in capsys.readouterr().err
+
+
+def test_what_the_runs_do_not_tell_is_said(
+    records: list[RunRecord], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report = make_report(records, starts=8, resamplings=10, seed=0)
+    joint = report.forms["joint"]
+    theta = (-12.0, *joint.theta[1:])
+    forms = report.forms | {"joint": msgspec.structs.replace(joint, theta=theta)}
+    write_report(msgspec.structs.replace(report, forms=forms), tmp_path / "fit.json")
+    for record in records:
+        write_record(record, tmp_path / "records" / f"{record.name}.json")
+    assert run(["law", "advise", str(tmp_path / "fit.json"), "--flops", "3e16"]) == 0
+    assert "the runs do not tell E: losses beyond them are guesses" in capsys.readouterr().err
+
+
+def test_what_is_beyond_a_figure_is_an_arrow(
+    records: list[RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interval without bound goes to the figure's edge, and is not left out."""
+    report = make_report(records, starts=8, resamplings=10, seed=0)
+    [row] = [
+        row
+        for row in report.leverages
+        if (row.model, row.ratio, row.tokens) == ("4M", 16, 200_000_000)
+    ]
+    unbounded = {"joint": Estimate(value=4.0, low=1.5)}
+    row = msgspec.structs.replace(row, forms=unbounded, direct=UNSET, above=6.0)
+    figures: dict[str, Figure] = {}
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path, **_: figures.setdefault(Path(path).stem, figure)
+    )
+    draw(msgspec.structs.replace(report, leverages=(row,)), records, tmp_path, "svg")
+    [axes] = figures["leverage"].axes
+    drawn = {(str(line.get_marker()), *map(float, line.get_ydata())) for line in axes.lines}
+    assert {("None", 1.5, 50.0), ("^", 50.0), ("o", 4.0), ("^", 6.0)} <= drawn
+    assert axes.get_ylim() == (0.5, 50.0)
