@@ -448,6 +448,29 @@ def test_pages_that_neither_come_nor_fail_are_not_waited_for() -> None:
     go(main)
 
 
+def test_pages_that_a_request_which_has_failed_waited_for_count_once() -> None:
+    """Two samples wait at once, and the first that is given up ends their request."""
+
+    async def main() -> None:
+        async with running(pages_timeout=0.2, max_attempts=1, drain_timeout=0.1) as run:
+            prefill, decode, prompt, _ = await cut(run)
+            others = [await run.worker(name, Role.DECODE) for name in ("e", "f")]
+            prefill.answer(prompt, 7, ends=False)
+            await eventually(lambda: run.tokens(1) == [7])
+            decode.say(Leaving())
+            for other in others:
+                part = (await other.hear(Submit)).request_id
+                other.tell(handover=(Granted(request_id=part),))
+            for index, token in enumerate((8, 5)):
+                prefill.answer(await prefill.hear(Submit), token, ends=False, index=index)
+            await eventually(lambda: run.ended(1))
+            assert run.outputs[-1].finish is FinishReason.FAILED
+            counts = run.fleet.counts
+            assert (counts.lost, counts.unmoved) == (2, 1)
+
+    go(main)
+
+
 def test_an_abort_reaches_both_workers() -> None:
     async def main() -> None:
         async with running() as run:

@@ -373,7 +373,8 @@ class Fleet:
         waiting = [(flight, p) for flight in flights for p in flight.parts.values() if p.waits]
         self._waits = {part.number: self._waits.get(part.number, now) for _, part in waiting}
         for flight, part in waiting:
-            if now - self._waits[part.number] > self.config.pages_timeout:
+            overdue = now - self._waits[part.number] > self.config.pages_timeout
+            if overdue and part.number in flight.parts:  # unless one before it ended them all
                 why = "its pages did not come"
                 self._dispatcher.avoid(part.route, why)
                 flight.lose(part, why)
