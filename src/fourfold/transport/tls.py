@@ -45,7 +45,7 @@ def load_tls(files: TlsFiles) -> Tls:
         context.minimum_version = ssl.TLSVersion.TLSv1_3
         context.verify_mode = ssl.CERT_REQUIRED
         try:
-            context.load_cert_chain(files.certificate, files.key)
+            context.load_cert_chain(files.certificate, files.key, password=_refuse)
         except OSError as error:  # what ssl raises is one too
             raise ConfigError(
                 f"the certificate {files.certificate} with the key {files.key} cannot be used: "
@@ -70,6 +70,14 @@ def _read_certificate(path: Path) -> bytes:
             f"{path} holds no certificate between {_BEGIN} and {_END}; check --tls-cert"
         )
     return ssl.PEM_cert_to_DER_cert(begin + body + end)
+
+
+def _refuse() -> str:
+    """In place of a passphrase, for which OpenSSL would wait at the terminal in every process."""
+    raise ConfigError(
+        "the key of --tls-key is encrypted with a passphrase, which nobody is there to type; "
+        "store it without one: openssl pkey -in KEY -out PLAIN"
+    )
 
 
 def _why(error: OSError) -> str:

@@ -295,6 +295,7 @@ def test_the_first_certificate_of_a_file_is_the_one_that_counts(tmp_path: Path) 
     [
         ({"certificate": FILES / "none.pem"}, "--tls-cert"),
         ({"key": FILES / "stranger-key.pem"}, "--tls-key"),
+        ({"key": FILES / "encrypted-key.pem"}, "--tls-key is encrypted with a passphrase"),
         ({"authority": FILES / "worker-key.pem"}, "--tls-ca"),
     ],
 )
