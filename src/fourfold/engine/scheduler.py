@@ -95,8 +95,8 @@ class Scheduler:
         self._parts: dict[int, Sequence] = {}
         """By their requests, those that are computed here in part."""
         self._tokens = config.tokens
-        self._full = False
-        """Whether more samples did not fit into memory: nobody comes before one has left."""
+        self._most_running = config.running
+        """Samples that a step has room for, as far as steps that did not fit have shown."""
         self._slots = list(reversed(range(config.running)))
         self._arrivals = 0
 
@@ -148,7 +148,8 @@ class Scheduler:
             if self._chunk(sequence, budget) and not sequence.pending:
                 budget -= self._schedule_chunk(sequence, budget, prefills)
         for sequence in list(self.waiting):
-            if budget < self._chunk_multiple or not self._slots or self._full:
+            full = not self._slots or len(self.running) >= self._most_running
+            if budget < self._chunk_multiple or full:
                 break
             if _waits_for_leader(sequence):
                 continue
@@ -223,7 +224,7 @@ class Scheduler:
         youngest = self._youngest()
         if youngest is not None and len(self.running) > 1:
             self._preempt(youngest)
-            self._full = True
+            self._most_running = len(self.running)
             return True
         return False
 
@@ -373,7 +374,6 @@ class Scheduler:
         else:
             self.running.remove(sequence)
         self._slots.append(sequence.slot)
-        self._full = False
         sequence.slot = -1
         self.pool.release(sequence.forget_pages())
 

@@ -87,7 +87,7 @@ class Drive:
     def step(self) -> StepPlan | None:
         """Schedules and launches one step; commits the oldest when `depth` are under way."""
         waited = list(self.scheduler.waiting)
-        plan = self.scheduler.schedule()
+        plan = self.schedule()
         self.check_ownership()
         if plan is not None:
             self.check_plan(plan, waited)
@@ -97,9 +97,16 @@ class Drive:
                 return plan
             self.under_way.append((plan, [self._compute(work) for work in plan.work]))
         if self.under_way and (plan is None or len(self.under_way) == self.depth):
-            self._hear(self.scheduler.commit(*self.under_way.popleft()))
-            self.check_ownership()
+            self.commit()
         return plan
+
+    def schedule(self) -> StepPlan | None:
+        return self.scheduler.schedule()
+
+    def commit(self) -> None:
+        """The oldest step under way."""
+        self._hear(self.scheduler.commit(*self.under_way.popleft()))
+        self.check_ownership()
 
     def run(self) -> None:
         """Until nothing is left. The oldest sample moves by a token in every step, so the tokens

@@ -160,11 +160,13 @@ def test_tokens_of_a_step_that_cannot_be_read_for_memory_are_drawn_again(
 def test_samples_that_do_not_fit_together_take_turns(
     model: Decoder, overlap: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And nobody is taken for too many again."""
     engine = make_engine(model, overlap=overlap)
-    launch = engine._runner.launch
+    launch, refused = engine._runner.launch, []
 
     def limited(plan: StepPlan) -> Launched:
         if len(plan.work) > 1:
+            refused.append(len(plan.work))
             raise torch.OutOfMemoryError("too much")
         return launch(plan)
 
@@ -173,6 +175,8 @@ def test_samples_that_do_not_fit_together_take_turns(
     wanted = answers(make_engine(model), asked)
     monkeypatch.setattr(engine._runner, "launch", limited)
     assert answers(engine, asked) == wanted
+    assert len(refused) < 9
+    assert engine.scheduler.preemptions == 3
 
 
 def test_a_step_beyond_memory_computes_nothing(

@@ -21,7 +21,7 @@ from fourfold.engine.messages import (
     Submit,
 )
 from fourfold.engine.page_pool import PagePool
-from fourfold.engine.scheduler import Sampled, Scheduler
+from fourfold.engine.scheduler import Sampled, Scheduler, StepPlan
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 from tests.cpu.engine.scheduling import VOCABULARY, Drive, expected_answer
 
@@ -119,6 +119,35 @@ def test_every_sample_ends_once_with_its_own_answer(story: Story) -> None:
 @given(stories())
 def test_a_step_can_be_scheduled_before_the_last_is_read(story: Story) -> None:
     story.play(depth=2)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_steps_that_do_not_fit_cost_nobody_an_answer(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those under way are read before the next is tried, and one sample alone always fits."""
+    # It wants steps that use all the budget that was asked for.
+    monkeypatch.setattr(Drive, "check_plan", lambda *_: None)
+    taken_back = 0
+    for seed in range(100):
+        random = Random(seed)
+        story = dataclasses.replace(random_story(random), failures=frozenset())
+
+        def schedule(drive: Drive, random: Random = random) -> StepPlan | None:
+            nonlocal taken_back
+            scheduler = drive.scheduler
+            while (plan := Scheduler.schedule(scheduler)) is not None:
+                if len(scheduler.running) == 1 or random.random() < 0.8:
+                    break
+                assert scheduler.retry_smaller(plan)
+                taken_back += 1
+                while drive.under_way:
+                    drive.commit()
+            return plan
+
+        monkeypatch.setattr(Drive, "schedule", schedule)
+        story.play(depth)
+    assert taken_back > 80
 
 
 def test_two_steps_ahead_still_decode_in_every_step() -> None:
