@@ -21,9 +21,8 @@ from fourfold.transport.wire import answer, listen
 
 logger = logging.getLogger(__name__)
 
-_GREETED_AT_ONCE = 8
-_WAITING = 64
-"""Connections that wait to be greeted at most; more are closed unread."""
+_GREETED_AT_ONCE = 64
+"""Connections whose handshake is not over; more are closed unread."""
 _GREETING_SECONDS = 5.0
 _REST_SECONDS = 0.5
 """Until the next try where a connection could not be accepted, for it still asks to be."""
@@ -80,7 +79,7 @@ class ClusterListener:
             self._loop.remove_reader(self._socket)
             self._loop.call_later(_REST_SECONDS, self._go_on, self._loop)
             return
-        if len(self._greetings) >= _WAITING:
+        if len(self._greetings) >= _GREETED_AT_ONCE:
             connection.close()
             return
         assert self._loop is not None

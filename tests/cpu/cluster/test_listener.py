@@ -246,6 +246,20 @@ def test_garbage_and_silence_are_turned_away(
     go(main)
 
 
+def test_those_who_say_nothing_keep_no_worker_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "_GREETING_SECONDS", 2 * PATIENCE)
+
+    async def main() -> None:
+        async with opened() as door:
+            crowd = [socket.create_connection((door.host, door.port)) for _ in range(30)]
+            connection = await asyncio.to_thread(door.knock)
+            await asyncio.to_thread(door.meet, connection, "a friend")
+            for stranger in (connection, *crowd):
+                stranger.close()
+
+    go(main)
+
+
 def test_a_worker_that_wants_pages_is_turned_away(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with opened() as door:
@@ -266,7 +280,7 @@ def has_ended(connection: socket.socket) -> bool:
 
 
 def test_more_than_may_wait_are_closed_unread(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "_WAITING", 3)
+    monkeypatch.setattr(listener, "_GREETED_AT_ONCE", 3)
 
     async def main() -> None:
         async with opened() as door:
