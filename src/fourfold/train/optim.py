@@ -1,7 +1,8 @@
 """AdamW and Muon over float32 master weights.
 
 What is computed in bfloat16 has a float32 master here that takes the updates and is rounded to it
-after each step; gradients of micro-batches add up in float32. Muon orthogonalises the momentum of
+after each step; gradients of several micro-batches add up in float32, those of one stay as they
+are. Muon orthogonalises the momentum of
 every hidden matrix, one matrix at a time: each expert's, and queries, keys, values, gate and up
 apart although they lie in one tensor.
 
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from fourfold.kernels.training import adamw
 from fourfold.models.decoder import Decoder
 from fourfold.models.router import Router
 from fourfold.train.config import OptimizerSection
@@ -28,13 +30,15 @@ _ROUNDS = 5
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 # The root mean square of AdamW's updates that Muon's are scaled to (arXiv 2502.16982).
 _UPDATE_RMS = 0.2
+_STEPS = "steps"
+"""What `state` calls the number of steps."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Trained:
     """One parameter and how it is trained. `master` is the float32 of what this process holds of
     it, the same memory where it is computed in float32; `parts` are the rows of the matrices that
-    lie in it one after the other, where Muon takes it."""
+    lie in it one after the other, where Muon takes it; `grad` is of the micro-batches so far."""
 
     name: str
     parameter: nn.Parameter
@@ -42,6 +46,13 @@ class Trained:
     decayed: bool
     own_experts: bool
     parts: tuple[int, ...] = ()
+    grad: Tensor | None = None
+
+    @property
+    def rounded(self) -> Tensor | None:
+        """What is computed with where that is not the master."""
+        held = local(self.parameter.detach())
+        return None if held.dtype == torch.float32 else held
 
 
 class Optimizer:
@@ -62,69 +73,49 @@ class Optimizer:
         self._parallel = parallel
         own = {id(parameter) for parameter in parallel.own_experts(model)}
         self.trained = list(_trained(model, section.kind == "muon", own, dtype))
-        self._muon = [each for each in self.trained if each.parts]
-        adam = [each for each in self.trained if not each.parts]
-        on_gpu = parallel.device.type == "cuda"
-        self._adam = torch.optim.AdamW(
-            [
-                {
-                    "params": [each.master for each in adam if each.decayed is decayed],
-                    "weight_decay": section.weight_decay if decayed else 0.0,
-                }
-                for decayed in (True, False)
-            ],
-            lr=section.rate,
-            betas=(section.beta1, section.beta2),
-            eps=section.eps,
-            fused=on_gpu,
-        )
-        self._moments: dict[str, dict[str, Tensor]] = {}
-        for each in self.trained:
-            kinds = ("momentum",) if each.parts else ("exp_avg", "exp_avg_sq")
-            zeros = {kind: torch.zeros_like(each.master) for kind in kinds}
-            if not each.parts:
-                # As AdamW makes it: on the device only where one kernel does everything.
-                zeros["step"] = torch.zeros((), device=parallel.device if on_gpu else "cpu")
-                self._adam.state[each.master] = zeros
-            self._moments[each.name] = zeros
+        self._steps = torch.zeros((), dtype=torch.int64)
+        self._moments: dict[str, dict[str, Tensor]] = {
+            each.name: {
+                kind: torch.zeros_like(each.master)
+                for kind in (("momentum",) if each.parts else ("exp_avg", "exp_avg_sq"))
+            }
+            for each in self.trained
+        }
 
     @torch.no_grad()
     def gather(self) -> None:
         """Takes the gradients of a micro-batch to the masters; those of the parameters are gone."""
-        first: list[tuple[Tensor, Tensor]] = []
         for each in self.trained:
             grad, each.parameter.grad = each.parameter.grad, None
             if grad is None:
                 continue
-            if each.master.grad is not None:
-                each.master.grad += local(grad)
-            elif grad.dtype == torch.float32:
-                each.master.grad = local(grad)
+            grad = local(grad)
+            if each.grad is None:
+                each.grad = grad
+            elif each.grad.dtype == torch.float32:
+                each.grad += grad
             else:
-                each.master.grad = torch.empty_like(each.master)
-                first.append((each.master.grad, local(grad)))
-        if first:
-            torch._foreach_copy_([mine for mine, _ in first], [given for _, given in first])
+                each.grad = each.grad.float().add_(grad)
 
     @torch.no_grad()
     def step(self, share: float) -> Tensor:
         """Clips and updates with `share` of the peak rate; returns the norm of all gradients before
         clipping, float32, on the device. Gradients are gone then."""
         for each in self.trained:
-            if each.own_experts and each.master.grad is not None:
-                self._parallel.sum_copies(each.master.grad)
+            if each.own_experts and each.grad is not None:
+                self._parallel.sum_copies(each.grad)
         norm = self._norm()
         scale = (self._section.clip / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([g for e in self.trained if (g := e.master.grad) is not None], scale)
         rate = self._section.rate * share
-        for group in self._adam.param_groups:
-            group["lr"] = rate
-        self._adam.step()
-        for each in self._muon:
-            self._step_muon(each, rate)
+        self._steps += 1
         for each in self.trained:
-            each.master.grad = None
-        self.round()
+            grad, each.grad = each.grad, None
+            if grad is None:
+                continue
+            if each.parts:
+                self._step_muon(each, grad * scale, rate)
+            else:
+                self._step_adam(each, grad, scale, rate)
         return norm
 
     def _norm(self) -> Tensor:
@@ -133,19 +124,35 @@ class Optimizer:
         total = torch.zeros((), device=self._parallel.device)
         for own in (False, True):
             grads = [
-                each.master.grad
+                each.grad
                 for each in self.trained
-                if each.master.grad is not None and each.own_experts is own
+                if each.grad is not None and each.own_experts is own
             ]
             if grads:
-                squares = torch.stack(torch._foreach_norm(grads)).square().sum()
+                norms = torch._foreach_norm(grads, dtype=torch.float32)
+                squares = torch.stack(norms).square().sum()
                 total += squares / copies if own else squares
         return self._parallel.summed(total).sqrt()
 
-    def _step_muon(self, each: Trained, rate: float) -> None:
-        grad, momentum = each.master.grad, self._moments[each.name]["momentum"]
-        if grad is None:
-            return
+    def _step_adam(self, each: Trained, grad: Tensor, scale: Tensor, rate: float) -> None:
+        section, moments = self._section, self._moments[each.name]
+        adamw(
+            each.master,
+            grad.contiguous(),
+            moments["exp_avg"],
+            moments["exp_avg_sq"],
+            each.rounded,
+            scale,
+            step=int(self._steps),
+            rate=rate,
+            beta1=section.beta1,
+            beta2=section.beta2,
+            eps=section.eps,
+            decay=section.weight_decay if each.decayed else 0.0,
+        )
+
+    def _step_muon(self, each: Trained, grad: Tensor, rate: float) -> None:
+        momentum = self._moments[each.name]["momentum"]
         momentum.mul_(self._section.momentum).add_(grad)
         wanted = grad.add(momentum, alpha=self._section.momentum)
         cut = isinstance(each.parameter, DTensor) and not _cut_between_matrices(each.parameter)
@@ -155,14 +162,8 @@ class Optimizer:
         if cut:
             update = shard_like(update, each.parameter)
         each.master.mul_(1 - rate * self._section.weight_decay).add_(update, alpha=-rate)
-
-    @torch.no_grad()
-    def round(self) -> None:
-        """Rounds the masters to the parameters that are computed with."""
-        rounded = [each for each in self.trained if each.parameter.dtype != torch.float32]
-        if rounded:
-            parameters = [local(each.parameter) for each in rounded]
-            torch._foreach_copy_(parameters, [each.master for each in rounded])
+        if each.rounded is not None:
+            each.rounded.copy_(each.master)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         """Masters by their parameters' names, whole: every process must ask for all of them."""
@@ -171,13 +172,16 @@ class Optimizer:
 
     def names(self) -> Iterator[str]:
         """Of all that `state` gives."""
+        yield _STEPS
         for each in self.trained:
             yield f"weight.{each.name}"
             for kind in self._moments[each.name]:
                 yield f"{kind}.{each.name}"
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """Masters and moments by name, whole: every process must ask for all of them."""
+        """Masters and moments by name, whole, and the number of steps: every process must ask for
+        all of them."""
+        yield _STEPS, self._steps
         for each in self.trained:
             yield f"weight.{each.name}", self._whole(each, each.master)
             for kind, tensor in self._moments[each.name].items():
@@ -186,22 +190,20 @@ class Optimizer:
     @torch.no_grad()
     def load(self, read: Callable[[str], Tensor]) -> None:
         """Takes back what `state` gave, by name, and rounds it."""
+        self._steps.copy_(read(_STEPS))
         for each in self.trained:
             each.master.copy_(self._part(each, read(f"weight.{each.name}")))
             for kind, tensor in self._moments[each.name].items():
                 tensor.copy_(self._part(each, read(f"{kind}.{each.name}")))
-        self.round()
+            if each.rounded is not None:
+                each.rounded.copy_(each.master)
 
     def _whole(self, each: Trained, tensor: Tensor) -> Tensor:
-        if not tensor.dim():
-            return tensor
         if each.own_experts:
             return self._parallel.whole_experts(tensor)
         return whole_like(tensor, each.parameter)
 
     def _part(self, each: Trained, tensor: Tensor) -> Tensor:
-        if not tensor.dim():
-            return tensor
         if each.own_experts:
             held = self._parallel.experts(len(tensor))
             return tensor[held.start : held.stop]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from fourfold.kernels import training
 from fourfold.kernels.rope import norm_rope
 from fourfold.kernels.training import (
     reference,
+    triton_adamw,
     triton_cross_entropy,
     triton_norm,
     triton_rope_backward,
@@ -101,6 +102,50 @@ def test_the_norm_kernels(rows: int, width: int, adds: bool, dtype: torch.dtype)
     close(got[0], reference.add_norm_backward(*arguments)[0])
     torch.testing.assert_close(
         got[1], reference.add_norm_backward(*arguments)[1], rtol=1e-4, atol=1e-4
+    )
+
+
+def run_adamw(step: Callable[..., None], dtype: torch.dtype, *, launched: bool) -> list[Tensor]:
+    """Three steps of a weight of 5,000 numbers: the weight, its means, and the weight rounded."""
+    torch.manual_seed(7)
+    state = [torch.randn(2, 2500), torch.zeros(2, 2500), torch.zeros(2, 2500)]
+    rounded = torch.empty(2, 2500, dtype=torch.bfloat16)
+    for number in (1, 2, 3):
+        grad = torch.randn(2, 2500).to(dtype)
+        settings = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
+        if launched:
+            settings |= {
+                "kept": 1 - 0.01 * 0.1,
+                "rate": 0.01 / (1 - 0.9**number),
+                "root": (1 - 0.95**number) ** -0.5,
+            }
+        else:
+            settings |= {"step": number, "rate": 0.01, "decay": 0.1}
+        master, mean, square = state
+        step(master, grad, mean, square, rounded, torch.tensor(0.5), **settings)
+    return [*state, rounded]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_adamw_is_torchs(dtype: torch.dtype) -> None:
+    got = run_adamw(training.adamw, dtype, launched=False)
+    torch.manual_seed(7)
+    weight = torch.nn.Parameter(torch.randn(2, 2500))
+    optimizer = torch.optim.AdamW([weight], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
+    for _ in range(3):
+        weight.grad = torch.randn(2, 2500).to(dtype).float() * 0.5
+        optimizer.step()
+    close(got[0], weight.detach())
+    close(got[3], weight.detach().bfloat16())
+    moments = optimizer.state[weight]
+    close_all(got[1:3], (moments["exp_avg"], moments["exp_avg_sq"]))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_adamw_kernel(dtype: torch.dtype) -> None:
+    close_all(
+        run_adamw(triton_adamw.launch, dtype, launched=True),
+        run_adamw(training.adamw, dtype, launched=False),
     )
 
 

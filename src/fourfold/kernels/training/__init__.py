@@ -1,6 +1,7 @@
 """What training computes besides products, forward and backward, in few passes over memory."""
 
 from fourfold.kernels.training.verbs import (
+    adamw,
     add_norm,
     add_norm_backward,
     cross_entropy,
@@ -11,6 +12,7 @@ from fourfold.kernels.training.verbs import (
 )
 
 __all__ = [
+    "adamw",
     "add_norm",
     "add_norm_backward",
     "cross_entropy",

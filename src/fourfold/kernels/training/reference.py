@@ -56,6 +56,31 @@ def add_norm_backward(
     return grad_TD.to(added_TD.dtype), grad_weight
 
 
+def adamw(
+    master: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    rounded: Tensor | None,
+    scale: Tensor,
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    kept: float,
+    rate: float,
+    root: float,
+) -> None:
+    """See `fourfold.kernels.training.adamw`; `kept` is the weight's share that decay
+    leaves, `rate` and `root` make up for means that began at zero."""
+    grad = grad.float() * scale
+    mean.lerp_(grad, 1.0 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
+    master.mul_(kept).addcdiv_(mean, square.sqrt().mul_(root).add_(eps), value=-rate)
+    if rounded is not None:
+        rounded.copy_(master)
+
+
 def sum_rows(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
     """See `fourfold.kernels.training.sum_rows`."""
     y_TD = rows_RD[place_TK[:, 0]].float()

@@ -76,6 +76,56 @@ def add_norm_backward(
     return launch_backward(grad_normed_TD, grad_added_TD, added_TD, weight_D, eps)
 
 
+def adamw(
+    master: Tensor,
+    grad: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    rounded: Tensor | None,
+    scale: Tensor,
+    *,
+    step: int,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    decay: float,
+) -> None:
+    """One step of AdamW (arXiv 1711.05101), in place.
+
+    Args:
+        master: the weight, float32.
+        grad: its gradient, of any floating dtype.
+        mean: the running mean of gradients, float32.
+        square: that of their squares, float32.
+        rounded: what is computed with in another dtype, which takes the rounded weight; or None.
+        scale: a float32 number on the device that gradients are multiplied by first.
+        step: how many steps there are with this one, from 1.
+        rate: the learning rate.
+        beta1, beta2, eps: of the means.
+        decay: times the rate, the share of the weight that is taken off.
+    """
+    tensors = (master, grad, mean, square, *(() if rounded is None else (rounded,)))
+    for each in tensors:
+        assert each.shape == master.shape, (each.shape, master.shape)
+        assert each.is_contiguous(), each.stride()
+    numbers = {
+        "beta1": beta1,
+        "beta2": beta2,
+        "eps": eps,
+        "kept": 1.0 - rate * decay,
+        # The means begin at zero, and are that much too small.
+        "rate": rate / (1.0 - beta1**step),
+        "root": (1.0 - beta2**step) ** -0.5,
+    }
+    if not master.is_cuda:
+        reference.adamw(master, grad, mean, square, rounded, scale, **numbers)
+        return
+    from fourfold.kernels.training.triton_adamw import launch
+
+    launch(master, grad, mean, square, rounded, scale, **numbers)
+
+
 def sum_rows(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
     """Sum of rows `place_TK[t]` for every token, in the order of its choices; [T, D].
 
