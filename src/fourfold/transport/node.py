@@ -243,21 +243,27 @@ class Node:
         wire.close()
 
     def _admit(self, wire: Wire, introduction: Introduction) -> Session | None:
-        """A new session, unless there are too many or its number is taken."""
+        """A new session, unless there are too many, its number is taken, or descriptors have run
+        out."""
         wire.give_up_after(self._config.stall_seconds)
         with self._lock:
             taken = introduction.session in self._sessions
             if self._closed or taken or len(self._sessions) >= _MAX_SESSIONS:
                 return None
-            session = self._sessions[introduction.session] = Session(
-                wire,
-                introduction,
-                me=self._identity,
-                config=self._config,
-                leases=self._leases,
-                rdma=self._exposure is not None,
-                counters=self._counters_of(introduction.identity.name, sends=False),
-            )
+            try:
+                session = Session(
+                    wire,
+                    introduction,
+                    me=self._identity,
+                    config=self._config,
+                    leases=self._leases,
+                    rdma=self._exposure is not None,
+                    counters=self._counters_of(introduction.identity.name, sends=False),
+                )
+            except OSError as error:
+                logger.warning("cannot take a link from %s: %s", wire.address, error)
+                return None
+            self._sessions[introduction.session] = session
             return session
 
     def _counters_of(self, peer: str, *, sends: bool) -> Counters:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import socket
+import threading
+from unittest import mock
 
 import msgspec
 import pytest
@@ -58,6 +61,30 @@ def test_service_goes_on_after_garbage(
     assert "forger" in line
     assert "127.0.0.1" in line
     assert "begins with 0x00000000" in line
+    works(receiver)
+
+
+def test_a_link_for_which_there_are_no_descriptors_is_turned_away(
+    receiver: Node, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A thread that failed would end the whole worker."""
+    failed: list[object] = []
+
+    def knock() -> None:
+        with contextlib.suppress(EOFError, OSError):
+            Forger(receiver.peer)
+
+    stranger = threading.Thread(target=knock, daemon=True)
+    full = OSError(errno.EMFILE, "Too many open files")
+    with (
+        mock.patch.object(threading, "excepthook", failed.append),
+        mock.patch.object(socket, "socketpair", side_effect=full),
+        caplog.at_level(logging.WARNING),
+    ):
+        stranger.start()
+        until(lambda: failed or "Too many open files" in caplog.text)
+    assert not failed
+    stranger.join()
     works(receiver)
 
 
