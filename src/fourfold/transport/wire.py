@@ -15,6 +15,8 @@ from fourfold.transport.tls import Tls, hash_certificate
 
 _MAX_VIEWS = 1024
 """Pieces of memory that one system call takes."""
+_LONGEST_IDLE = 32_767
+"""Seconds; Linux takes no longer time before a keepalive."""
 _WAIT_ALL = getattr(socket, "MSG_WAITALL", 0)
 
 
@@ -84,6 +86,7 @@ class Wire:
     def give_up_after(self, seconds: float) -> None:
         """Lets the system end the connection where nobody acknowledges its packets for so long,
         and ask whether anybody does where none were sent."""
+        seconds = min(seconds, _LONGEST_IDLE)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         if sys.platform == "linux":
             for option, value in (
