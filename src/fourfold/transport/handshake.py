@@ -113,13 +113,9 @@ class Handshake:
 
     @property
     def wanted(self) -> int:
-        """Bytes to read before anything can be answered; more need not be read."""
+        """Bytes to read before anything can be answered; more must not be read, for nobody would
+        get what comes after the handshake."""
         return max(0, self._next - len(self._arrived))
-
-    @property
-    def rest(self) -> bytes:
-        """What came after the last byte of the handshake."""
-        return bytes(self._arrived)
 
     def bind(self, certificate: bytes) -> None:
         """Makes both proofs hold for one certificate of the listener only, by its 32-byte hash: the
