@@ -108,6 +108,7 @@ class Optimizer:
         scale = (self._section.clip / (norm + 1e-6)).clamp(max=1.0)
         rate = self._section.rate * share
         self._steps += 1
+        step = int(self._steps)
         for each in self.trained:
             grad, each.grad = each.grad, None
             if grad is None:
@@ -115,7 +116,7 @@ class Optimizer:
             if each.parts:
                 self._step_muon(each, grad * scale, rate)
             else:
-                self._step_adam(each, grad, scale, rate)
+                self._step_adam(each, grad, scale, step, rate)
         return norm
 
     def _norm(self) -> Tensor:
@@ -134,7 +135,9 @@ class Optimizer:
                 total += squares / copies if own else squares
         return self._parallel.summed(total).sqrt()
 
-    def _step_adam(self, each: Trained, grad: Tensor, scale: Tensor, rate: float) -> None:
+    def _step_adam(
+        self, each: Trained, grad: Tensor, scale: Tensor, step: int, rate: float
+    ) -> None:
         section, moments = self._section, self._moments[each.name]
         adamw(
             each.master,
@@ -143,7 +146,7 @@ class Optimizer:
             moments["exp_avg_sq"],
             each.rounded,
             scale,
-            step=int(self._steps),
+            step=step,
             rate=rate,
             beta1=section.beta1,
             beta2=section.beta2,

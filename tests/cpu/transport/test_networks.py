@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
+import time
 from collections.abc import Iterator
 from unittest import mock
 
@@ -114,6 +115,24 @@ def test_a_message_that_changes_on_its_way_is_not_heard(patient: Network) -> Non
     assert outcomes[3][0].wait() is None  # which the sender is told, but for one bit
     for outcome in (outcomes[1][0], outcomes[1][1], outcomes[3][1]):
         assert "link" in outcome.failure()
+
+
+def test_a_slow_network_is_no_stall_while_the_link_is_tested() -> None:
+    """The test alone takes longer than a link may stand still, and what waits for it, waits."""
+
+    def slow(data: bytes) -> bytes:
+        time.sleep(0.3)
+        return data
+
+    with network(stall_seconds=3.0, slice_bytes=1 << 16) as (sender, receiver, proxy):
+        proxy.alter = slow
+        arrived, sent = Outcome(), Outcome()
+        receiver.expect(1, None, Memory(1, 1, 100), arrived)
+        transfer = sender.link(proxy.peer).begin(1, sent)
+        transfer.write(list(Memory(1, 1, 100).pieces()))
+        transfer.finish()
+        assert sent.wait() is None
+        assert arrived.wait() is None
 
 
 def test_a_receiver_that_takes_nothing_bounds_what_is_sent() -> None:
