@@ -109,8 +109,8 @@ class RouterSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     """softmax: balanced by `balance_loss`. sigmoid: by a selection bias too, and with shared
     experts."""
     gate_scale: float = 1.0
-    """A factor of the gates, which sum to one without it. With as many as a token's experts, an FFN
-    writes as much as its dense twin does, and learns as fast."""
+    """A factor of the gates, which sum to one without it. With as many as a token's experts, a new
+    FFN writes as much as its dense twin does."""
     bias_rate: float = 1e-3
     """How far a selection bias moves in a step; only read with sigmoid."""
     bias_frozen: float = 0.05
