@@ -5,7 +5,9 @@ it holds. What is not known is left out: a field is absent, never null or zero, 
 figure cannot be mistaken for a measured one. Figures are finite and in the unit they name.
 
     results = [Result(case="batch 1", metric="tpot", value=0.0048, unit="s")]
-    write(new_record("decode", "fourfold bench decode", results), "benchmarks/results/decode.json")
+    check_out(out, "decode")  # before anything is measured
+    ...
+    write(new_record("decode", "fourfold bench decode", results), out)
 """
 
 from __future__ import annotations
@@ -121,6 +123,37 @@ def write(record: Record, path: str | Path) -> None:
     data = msgspec.json.encode(record)
     msgspec.json.decode(data, type=Record)  # structs do not check types when built in Python
     write_atomically(Path(path), msgspec.json.format(data, indent=2) + b"\n")
+
+
+def check_out(path: Path | None, name: str) -> None:
+    """Finds out before a run, not after it, that its record cannot be kept: ConfigError where
+    `path` cannot be written, or holds anything but an earlier record of the same name."""
+    if path is None:
+        return
+    check_writable(path)
+    if not path.exists():
+        return
+    try:
+        found = load(path).name
+    except ConfigError as error:
+        raise ConfigError(
+            f"--out {path} exists and is not a benchmark record; give another file"
+        ) from error
+    if found != name:
+        raise ConfigError(
+            f"--out {path} holds the record {found!r}, which {name!r} would replace; "
+            "give another file"
+        )
+
+
+def check_writable(path: Path) -> None:
+    """ConfigError where no file of this path could be written, its folder made if need be."""
+    folder = path.absolute().parent
+    while not folder.exists():
+        folder = folder.parent
+    unfit = path.exists() and not path.is_file()
+    if unfit or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise ConfigError(f"{path} cannot be written; give another file")
 
 
 def load(path: str | Path) -> Record:

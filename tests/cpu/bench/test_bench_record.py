@@ -6,6 +6,7 @@ import datetime
 import json
 import math
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,17 @@ from hypothesis import strategies as st
 from msgspec import UNSET
 
 from fourfold.bench import record as record_module
+from fourfold.bench.offline.config import OfflineBenchConfig
+from fourfold.bench.offline.main import main as offline
+from fourfold.bench.quality.config import QualityBenchConfig
+from fourfold.bench.quality.layers import main as layers
+from fourfold.bench.quality.layers_config import LayersBenchConfig
+from fourfold.bench.quality.main import main as quality
 from fourfold.bench.record import (
     Hardware,
     Record,
     Result,
+    check_out,
     load,
     new_record,
     software_versions,
@@ -28,6 +36,14 @@ from fourfold.bench.record import (
     with_peer,
     write,
 )
+from fourfold.bench.roles.config import RolesBenchConfig
+from fourfold.bench.roles.main import main as roles
+from fourfold.bench.serve.config import ServeBenchConfig
+from fourfold.bench.serve.main import main as serve
+from fourfold.bench.train.config import TrainBenchConfig
+from fourfold.bench.train.main import main as train
+from fourfold.bench.transport.config import TransportBenchConfig
+from fourfold.bench.transport.main import main as transport
 from fourfold.errors import ConfigError
 
 PLAIN: dict[str, Any] = {
@@ -112,6 +128,44 @@ def test_load_is_strict(change: dict[str, Any], tmp_path: Path) -> None:
 def test_load_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.json"):
         load(tmp_path / "absent.json")
+
+
+def test_a_record_replaces_only_an_earlier_one_of_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "record.json"
+    check_out(path, "decode")
+    check_out(tmp_path / "new" / "record.json", "decode")
+    path.write_text(json.dumps(PLAIN))
+    check_out(path, "decode")
+    with pytest.raises(ConfigError, match=r"holds the record 'decode', which 'serve' would"):
+        check_out(path, "serve")
+    path.write_text("# Notes")
+    with pytest.raises(ConfigError, match="not a benchmark record; give another file"):
+        check_out(path, "decode")
+    for unfit in (tmp_path, path / "record.json"):
+        with pytest.raises(ConfigError, match="cannot be written"):
+            check_out(unfit, "decode")
+
+
+@pytest.mark.parametrize(
+    ("main", "config"),
+    [
+        (offline, OfflineBenchConfig),
+        (quality, QualityBenchConfig),
+        (layers, LayersBenchConfig),
+        (roles, RolesBenchConfig),
+        (serve, ServeBenchConfig),
+        (transport, TransportBenchConfig),
+        (train, lambda **out: TrainBenchConfig(config=Path("nowhere.toml"), **out)),
+    ],
+)
+def test_every_benchmark_looks_where_its_record_goes_first(
+    main: Callable[[Any], int], config: Callable[..., Any], tmp_path: Path
+) -> None:
+    path = tmp_path / "record.json"
+    path.write_text(json.dumps(PLAIN))
+    with pytest.raises(ConfigError, match="holds the record 'decode'"):
+        main(config(out=path))
+    assert json.loads(path.read_text()) == PLAIN
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -24,6 +24,8 @@ class KernelsBenchConfig:
 
     only: tuple[str, ...] = ()
     """Which groups of kernels, for instance pages; all by default."""
+    name: str = "kernels"
+    """The record's name."""
     out: Path | None = None
     """Where the JSON record goes."""
 

@@ -27,7 +27,7 @@ from fourfold.bench.kernels.report import (
     results,
 )
 from fourfold.bench.kernels.timing import CudaTimer, Timer
-from fourfold.bench.record import Result, new_record, write
+from fourfold.bench.record import Result, check_out, new_record, write
 from fourfold.errors import ConfigError
 
 _PACKAGES = ("fourfold", "torch", "triton")
@@ -40,6 +40,7 @@ def main(config: KernelsBenchConfig) -> int:
             "the kernels are measured on a GPU and torch finds none; run this on a machine with "
             "an NVIDIA GPU, its driver and a CUDA build of torch"
         )
+    check_out(config.out, config.name)
     device = torch.device("cuda")
     run = Run(CudaTimer())
     print(header())
@@ -54,7 +55,7 @@ def main(config: KernelsBenchConfig) -> int:
         return 1
     if config.out is not None:
         command = command_line("fourfold bench kernels", config)
-        write(new_record("kernels", command, run.figures, packages=_PACKAGES), config.out)
+        write(new_record(config.name, command, run.figures, packages=_PACKAGES), config.out)
     return 0
 
 

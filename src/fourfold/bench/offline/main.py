@@ -17,7 +17,7 @@ from fourfold.bench.offline.cases import parse_case
 from fourfold.bench.offline.config import OfflineBenchConfig
 from fourfold.bench.offline.marks import load_marks, with_marks
 from fourfold.bench.offline.task import Answer, Task
-from fourfold.bench.record import DEFAULT_PACKAGES, Result, new_record, write
+from fourfold.bench.record import DEFAULT_PACKAGES, Result, check_out, new_record, write
 from fourfold.bench.tables import make_columns
 from fourfold.errors import ConfigError
 from fourfold.models.checkpoint.source import find_source
@@ -33,6 +33,7 @@ _PACKAGES = {
 
 def main(config: OfflineBenchConfig) -> int:
     """Runs the benchmark, prints its table and writes its record."""
+    check_out(config.out, config.name)
     for peer in config.peers:
         module, package = _PACKAGES[peer]
         if importlib.util.find_spec(module) is None:

@@ -27,7 +27,7 @@ from fourfold.bench.quality.streams import (
     replace_router,
     stream_turn,
 )
-from fourfold.bench.record import Result, new_record, write
+from fourfold.bench.record import Result, check_out, new_record, write
 from fourfold.kernels.tolerance import tolerance
 from fourfold.models.checkpoint.source import find_source
 from fourfold.models.decoder import Decoder
@@ -71,6 +71,7 @@ class LayerErrors:
 def main(config: LayersBenchConfig) -> int:
     """Compares, prints every layer and writes the record; 1 where a layer is beyond what its
     kernels are allowed."""
+    check_out(config.out, config.name)
     comparison = Comparison(config)
     recipe = RECIPES.get(config.precision)
     allowed = tolerance("grouped_w4a8_ffn", "int8" if recipe is None else recipe.value)

@@ -9,7 +9,7 @@ import sys
 from fourfold.bench.command_line import command_line
 from fourfold.bench.quality.config import QualityBenchConfig
 from fourfold.bench.quality.needles import Needle, hide_needles
-from fourfold.bench.record import Result, new_record, write
+from fourfold.bench.record import Result, check_out, new_record, write
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.engine import Engine
 from fourfold.engine.messages import SamplingParams, Submit, TokenLogprob
@@ -35,6 +35,7 @@ class Readings:
 
 def main(config: QualityBenchConfig) -> int:
     """Runs the benchmark, prints its figures and writes its record."""
+    check_out(config.out, config.name)
     source = find_source(config.model)
     original = source if config.reference is None else find_source(config.reference)
     tokenizer = load_tokenizer(source)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fourfold.bench.figures import format_figure
-from fourfold.bench.record import Result, new_record, write
+from fourfold.bench.record import Result, check_out, new_record, write
 from fourfold.bench.roles.config import RolesBenchConfig
 from fourfold.bench.roles.serving import serving
 from fourfold.bench.serve.config import ServeBenchConfig
@@ -42,6 +42,7 @@ class Seen:
 def main(config: RolesBenchConfig) -> int:
     """Runs, prints the table on stdout and writes the record if asked for. 1 where a request
     failed."""
+    check_out(config.out, config.name)
     seen: dict[str, Seen] = defaultdict(Seen)
     for turn in range(config.turns):
         for layout in config.layouts:

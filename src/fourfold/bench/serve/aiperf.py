@@ -18,7 +18,7 @@ from typing import Annotated
 import msgspec
 import tyro
 
-from fourfold.bench.record import Record, Result, new_record, write
+from fourfold.bench.record import Record, Result, check_out, new_record, write
 from fourfold.bench.serve.measure import PERCENTILES
 from fourfold.errors import ConfigError
 
@@ -126,6 +126,7 @@ def main(
         name: The record's name.
         case: What was asked of the server; by default requests and mean lengths.
     """
+    check_out(out, name)
     write(read_export(export, name, case), out)
     return 0
 

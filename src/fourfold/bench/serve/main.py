@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 import resource
 import signal
 import sys
 import time
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 
 import uvloop
 from rich.console import Console
@@ -23,7 +21,7 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-from fourfold.bench.record import Record, load, write
+from fourfold.bench.record import Record, check_out, check_writable, load, write
 from fourfold.bench.serve.config import ServeBenchConfig
 from fourfold.bench.serve.endpoint import Endpoint
 from fourfold.bench.serve.http_client import HttpClient
@@ -87,8 +85,9 @@ def main(config: ServeBenchConfig) -> int:
 
     Returns 0, 1 where a request failed, or 130 after Ctrl-C. A second Ctrl-C leaves at once.
     """
-    for path in (config.out, config.details):
-        _check_writable(path)
+    check_out(config.out, config.name)
+    if config.details is not None:
+        check_writable(config.details)
     _allow_many_connections()
     reports = uvloop.run(_interruptible(config))
     if not reports:
@@ -188,17 +187,6 @@ def _load_peer(config: ServeBenchConfig) -> tuple[str, Record] | None:
             "give both runs the same load, or the same --case"
         )
     return name, record
-
-
-def _check_writable(path: Path | None) -> None:
-    """Finds out before the run, not after it, that its result cannot be kept."""
-    if path is None:
-        return
-    folder = path.parent
-    while not folder.exists():
-        folder = folder.parent
-    if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"{path} cannot be written; give another file")
 
 
 def _allow_many_connections() -> None:

@@ -12,7 +12,7 @@ import torch
 from fourfold.bench.command_line import command_line
 from fourfold.bench.figures import format_figure
 from fourfold.bench.kernels.timing import CudaTimer, Timer
-from fourfold.bench.record import Result, new_record, write
+from fourfold.bench.record import Result, check_out, new_record, write
 from fourfold.bench.tiles.config import TilesBenchConfig
 from fourfold.bench.tiles.products import Work, works
 from fourfold.errors import ConfigError
@@ -20,6 +20,7 @@ from fourfold.kernels.compiling import KernelCompiler
 from fourfold.kernels.w4a8_gemm.choose import Tiles
 from fourfold.kernels.w4a8_gemm.packing import W4A8Recipe
 
+_NAME = "tiles"
 _DIFFERENCE = 1e-3
 """Relative, of results rounded to bfloat16 whose sums are the same."""
 _SHOWN = 3
@@ -32,6 +33,7 @@ def main(config: TilesBenchConfig) -> int:
             "tiles are timed on a GPU and torch finds none; run this on a machine with an NVIDIA "
             "GPU, its driver and a CUDA build of torch"
         )
+    check_out(config.out, _NAME)
     figures: list[Result] = []
     wrong = 0
     with contextlib.ExitStack() as stack:
@@ -56,7 +58,7 @@ def main(config: TilesBenchConfig) -> int:
     if config.out is not None:
         command = command_line("fourfold bench tiles", config)
         write(
-            new_record("tiles", command, figures, packages=("fourfold", "torch", "triton")),
+            new_record(_NAME, command, figures, packages=("fourfold", "torch", "triton")),
             config.out,
         )
     return 0

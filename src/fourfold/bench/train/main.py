@@ -14,7 +14,7 @@ import torch
 
 from fourfold.bench.command_line import command_line
 from fourfold.bench.figures import result_line
-from fourfold.bench.record import DEFAULT_PACKAGES, Result, new_record, write
+from fourfold.bench.record import DEFAULT_PACKAGES, Result, check_out, new_record, write
 from fourfold.bench.train.config import Form, TrainBenchConfig
 from fourfold.bench.train.engines import Engine, Ours, check_peer, make_peer
 from fourfold.errors import ConfigError
@@ -33,6 +33,7 @@ _SPEED_MARK = 1.3
 
 def main(options: TrainBenchConfig) -> int:
     """Runs the benchmark, prints its figures and writes its record."""
+    check_out(options.out, options.name)
     config = read_config(options.config, options.set)
     results = []
     with joined(config.parallel, resolve_device(config.run.device)) as parallel:

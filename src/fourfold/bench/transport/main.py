@@ -12,7 +12,7 @@ from msgspec import UNSET
 
 from fourfold.bench.command_line import command_line
 from fourfold.bench.figures import result_line
-from fourfold.bench.record import Result, new_record, write
+from fourfold.bench.record import Result, check_out, new_record, write
 from fourfold.bench.transport.config import TransportBenchConfig
 from fourfold.bench.transport.near import FarProcess, Near, OurLink, Sample
 from fourfold.transport import TransportPath
@@ -31,6 +31,7 @@ Baseline = tuple[str, Callable[[], Sample]]
 
 def main(config: TransportBenchConfig) -> int:
     """Runs the benchmark, prints its figures and writes its record."""
+    check_out(config.out, config.name)
     far = FarProcess()
     try:
         results = []
