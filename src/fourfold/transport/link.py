@@ -199,6 +199,7 @@ class Link:
             case Pong(sent):
                 self._counters.round_trip = (time.monotonic_ns() - sent) / 1e9
                 if self._round_trips and (again := self._round_trips.returned(sent)):
+                    self._transfers.note_progress()
                     self._control.post(again)
             case Welcome(window, max_payload):
                 if self._window:
@@ -294,6 +295,7 @@ class Link:
             self._transfers.grant(count)
             return
         probe.granted += count
+        self._transfers.note_progress()
         if probe.granted < probe.bytes:
             return
         self._probe = None

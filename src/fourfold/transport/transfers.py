@@ -142,6 +142,11 @@ class Transfers:
             self._moved = time.monotonic()
             self._changed.notify_all()
 
+    def note_progress(self) -> None:
+        """The test of the link goes on; what waits for it has not stood still."""
+        with self._changed:
+            self._moved = time.monotonic()
+
     def take(self) -> Slice[Transfer] | None:
         """The next frame, when there is one and credit for it; None when nothing is sent any
         more. Each is followed by `gave`."""

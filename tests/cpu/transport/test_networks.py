@@ -121,10 +121,10 @@ def test_a_slow_network_is_no_stall_while_the_link_is_tested() -> None:
     """The test alone takes longer than a link may stand still, and what waits for it, waits."""
 
     def slow(data: bytes) -> bytes:
-        time.sleep(0.3)
+        time.sleep(0.15)
         return data
 
-    with network(stall_seconds=3.0, slice_bytes=1 << 16) as (sender, receiver, proxy):
+    with network(slice_bytes=1 << 16, **QUICK) as (sender, receiver, proxy):
         proxy.alter = slow
         arrived, sent = Outcome(), Outcome()
         receiver.expect(1, None, Memory(1, 1, 100), arrived)
