@@ -1,10 +1,14 @@
-"""The command line that repeats a run, made from the options it ran with. Imports nothing heavy."""
+"""Options of all benchmarks: the command line that repeats a run, made from those it ran with, and
+a check that they share. Imports nothing heavy."""
 
 from __future__ import annotations
 
 import dataclasses
 import shlex
+from collections.abc import Sequence
 from typing import Any
+
+from fourfold.errors import ConfigError
 
 # Not for a record; whoever repeats the run has their own.
 _SECRETS = {"api_key": "API_KEY"}
@@ -28,3 +32,10 @@ def command_line(command: str, options: Any, *, positional: str | None = None) -
         elif value is not True:
             words.append(str(value))
     return shlex.join(words)
+
+
+def check_distinct(option: str, values: Sequence[object]) -> None:
+    """ConfigError where an option names the same twice: a record holds each figure once."""
+    for place, value in enumerate(values):
+        if value in values[:place]:
+            raise ConfigError(f"{option} names {value} twice; name it once")

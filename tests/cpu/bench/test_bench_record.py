@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from msgspec import UNSET
 
 from fourfold.bench import record as record_module
+from fourfold.bench.kernels.config import KernelsBenchConfig
 from fourfold.bench.offline.config import OfflineBenchConfig
 from fourfold.bench.offline.main import main as offline
 from fourfold.bench.quality.config import QualityBenchConfig
@@ -40,6 +41,7 @@ from fourfold.bench.roles.config import RolesBenchConfig
 from fourfold.bench.roles.main import main as roles
 from fourfold.bench.serve.config import ServeBenchConfig
 from fourfold.bench.serve.main import main as serve
+from fourfold.bench.tiles.config import TilesBenchConfig
 from fourfold.bench.train.config import TrainBenchConfig
 from fourfold.bench.train.main import main as train
 from fourfold.bench.transport.config import TransportBenchConfig
@@ -166,6 +168,27 @@ def test_every_benchmark_looks_where_its_record_goes_first(
     with pytest.raises(ConfigError, match="holds the record 'decode'"):
         main(config(out=path))
     assert json.loads(path.read_text()) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        (KernelsBenchConfig, {"only": ("pages", "pages")}),
+        (OfflineBenchConfig, {"cases": ("decode-1x5", "decode-1x5")}),
+        (OfflineBenchConfig, {"peers": ("transformers", "transformers")}),
+        (TilesBenchConfig, {"products": ("experts-first", "experts-first")}),
+        (TilesBenchConfig, {"tokens": (8, 1, 8)}),
+        (TransportBenchConfig, {"paths": ("tcp", "tcp")}),
+        (TransportBenchConfig, {"run_pages": (1, 1)}),
+        (TrainBenchConfig, {"config": Path("run.toml"), "forms": ("dense", "dense")}),
+        (TrainBenchConfig, {"config": Path("run.toml"), "peers": ("plain", "plain")}),
+    ],
+)
+def test_what_would_be_recorded_twice_is_refused(
+    config: Callable[..., Any], options: dict[str, Any]
+) -> None:
+    with pytest.raises(ConfigError, match=r"^--[a-z-]+ names \S+ twice; name it once$"):
+        config(**options)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -6,6 +6,7 @@ import dataclasses
 import pkgutil
 from pathlib import Path
 
+from fourfold.bench.command_line import check_distinct
 from fourfold.bench.kernels import cases
 from fourfold.errors import ConfigError
 
@@ -30,6 +31,7 @@ class KernelsBenchConfig:
     """Where the JSON record goes."""
 
     def __post_init__(self) -> None:
+        check_distinct("--only", self.only)
         known = case_files()
         if unknown := [name for name in self.only if name not in known]:
             raise ConfigError(

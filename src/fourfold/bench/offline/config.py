@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fourfold.bench.command_line import check_distinct
 from fourfold.bench.offline.cases import Kind, parse_case
 from fourfold.errors import ConfigError
 from fourfold.models.precision import PageFormat, Precision
@@ -60,6 +61,8 @@ class OfflineBenchConfig:
     """Where the JSON record goes."""
 
     def __post_init__(self) -> None:
+        check_distinct("--cases", self.cases)
+        check_distinct("--peers", self.peers)
         if not self.cases:
             raise ConfigError("--cases names nothing to measure; leave it out for the usual ones")
         batch = max(map(self._decode_batch, self.cases))

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from fourfold.bench.command_line import check_distinct
 from fourfold.errors import ConfigError
 
 Product = Literal["projections-8", "projections-4", "experts-first", "experts-second"]
@@ -36,6 +37,8 @@ class TilesBenchConfig:
     """Where the JSON record goes."""
 
     def __post_init__(self) -> None:
+        check_distinct("--products", self.products)
+        check_distinct("--tokens", self.tokens)
         if not self.products or not self.tokens:
             raise ConfigError("there is nothing to time; give --products and --tokens one value")
         if wrong := [count for count in self.tokens if not 0 < count <= _MOST_TOKENS]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from fourfold.bench.command_line import check_distinct
 from fourfold.errors import ConfigError
 
 Peer = Literal["plain", "compiled", "torchtitan"]
@@ -48,5 +49,7 @@ class TrainBenchConfig:
     """Where the JSON record goes."""
 
     def __post_init__(self) -> None:
+        check_distinct("--forms", self.forms)
+        check_distinct("--peers", self.peers)
         if min(self.steps, self.rounds, self.vocabulary) < 1 or not self.forms or self.warmup < 0:
             raise ConfigError("--steps, --rounds, --vocabulary and --forms must be at least one")

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Literal
 
+from fourfold.bench.command_line import check_distinct
 from fourfold.errors import ConfigError
 from fourfold.transport.config import MAX_STREAMS
 
@@ -41,6 +42,8 @@ class TransportBenchConfig:
     """Where the JSON record goes."""
 
     def __post_init__(self) -> None:
+        check_distinct("--paths", self.paths)
+        check_distinct("--run-pages", self.run_pages)
         if self.page_bytes < 1 or self.rounds < 1 or not self.paths:
             raise ConfigError("--page-bytes, --rounds and --paths must not be zero or empty")
         if not self.run_pages or min(self.run_pages) < 1:
