@@ -19,8 +19,10 @@ from fourfold.bench.offline.floors import decode_bytes, prefill_operations, with
 from fourfold.bench.offline.main import main, merge
 from fourfold.bench.offline.marks import load_marks, with_marks
 from fourfold.bench.offline.measure import Answered, Prompts, measure
+from fourfold.bench.offline.ours import Run
 from fourfold.bench.offline.task import Answer
 from fourfold.bench.record import Result, load
+from fourfold.engine.messages import EngineStats, FinishReason, TokenOutput
 from fourfold.errors import ConfigError
 from fourfold.kernels.pages.layout import PageCodes
 from fourfold.models.config import ModelConfig
@@ -246,6 +248,36 @@ def test_a_run_of_a_tiny_dummy(tiny_shape: Path, tmp_path: Path) -> None:
     assert sum(stages) <= figures["start to ready", "ready"].value
     assert record.command.startswith(f"fourfold bench offline {tiny_shape} --precision float32")
     assert msgspec.json.decode(marks.read_bytes())["source"] == "made up"
+
+
+def test_a_case_that_the_context_would_cut_off_is_refused(
+    tiny_shape: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Its answers of 8 and of 136 tokens would both be short, and the slope far too fast."""
+    config = OfflineBenchConfig(
+        model=str(tiny_shape),
+        load="dummy",
+        kv_memory_gib=0.02,
+        rounds=1,
+        cases=("prefill-1x5", "decode-1x1000"),
+    )
+    with pytest.raises(ConfigError, match="could not be measured"):
+        main(config)
+    said = capfd.readouterr().err
+    assert "batch 1 after 1000 tokens takes 1136 tokens a request and the engine holds" in said
+    assert "prefill" not in said
+
+
+def test_a_request_that_ends_early_makes_no_figure() -> None:
+    run = Run(2, EngineStats())
+    for token in range(4):
+        run.hear([TokenOutput(request_id=n, index=0, token=token) for n in (0, 1)], EngineStats())
+    over = FinishReason.LENGTH
+    run.hear([TokenOutput(request_id=0, index=0, token=4, finish=over)], EngineStats())
+    run.hear([TokenOutput(request_id=1, index=0, finish=over)], EngineStats())
+    assert run.ended.is_set()
+    with pytest.raises(ConfigError, match=r"ended a request after 4 of 5 tokens"):
+        run.answered(5)
 
 
 def test_an_engine_that_cannot_start_says_why(

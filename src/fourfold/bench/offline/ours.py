@@ -64,16 +64,17 @@ class Ours:
         self._precision = served_precision(task.precision, self._device, checkpoint)
         self._pages = page_shape(self._config, self._precision, self._device, task.kv_pages)
         self._engine, _ = build_engine(setup, lambda done, total: None)
-        self._run = _Run(0, self._engine.stats)
+        check_room(task.cases, self._engine.max_context)
+        self._run = Run(0, self._engine.stats)
         self._engine.start(self._hear)
         self.version = f"fourfold {__version__}"
         self.stages = {"imports": imported - task.started, "engine": time.time() - imported}
 
     def answer(self, prompts: Prompts, tokens: int) -> Answered:
-        """As `Contestant.answer`; ConfigError where the engine fails a request."""
+        """As `Contestant.answer`; ConfigError where the engine fails a request or ends it early."""
         run = self._begin(prompts, tokens)
         run.ended.wait()
-        return run.answered()
+        return run.answered(tokens)
 
     @property
     def on_gpu(self) -> bool:
@@ -116,7 +117,7 @@ class Ours:
             return record(lambda: self.answer(prompts, case.output_tokens))
         longest = self._engine.max_context - case.prompt_tokens
         run = self._begin(prompts, min(_TRACED_ANSWER, longest))
-        while run.tokens() < _STEADY_TOKENS:
+        while run.tokens() < _STEADY_TOKENS and not run.ended.is_set():
             time.sleep(0.005)
         activities = record(lambda: run.wait_for_steps(len(run.news) + _TRACED_STEPS))
         for number in range(len(prompts)):
@@ -128,13 +129,13 @@ class Ours:
         """Ends the engine's thread."""
         self._engine.stop()
 
-    def _begin(self, prompts: Prompts, tokens: int) -> _Run:
+    def _begin(self, prompts: Prompts, tokens: int) -> Run:
         sampling = SamplingParams(max_tokens=tokens)
         requests = [
             Submit(request_id=number, prompt_ids=tuple(prompt), sampling=sampling)
             for number, prompt in enumerate(prompts)
         ]
-        self._run = _Run(len(requests), self._engine.stats)
+        self._run = Run(len(requests), self._engine.stats)
         for request in requests:
             self._engine.submit(request)
         return self._run
@@ -143,7 +144,7 @@ class Ours:
         self._run.hear(outputs, self._engine.stats)
 
 
-class _Run:
+class Run:
     """What the engine said of some requests, as it came. Heard on the engine's thread, which must
     not be kept: it is looked through when all have ended."""
 
@@ -173,8 +174,9 @@ class _Run:
         while len(self.news) < news and not self.ended.is_set():
             time.sleep(0.005)
 
-    def answered(self) -> Answered:
-        """When the requests were answered. ConfigError where one failed."""
+    def answered(self, tokens: int) -> Answered:
+        """When the requests were answered. ConfigError where one failed, or has not as many tokens
+        as were asked for: rates are made of those."""
         first: dict[int, float] = {}
         last: dict[int, float] = {}
         counts = dict.fromkeys(range(self._requests), 0)
@@ -185,7 +187,9 @@ class _Run:
                 number = output.request_id
                 first.setdefault(number, at)
                 last[number] = at
-                counts[number] += 1
+                counts[number] += output.token is not None
+        if (fewest := min(counts.values())) != tokens:
+            raise ConfigError(f"the engine ended a request after {fewest} of {tokens} tokens")
         return Answered(
             first=max(first.values()) - self._began,
             whole=max(last.values()) - self._began,
@@ -205,6 +209,17 @@ class _Run:
                 ended = number
                 break
         return self.news[started:ended]
+
+
+def check_room(cases: Sequence[Case], max_context: int) -> None:
+    """ConfigError where a case's answers would be cut off, and look faster than they are."""
+    for case in cases:
+        needed = case.prompt_tokens + case.output_tokens
+        if needed > max_context:
+            raise ConfigError(
+                f"{case.title} takes {needed} tokens a request and the engine holds {max_context}; "
+                "shorten it in --cases, or raise --kv-memory-gib if the model goes on longer"
+            )
 
 
 def engine_config(task: Task) -> EngineConfig:
