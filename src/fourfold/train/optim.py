@@ -124,12 +124,12 @@ class Optimizer:
         copies = self._parallel.world // self._parallel.expert_size
         total = torch.zeros((), device=self._parallel.device)
         for own in (False, True):
-            grads = [
-                each.grad
-                for each in self.trained
-                if each.grad is not None and each.own_experts is own
-            ]
-            if grads:
+            by_dtype: dict[torch.dtype, list[Tensor]] = {}
+            for each in self.trained:
+                if each.grad is not None and each.own_experts is own:
+                    by_dtype.setdefault(each.grad.dtype, []).append(each.grad)
+            # One kernel takes many gradients if they are of one dtype.
+            for grads in by_dtype.values():
                 norms = torch._foreach_norm(grads, dtype=torch.float32)
                 squares = torch.stack(norms).square().sum()
                 total += squares / copies if own else squares
