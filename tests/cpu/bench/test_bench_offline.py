@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ import tyro
 from tests.cpu.tiny import WIDE
 
 from fourfold.bench.command_line import command_line
+from fourfold.bench.offline import main as offline_main
 from fourfold.bench.offline.cases import Case, Kind, parse_case
 from fourfold.bench.offline.config import OfflineBenchConfig
 from fourfold.bench.offline.floors import decode_bytes, prefill_operations, with_floor
@@ -33,6 +35,7 @@ from fourfold.quadrants.kv_pages import PageShape
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 SHAPE = BENCHMARKS / "shapes" / "qwen3-30b-a3b"
+MARKS = BENCHMARKS / "marks" / "qwen3-30b-a3b-h100.json"
 MARKED = (
     *(f"decode-{batch}x512" for batch in (1, 8, 32, 128, 256)),
     *("decode-64x4096", "prefill-16x4096", "prefill-1x16000", "requests-512x1000x256"),
@@ -85,6 +88,7 @@ def test_names_of_cases(name: str, case: tuple[Kind, int, int, int], title: str)
         ({"rounds": 0}, "--rounds"),
         ({"peers": ("transformers",), "load": "dummy"}, "leave out --peers"),
         ({"marks": Path("nowhere.json")}, "is not a file"),
+        ({"peers": ("llama.cpp",), "cases": ("decode-2x5",)}, "one prompt at a time"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, object], message: str) -> None:
@@ -187,12 +191,13 @@ def test_medians_stand_beside_each_peer() -> None:
 
 
 def test_marks_are_of_cases_that_can_be_measured() -> None:
-    marks = load_marks(BENCHMARKS / "marks" / "qwen3-30b-a3b-h100.json").marks
-    titles = {parse_case(name).title for name in MARKED} | {"start to ready"}
+    cases = [parse_case(name) for name in MARKED]
+    marks = load_marks(MARKS, cases).marks
+    titles = {case.title for case in cases} | {"start to ready"}
     assert {mark.case for mark in marks} == titles
     results = [Result(case=m.case, metric=m.metric, value=1.0, unit=m.unit) for m in marks]
     for result, mark in zip(
-        with_marks(results, load_marks(BENCHMARKS / "marks" / "qwen3-30b-a3b-h100.json")),
+        with_marks(results, load_marks(MARKS, cases)),
         marks,
         strict=True,
     ):
@@ -203,11 +208,27 @@ def test_marks_are_of_cases_that_can_be_measured() -> None:
         )
 
 
-def test_marks_of_another_model_are_refused() -> None:
-    marks = load_marks(BENCHMARKS / "marks" / "qwen3-30b-a3b-h100.json")
-    other = Result(case="batch 3 after 5 tokens", metric="tpot", value=1.0, unit="s")
-    with pytest.raises(ConfigError, match="see --cases"):
-        with_marks([other], marks)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"marks": MARKS}, "none of the marks in .* see --cases"),
+        ({"peers": ("transformers",)}, "--peers read GGUF files, not "),
+        pytest.param(
+            {"profiles": Path("profiles")},
+            "--profiles are of a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_what_could_not_be_used_is_refused_before_anything_is_loaded(
+    options: dict[str, Any],
+    message: str,
+    tiny_shape: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(offline_main, "_run", lambda *_: pytest.fail("an engine was started"))
+    with pytest.raises(ConfigError, match=message):
+        main(OfflineBenchConfig(model=str(tiny_shape), cases=("decode-3x5",), **options))
 
 
 def test_the_command_gives_the_options_again() -> None:

@@ -74,6 +74,11 @@ class OfflineBenchConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} must be positive")
         if self.peers and self.load == "dummy":
             raise ConfigError("--load dummy gives peers nothing to load; leave out --peers")
+        alone = any(parse_case(name).requests == 1 for name in self.cases)
+        if "llama.cpp" in self.peers and not alone:
+            raise ConfigError(
+                "--peers llama.cpp answers one prompt at a time; add a case of one to --cases"
+            )
         if self.rounds < 1:
             raise ConfigError(f"--rounds {self.rounds} must be at least 1")
         if self.marks is not None and not self.marks.is_file():

@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 
 import msgspec
-import torch  # noqa: F401 (the record names the GPUs that an imported torch sees)
+import torch
 
 from fourfold.bench.command_line import command_line
 from fourfold.bench.offline.cases import parse_case
@@ -20,7 +20,7 @@ from fourfold.bench.offline.task import Answer, Task
 from fourfold.bench.record import DEFAULT_PACKAGES, Result, check_out, new_record, write
 from fourfold.bench.tables import make_columns
 from fourfold.errors import ConfigError
-from fourfold.models.checkpoint.source import find_source
+from fourfold.models.checkpoint.source import SourceKind, find_source
 from fourfold.models.loading import open_checkpoint
 
 _LONGEST = 1200
@@ -38,8 +38,14 @@ def main(config: OfflineBenchConfig) -> int:
         module, package = _PACKAGES[peer]
         if importlib.util.find_spec(module) is None:
             raise ConfigError(f"{peer} is not installed; run `pip install {package}`")
-    marks = None if config.marks is None else load_marks(config.marks)
-    vocabulary = int(open_checkpoint(find_source(config.model)).fields()["vocab_size"])
+    if config.profiles is not None and not torch.cuda.is_available():
+        raise ConfigError("--profiles are of a GPU and torch finds none; leave them out")
+    cases = tuple(map(parse_case, config.cases))
+    marks = None if config.marks is None else load_marks(config.marks, cases)
+    source = find_source(config.model)
+    if config.peers and source.kind is SourceKind.DIRECTORY:
+        raise ConfigError(f"--peers read GGUF files, not {source.path}; leave them out")
+    vocabulary = int(open_checkpoint(source).fields()["vocab_size"])
     answers: dict[str, list[Answer]] = {engine: [] for engine in ("fourfold", *config.peers)}
     for number in range(config.rounds):
         for engine, given in answers.items():
@@ -77,13 +83,18 @@ def _run(engine: str, config: OfflineBenchConfig, vocabulary: int) -> Answer:
         kv_memory_gib=config.kv_memory_gib,
         profiles=None if config.profiles is None else str(config.profiles),
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "fourfold.bench.offline.engines"],
-        input=msgspec.json.encode(task),
-        stdout=subprocess.PIPE,
-        timeout=_LONGEST,
-        check=False,
-    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "fourfold.bench.offline.engines"],
+            input=msgspec.json.encode(task),
+            stdout=subprocess.PIPE,
+            timeout=_LONGEST,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ConfigError(
+            f"{engine} did not end in {_LONGEST} s; measure fewer --cases in one run"
+        ) from error
     if done.returncode:
         raise ConfigError(f"{engine} could not be measured, it says why above")
     return msgspec.json.decode(done.stdout, type=Answer)

@@ -8,6 +8,7 @@ from pathlib import Path
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from fourfold.bench.offline.cases import Case
 from fourfold.bench.record import Result
 from fourfold.errors import ConfigError
 
@@ -30,17 +31,19 @@ class Marks(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
     marks: tuple[Mark, ...]
 
 
-def load_marks(path: Path) -> Marks:
-    """Reads a file of marks. ConfigError where it is none."""
+def load_marks(path: Path, cases: Sequence[Case]) -> Marks:
+    """Reads a file of marks. ConfigError where it is none, or has none of any of the cases."""
     try:
-        return msgspec.json.decode(path.read_bytes(), type=Marks)
+        marks = msgspec.json.decode(path.read_bytes(), type=Marks)
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"{path} holds no marks ({error}); see benchmarks/marks") from error
+    if not {mark.case for mark in marks.marks} & {case.title for case in cases}:
+        raise ConfigError(f"none of the marks in {path} is of a case to be measured; see --cases")
+    return marks
 
 
 def with_marks(results: Sequence[Result], marks: Marks) -> list[Result]:
-    """The results with their marks, and with the peer's figures where they have no peer yet.
-    ConfigError where no figure has a mark: then the file is of another model."""
+    """The results with their marks, and with the peer's figures where they have no peer yet."""
     by_figure = {(mark.case, mark.metric, mark.unit): mark for mark in marks.marks}
     marked = []
     for result in results:
@@ -50,6 +53,4 @@ def with_marks(results: Sequence[Result], marks: Marks) -> list[Result]:
             if result.peer is UNSET and mark.peer is not UNSET:
                 result = msgspec.structs.replace(result, peer=mark.peer, peer_value=mark.peer_value)
         marked.append(result)
-    if all(result.mark is UNSET for result in marked):
-        raise ConfigError("none of the marks is of a case that was measured; see --cases")
     return marked
