@@ -182,6 +182,7 @@ TLS_NOWHERE = ("--tls-cert", "/nowhere", "--tls-key", "/nowhere", "--tls-ca", "/
         (("serve", "--prefill", "-1"), "--prefill -1 must be 0 or more"),
         (("serve", "--cluster-port", "0", "--cluster-host", "0.0.0.0"), "give a --key-file"),
         (("serve", "--worker-timeout", "0.1"), "at least 1"),
+        (("serve", "--worker-timeout", "1e11"), "at most 86400"),
         (("cluster", "list", "--url", "http://127.0.0.1:9"), "no Fourfold server answers"),
     ],
 )
