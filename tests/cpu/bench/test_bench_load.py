@@ -78,6 +78,28 @@ def test_the_open_loop_keeps_to_its_times() -> None:
     assert all(o.sent >= o.due for o in outcomes), "sent before its time"
 
 
+def test_enough_ends_arrivals_and_waits_for_those_under_way() -> None:
+    outcomes: list[Outcome] = []
+
+    async def until_the_third() -> None:
+        enough = asyncio.Event()
+        sent = 0
+
+        async def ask(body: bytes, due: float | None) -> Outcome:
+            nonlocal sent
+            sent += 1
+            if sent == 3:
+                enough.set()
+            await asyncio.sleep(0.05)
+            return await quick(body, due)
+
+        times = [0.0, 0.01, 0.02, 0.03, 1000.0]
+        await open_loop(ask, [b""] * 5, times, outcomes.append, enough)
+
+    asyncio.run(until_the_third())
+    assert len(outcomes) == 3
+
+
 def test_a_stalled_generator_counts_its_own_delay() -> None:
     """Coordinated omission: requests due during a stall are late, and their latency says so."""
     outcomes: list[Outcome] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from scripted_server import ScriptedServer
 
 from fourfold.bench.record import load
 from fourfold.bench.roles import main as roles
@@ -77,7 +79,12 @@ def test_figures_stand_beside_those_of_the_first_layout(
     beside = results["1:1: 8 streams beside prompts of 1024 at 2/s", "itl_p99"]
     assert (beside.value, beside.peer_value) == (0.01, 0.03)
     assert results["1: 8 streams alone", "itl_p50"].peer is msgspec.UNSET
-    assert "turn 2 of 2: 1:1" in capsys.readouterr().err
+    counted = results["1:1: prompts of 4096, one by one", "measured"]
+    assert (counted.value, counted.unit, counted.peer) == (16, "requests", msgspec.UNSET)
+    assert results["1: 8 streams alone", "measured"].value == 2 * 2 * 3 * 8
+    said = capsys.readouterr().err
+    assert "turn 2 of 2: 1:1" in said
+    assert said.count("prompts of 4096, one by one") == 3 * 4, "figures are told as they come"
 
 
 def test_a_request_that_fails_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +104,20 @@ def test_a_request_that_fails_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(roles, "run", failing)
     with pytest.raises(FourfoldError, match="http 500"):
         roles.main(RolesBenchConfig())
+
+
+def test_prompts_that_still_wait_at_the_end_are_measured(server: ScriptedServer) -> None:
+    """Those that have waited longest are the last to be answered."""
+    config = RolesBenchConfig(
+        prompt_tokens=8, prompts=1, streams=1, stream_tokens=10, arriving_tokens=8, arriving_rate=50
+    )
+    seen = roles.Seen()
+    asyncio.run(roles._measure(config, server.url, 0, seen))
+    prompts = [request for request in server.requests if request.get("stream")]
+    warmed = 3
+    others = len(seen.lone) + len(seen.quiet) + len(seen.streams)
+    assert (len(seen.lone), len(seen.quiet), len(seen.streams)) == (1, 3, 3)
+    assert len(seen.arriving) == len(prompts) - others - warmed
 
 
 def test_a_server_that_does_not_come_up_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,6 +49,8 @@ def main(config: RolesBenchConfig) -> int:
             print(f"turn {turn + 1} of {config.turns}: {layout}", file=sys.stderr)
             with serving(config.serve(layout)) as url:
                 uvloop.run(_measure(config, url, turn, seen[layout]))
+            for case, metric, value, unit in _figures(config, seen[layout]):
+                print(f"  {case:<56} {metric:<9} {format_figure(value, unit)}", file=sys.stderr)
     results = list(_results(config, seen))
     _show(results)
     if config.out is not None:
@@ -88,13 +90,25 @@ async def _measure(config: RolesBenchConfig, url: str, turn: int, seen: Seen) ->
     )
     over = asyncio.Event()
     beside = asyncio.create_task(_outcomes(arriving, over))
-    seen.streams += await _outcomes(dataclasses.replace(streams, seed=base.seed + 3))
+    # Warm already: prompts are to arrive beside all streams, not beside a warm-up.
+    streams = dataclasses.replace(streams, seed=base.seed + 3, warmup_requests=0)
+    seen.streams += await _outcomes(streams)
     over.set()
-    seen.arriving += await beside
+    # Those that still wait have waited longest: without them the others would look good.
+    arrived = await beside
+    if not arrived:
+        raise FourfoldError("the streams ended before a prompt arrived; raise --stream-tokens")
+    if len(arrived) == arriving.num_requests:
+        print(
+            f"prompts arrived for {_ARRIVING_SECONDS:g} s, then streams ran alone; "
+            "take fewer --stream-tokens",
+            file=sys.stderr,
+        )
+    seen.arriving += arrived
 
 
-async def _outcomes(config: ServeBenchConfig, stop: asyncio.Event | None = None) -> list[Outcome]:
-    report = await run(config, stop=stop)
+async def _outcomes(config: ServeBenchConfig, enough: asyncio.Event | None = None) -> list[Outcome]:
+    report = await run(config, enough=enough)
     if report.failed:
         raise FourfoldError(f"requests failed: {report.summary.failures}")
     return list(report.outcomes)
@@ -105,20 +119,21 @@ def _results(config: RolesBenchConfig, seen: dict[str, Seen]) -> Iterator[Result
     first = config.layouts[0]
     peers = {figure[:2]: figure[2] for figure in _figures(config, seen[first])}
     for layout in config.layouts:
-        for case, metric, value in _figures(config, seen[layout]):
-            beside = layout != first
+        for case, metric, value, unit in _figures(config, seen[layout]):
+            beside = layout != first and unit == "s"
             yield Result(
                 case=f"{layout}: {case}",
                 metric=metric,
                 value=value,
-                unit="s",
+                unit=unit,
                 peer=first if beside else UNSET,
                 peer_value=peers[case, metric] if beside else UNSET,
             )
 
 
-def _figures(config: RolesBenchConfig, seen: Seen) -> Iterator[tuple[str, str, float]]:
-    """(case, metric, seconds)."""
+def _figures(config: RolesBenchConfig, seen: Seen) -> Iterator[tuple[str, str, float, str]]:
+    """(case, metric, value, unit); a 99th percentile of few is hardly more than the worst, so how
+    many there were is a figure too."""
     streams = f"{config.streams} streams"
     arriving = f"prompts of {config.arriving_tokens} at {config.arriving_rate:g}/s"
     cases = {
@@ -130,7 +145,8 @@ def _figures(config: RolesBenchConfig, seen: Seen) -> Iterator[tuple[str, str, f
     for case, (metric, values) in cases.items():
         percentiles = spread(values).percentiles
         for percent in _PERCENTS:
-            yield case, f"{metric}_p{percent}", percentiles[percent]
+            yield case, f"{metric}_p{percent}", percentiles[percent], "s"
+        yield case, "measured", len(values), "requests" if metric == "ttft" else "gaps"
 
 
 def _ttft(outcomes: list[Outcome]) -> list[float]:
@@ -144,7 +160,7 @@ def _gaps(outcomes: list[Outcome]) -> list[float]:
 def _show(results: list[Result]) -> None:
     table = Table("case", "metric", "value", "beside", "ratio")
     for result in results:
-        row = [result.case, result.metric, format_figure(result.value, "s")]
+        row = [result.case, result.metric, format_figure(result.value, result.unit)]
         if result.peer_value is not UNSET:
             row += [
                 f"{format_figure(result.peer_value, 's')} ({result.peer})",

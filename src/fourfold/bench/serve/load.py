@@ -39,8 +39,10 @@ async def open_loop(
     bodies: Sequence[bytes],
     times: Sequence[float],
     record: Callable[[Outcome], None],
+    enough: asyncio.Event | None = None,
 ) -> None:
-    """Sends each body at its time from now; passes outcomes to `record` as requests end."""
+    """Sends each body at its time from now; passes outcomes to `record` as requests end. None is
+    sent any more once `enough` is set; those that were are waited for."""
 
     async def one(body: bytes, due: float) -> None:
         record(await ask(body, due))
@@ -50,6 +52,8 @@ async def open_loop(
         for body, offset in zip(bodies, times, strict=True):
             due = start + offset
             await _sleep_until(due)
+            if enough is not None and enough.is_set():
+                break
             group.create_task(one(body, due))
 
 

@@ -39,10 +39,12 @@ async def run(
     config: ServeBenchConfig,
     *,
     stop: asyncio.Event | None = None,
+    enough: asyncio.Event | None = None,
     on_outcome: Callable[[Outcome], None] | None = None,
 ) -> Report:
     """Loads the server at one rate and reports. Setting `stop` ends it early, the report partial;
-    `on_outcome` hears of each measured request as it ends.
+    setting `enough` ends the arrivals of an open loop, and waits for the answers to those that
+    were. `on_outcome` hears of each measured request as it ends.
 
     ConfigError where the server cannot be reached or refuses a first request, or a file given is
     not what it should be. Failures under load are not errors but part of the report.
@@ -62,7 +64,7 @@ async def run(
             if on_outcome is not None:
                 on_outcome(outcome)
 
-        work = _load(config, endpoint, measured, record)
+        work = _load(config, endpoint, measured, record, enough)
         started, cpu_started = time.perf_counter(), time.thread_time()
         await unless(stop or asyncio.Event(), work)
         duration = time.perf_counter() - started
@@ -151,12 +153,13 @@ def _load(
     endpoint: Endpoint,
     bodies: tuple[bytes, ...],
     record: Callable[[Outcome], None],
+    enough: asyncio.Event | None,
 ) -> Coroutine[None, None, None]:
     if config.concurrency is not None:
         return closed_loop(endpoint.ask, bodies, config.concurrency, record)
     rng = random.Random(f"arrivals {config.seed}")
     times = arrival_times(len(bodies), config.rate, config.burstiness, rng)
-    return open_loop(endpoint.ask, bodies, times, record)
+    return open_loop(endpoint.ask, bodies, times, record, enough)
 
 
 async def _warm_up(
