@@ -27,6 +27,7 @@ from scripted_server import (
 )
 
 from fourfold.bench.record import Record, load, write
+from fourfold.bench.serve import main as serve_main
 from fourfold.bench.serve.config import ServeBenchConfig
 from fourfold.bench.serve.main import INTERRUPTED, main, run
 from fourfold.bench.serve.report import Report, make_record
@@ -328,6 +329,29 @@ def test_rising_rates_make_one_record(
     assert curve.split()[:3] == ["40", "8", "0"]
 
 
+def test_a_server_that_breaks_leaves_what_was_measured_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = ScriptedServer()
+    other.start()
+    config = small(other, out=tmp_path / "out.json", request_rate=(20.0, 40.0), output_tokens="1")
+    runs = []
+
+    async def run_once(*arguments: Any, **options: Any) -> Report:
+        if runs:
+            await asyncio.to_thread(other.stop)
+        runs.append(await run(*arguments, **options))
+        return runs[-1]
+
+    monkeypatch.setattr(serve_main, "run", run_once)
+    assert main(config) == 1
+    record = load(tmp_path / "out.json")
+    assert {result.case for result in record.results} == {config.runs()[0].describe()}
+    said = capsys.readouterr().err
+    assert "40 req/s and what follows is left out: " in said
+    assert "cannot be reached" in said
+
+
 def test_main_says_when_a_request_failed(server: ScriptedServer) -> None:
     assert main(small(server, model="malformed", num_requests=1)) == 1
 
@@ -342,6 +366,18 @@ def test_a_peer_stands_beside(server: ScriptedServer, tmp_path: Path) -> None:
     assert (ttft.peer, ttft.peer_value) == ("other 1.0", figures(load(theirs))["ttft_p50"])
     with pytest.raises(ConfigError, match="give both runs the same load"):
         bench(server, peer=f"other 1.0={theirs}", num_requests=2)
+
+
+def test_a_peer_of_every_rate_is_there_before_the_first(
+    server: ScriptedServer, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "peer.json"
+    report = bench(server, request_rate=(20.0,))
+    write(make_record(report.config, [report]), theirs)
+    server.requests.clear()
+    with pytest.raises(ConfigError, match=r"not 4 chat requests, 40 req/s"):
+        main(small(server, peer=f"other 1.0={theirs}", request_rate=(20.0, 40.0)))
+    assert server.requests == []
 
 
 def test_an_interrupted_run_keeps_what_it_measured(server: ScriptedServer, tmp_path: Path) -> None:

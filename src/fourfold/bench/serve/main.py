@@ -85,13 +85,16 @@ async def run(
 def main(config: ServeBenchConfig) -> int:
     """Runs, prints the table on stdout and writes what was asked for.
 
-    Returns 0, 1 where a request failed, or 130 after Ctrl-C. A second Ctrl-C leaves at once.
+    Returns 0, 1 where a request failed or not every rate could be run, or 130 after Ctrl-C. A
+    second Ctrl-C leaves at once.
     """
     check_out(config.out, config.name)
     if config.details is not None:
         check_writable(config.details)
+    for each in config.runs():
+        _load_peer(each)
     _allow_many_connections()
-    reports = uvloop.run(_interruptible(config))
+    reports, stopped = uvloop.run(_interruptible(config))
     if not reports:
         print("interrupted before a request was measured", file=sys.stderr)
         return INTERRUPTED
@@ -104,14 +107,15 @@ def main(config: ServeBenchConfig) -> int:
         write(make_record(config, reports), config.out)
     if config.details is not None:
         write_details(reports, config.details)
-    if len(reports) < len(config.request_rate) or reports[-1].unfinished:
+    if stopped:
         return INTERRUPTED
-    return 1 if any(report.failed for report in reports) else 0
+    failed = any(report.failed for report in reports)
+    return 1 if failed or len(reports) < len(config.request_rate) else 0
 
 
-async def _interruptible(config: ServeBenchConfig) -> list[Report]:
-    """`run` at every rate with a progress bar on stderr, ended early by Ctrl-C; the reports that
-    have anything to say."""
+async def _interruptible(config: ServeBenchConfig) -> tuple[list[Report], bool]:
+    """`run` at every rate with a progress bar on stderr, ended early by Ctrl-C or by a server that
+    can be asked no more; the reports that have anything to say, and whether it was Ctrl-C."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
 
@@ -142,10 +146,17 @@ async def _interruptible(config: ServeBenchConfig) -> list[Report]:
                 said = f"{failed} failed" if failed else "measuring"
                 bar.update(task, advance=1, description=said)
 
-            reports.append(await run(each, stop=stop, on_outcome=advance))
+            try:
+                reports.append(await run(each, stop=stop, on_outcome=advance))
+            except ConfigError as error:
+                if not reports:
+                    raise
+                # A server that broke under one rate has shown what it does at those before.
+                print(f"{each.rate:g} req/s and what follows is left out: {error}", file=sys.stderr)
+                break
             if stop.is_set():
                 break
-    return [report for report in reports if report.outcomes]
+    return [report for report in reports if report.outcomes], stop.is_set()
 
 
 def _load(
