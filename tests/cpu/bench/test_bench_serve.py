@@ -244,6 +244,27 @@ def test_prompts_from_a_file_come_in_order_and_again(
     sent = [(request["messages"], request["max_tokens"]) for request in measured(server)]
     first = ([{"role": "user", "content": "first"}], 2)
     assert sent == [first, (chat, 1), first]
+    [remark] = report.remarks()
+    assert remark.startswith("3 requests, the warm-up's among them, take the 2 prompts of prompts")
+
+
+def test_a_file_with_prompts_enough_needs_no_remark(server: ScriptedServer, tmp_path: Path) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(f'{{"prompt": "{number}"}}' for number in range(3)))
+    options = {"prompt_tokens": f"jsonl:{prompts}", "num_requests": 2, "output_tokens": "1"}
+    assert bench(server, warmup_requests=1, **options).remarks() == []
+    [remark] = bench(server, warmup_requests=2, **options).remarks()
+    assert "take the 3 prompts of prompts.jsonl again" in remark
+
+
+def test_rates_that_share_a_file_say_so(
+    server: ScriptedServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(f'{{"prompt": "{number}"}}' for number in range(4)))
+    rates = {"request_rate": (50.0, 60.0), "output_tokens": "1"}
+    assert main(small(server, prompt_tokens=f"jsonl:{prompts}", **rates)) == 0
+    assert capsys.readouterr().out.count("the prompts are those of the rates before") == 1
 
 
 @pytest.mark.parametrize(

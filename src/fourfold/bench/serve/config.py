@@ -23,7 +23,7 @@ class ServeBenchConfig:
     `concurrency` clients each send their next request when the last is answered (closed loop).
     Only an open loop shows how a server queues. Several rates are run one after the other, each
     with prompts of its own: a curve of latency over load. Prompts are synthetic unless read from a
-    file.
+    file, whose prompts are the same at each rate.
     """
 
     base_url: str = "http://127.0.0.1:8000"

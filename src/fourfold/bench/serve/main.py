@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import random
 import resource
 import signal
@@ -147,13 +148,17 @@ async def _interruptible(config: ServeBenchConfig) -> tuple[list[Report], bool]:
                 bar.update(task, advance=1, description=said)
 
             try:
-                reports.append(await run(each, stop=stop, on_outcome=advance))
+                report = await run(each, stop=stop, on_outcome=advance)
             except ConfigError as error:
                 if not reports:
                     raise
                 # A server that broke under one rate has shown what it does at those before.
                 print(f"{each.rate:g} req/s and what follows is left out: {error}", file=sys.stderr)
                 break
+            if reports and each.prompts_file is not None:
+                again = "the prompts are those of the rates before: a prefix cache has held them"
+                report = dataclasses.replace(report, notes=(*report.notes, again))
+            reports.append(report)
             if stop.is_set():
                 break
     return [report for report in reports if report.outcomes], stop.is_set()

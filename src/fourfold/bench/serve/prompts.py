@@ -9,7 +9,7 @@ the server reports; what it reports for each measured request is the length that
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -100,8 +100,13 @@ async def make_requests(config: ServeBenchConfig, endpoint: Endpoint, model: str
     """
     count = config.num_requests + config.warmup_requests
     if config.prompts_file is not None:
-        bodies = _from_file(config, model, config.prompts_file)
-        return Requests(tuple(islice(bodies, count)))
+        lines = _read_lines(config, config.prompts_file)
+        repeated = (
+            f"{count} requests, the warm-up's among them, take the {len(lines)} prompts of "
+            f"{config.prompts_file.name} again: a prefix cache has held them before",
+        )
+        bodies = tuple(islice(_from_file(config, model, lines), count))
+        return Requests(bodies, repeated if len(lines) < count else ())
     form: _Form = TokenIds()
     notes: tuple[str, ...] = ()
     if not await _takes_token_ids(config, endpoint, model):
@@ -121,11 +126,11 @@ def _synthetic(config: ServeBenchConfig, model: str, form: _Form) -> Iterator[by
         yield _body(config, model, form.join(prefix + own), output_lengths.draw(rng))
 
 
-def _from_file(config: ServeBenchConfig, model: str, path: Path) -> Iterator[bytes]:
+def _from_file(config: ServeBenchConfig, model: str, lines: Sequence[_FileLine]) -> Iterator[bytes]:
     """Bodies for the lines of a prompts file in order, and from its start again at its end."""
     rng = random.Random(f"prompts {config.seed}")
     output_lengths = parse_lengths(config.output_tokens, "--output-tokens")
-    for line in cycle(_read_lines(config, path)):
+    for line in cycle(lines):
         tokens = line.max_tokens or output_lengths.draw(rng)
         prompt = line.prompt if line.messages is None else line.messages
         assert prompt is not None
