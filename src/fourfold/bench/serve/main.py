@@ -135,7 +135,7 @@ async def _interruptible(config: ServeBenchConfig) -> tuple[list[Report], bool]:
         refresh_per_second=2,  # drawing takes about a millisecond away from measuring
         disable=not console.is_terminal,
     )
-    reports = []
+    reports: list[Report] = []
     with bar:
         for each in config.runs():
             task = bar.add_task("preparing", total=each.num_requests)
