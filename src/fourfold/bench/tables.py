@@ -35,11 +35,12 @@ from fourfold.files import write_atomically
 
 _TABLE = re.compile(
     r"(?P<opening><!-- table:(?P<name>[\w.-]+)(?: (?P<form>only|across): (?P<metrics>[^>]+?))? -->)"
-    r".*?"
+    r"(?P<old>.*?)"
     r"(?P<closing><!-- /table:(?P=name) -->)",
     re.DOTALL,
 )
-_MARKER = re.compile(r"<!-- /?table:[^>]*>")
+_MARKER = re.compile(r"<!--\s*/?\s*table\s*:[^>]*>", re.IGNORECASE)
+"""What looks like one, too: a table whose markers are misspelt would not be checked."""
 
 
 def render(readme: str, records: Sequence[Record]) -> str:
@@ -47,7 +48,8 @@ def render(readme: str, records: Sequence[Record]) -> str:
 
     ConfigError for a marker without its pair, or one that asks for what no record holds.
     """
-    if stray := _MARKER.search(_TABLE.sub("", readme)):
+    # Prose between an opening without its closing and the next table is nobody's old table.
+    if stray := _MARKER.search(_TABLE.sub(r"\g<old>", readme)):
         raise ConfigError(
             f"{stray[0]} is not a pair of <!-- table:NAME --> and <!-- /table:NAME --> markers"
         )

@@ -117,6 +117,9 @@ def test_marks_say_whether_they_are_met() -> None:
         ("<!-- table:decode -->", "not a pair"),
         ("<!-- table:decode -->\n<!-- /table:prefill -->", "not a pair"),
         ("<!-- table:decode onyl: x -->\n<!-- /table:decode -->", "not a pair"),
+        ("<!--table:decode-->\nby hand\n<!--/table:decode-->", "not a pair"),
+        ("<!-- Table: decode -->\nby hand\n<!-- /Table: decode -->", "not a pair"),
+        (f"<!-- table:decode -->\nclosing is lost; prose\n{README}", "not a pair"),
     ],
 )
 def test_render_refuses_what_it_cannot_fill(readme: str, message: str) -> None:
