@@ -17,7 +17,16 @@ from fourfold.engine.runner import Runner
 from fourfold.errors import ConfigError
 from fourfold.gateway.tokenizer import Tokenizer, load_tokenizer
 from fourfold.models.checkpoint.source import Source, find_source
-from fourfold.models.loading import LoadOptions, load_model, pages_of, resolve_device
+from fourfold.models.loading import (
+    LoadOptions,
+    load_model,
+    open_checkpoint,
+    page_shape,
+    pages_of,
+    read_model_config,
+    resolve_device,
+    served_precision,
+)
 from fourfold.models.precision import PageFormat, Precision
 
 Reading = list[TokenLogprob]
@@ -38,18 +47,24 @@ def main(config: QualityBenchConfig) -> int:
     check_out(config.out, config.name)
     source = find_source(config.model)
     original = source if config.reference is None else find_source(config.reference)
+    contestants = (
+        (original, Precision.FLOAT32, PageFormat.FLOAT),
+        (source, config.precision, config.kv_pages),
+    )
+    cases = [_case(*contestant) for contestant in contestants]
+    if cases[0] == cases[1]:
+        raise ConfigError(
+            f"the text would be read in {cases[0]} twice; give another --precision or --kv-pages"
+        )
     tokenizer = load_tokenizer(source)
     ids = _text_ids(config, tokenizer)
     windows = _windows(config, ids)
     needles = hide_needles(ids, tokenizer, count=config.needles, length=config.needle_tokens)
     pieces = [*windows, *(needle.tokens for needle in needles)]
-    contestants = (
-        (original, Precision.FLOAT32, PageFormat.FLOAT),
-        (source, config.precision, config.kv_pages),
-    )
     readings = []
-    for contestant in contestants:
-        case, read = _read(*contestant, pieces)
+    for case, contestant in zip(cases, contestants, strict=True):
+        print(f"reading {len(pieces)} pieces of text in {case}", file=sys.stderr)
+        read = _read(*contestant, pieces)
         readings.append(Readings(case, read[: len(windows)], read[len(windows) :]))
     reference, other = readings
     results = _compare(reference, other, needles)
@@ -72,7 +87,9 @@ def _text_ids(config: QualityBenchConfig, tokenizer: Tokenizer) -> list[int]:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{config.text} cannot be read: {error}") from error
     ids = tokenizer.encode(text, add_special_tokens=False)
-    needed = max(config.windows * config.window_tokens, config.needle_tokens)
+    needed = config.windows * config.window_tokens
+    if config.needles:
+        needed = max(needed, config.needle_tokens)
     if len(ids) < needed:
         raise ConfigError(f"the text has {len(ids)} tokens; {needed} are asked for, read fewer")
     return ids
@@ -83,14 +100,21 @@ def _windows(config: QualityBenchConfig, ids: list[int]) -> list[list[int]]:
     return [ids[i * stride : i * stride + config.window_tokens] for i in range(config.windows)]
 
 
+def _case(source: Source, precision: Precision, kv_pages: PageFormat) -> str:
+    """What a model is read in, in words."""
+    device, checkpoint = resolve_device("auto"), open_checkpoint(source)
+    _, model = read_model_config(checkpoint.fields(), checkpoint.where)
+    precision = served_precision(precision, device, checkpoint)
+    codes = page_shape(model, precision, device, kv_pages).codes
+    return str(precision) + (f", {codes} pages" if codes else "")
+
+
 def _read(
     source: Source, precision: Precision, kv_pages: PageFormat, pieces: list[list[int]]
-) -> tuple[str, list[Reading]]:
-    """What a model in a precision is called, and what it thought of the pieces."""
+) -> list[Reading]:
+    """What a model thought of the pieces."""
     model = load_model(source, LoadOptions(device=resolve_device("auto"), precision=precision))
     shape = pages_of(model, kv_pages)
-    case = str(model.precision) + (f", {shape.codes} pages" if shape.codes else "")
-    print(f"reading {len(pieces)} pieces of text in {case}", file=sys.stderr)
     config = EngineConfig(prefix_cache=False)
     engine = Engine(Runner(model, config, shape), config)
     sampling = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1, prompt_logprobs=True)
@@ -103,7 +127,7 @@ def _read(
             if output.error is not None:
                 raise ConfigError(f"a piece of the text could not be read: {output.error}")
             heard[output.request_id] = list(output.prompt_logprobs or ())
-    return case, [heard[number] for number in sorted(heard)]
+    return [heard[number] for number in sorted(heard)]
 
 
 def _compare(reference: Readings, other: Readings, needles: list[Needle]) -> list[Result]:
