@@ -14,6 +14,7 @@ from tests.cpu.gateway import made_tokenizers
 
 from fourfold.bench.quality.config import QualityBenchConfig
 from fourfold.bench.quality.main import main
+from fourfold.bench.quality.needles import hide_needles
 from fourfold.bench.record import Result, load
 from fourfold.errors import ConfigError
 from fourfold.models.precision import PageFormat, Precision
@@ -64,17 +65,29 @@ def test_perplexity_is_that_of_the_texts_own_tokens(
     assert found["float32", "perplexity"].value == pytest.approx(exact, rel=1e-4)
     rounded = found["w8a8", "perplexity"].value
     assert rounded != found["float32", "perplexity"].value
-    assert found["w8a8", "over float32"].value == pytest.approx(
-        100 * (rounded / exact - 1), abs=0.1
-    )
+    more = 100 * (rounded / exact - 1)
+    assert found["w8a8", "over float32"].value == pytest.approx(more, abs=0.1)
     assert found["w8a8", "tokens read"].value == 3 * 39
     assert 50 < found["w8a8", "same likeliest"].value <= 100
 
 
-def test_facts_are_found_only_where_all_of_a_number_is_likeliest(
-    model: Path, text: Path, tmp_path: Path
-) -> None:
-    """A model of random weights finds none; and it reads pages in 8 bits."""
+def test_a_fact_is_hidden_and_asked_for(model: Path, text: Path) -> None:
+    tokenizer = made_tokenizers.load(model)
+    ids = tokenizer.encode(text.read_text(), add_special_tokens=False)
+    places = []
+    for needle in hide_needles(ids, tokenizer, count=2, length=200):
+        assert len(needle.tokens) == 200
+        number = tokenizer.decode(needle.tokens[-needle.answer :])
+        asked = tokenizer.decode(needle.tokens[: -needle.answer])
+        assert len(number.strip()) == 5
+        assert number.strip().isdigit()
+        assert asked.count(number) == 1
+        assert asked.endswith(" library is")
+        places.append(asked.index(number))
+    assert places[0] < places[1]
+
+
+def test_a_model_of_random_weights_finds_no_fact(model: Path, text: Path, tmp_path: Path) -> None:
     out = tmp_path / "record.json"
     config = QualityBenchConfig(
         model=str(model),
@@ -104,5 +117,5 @@ def test_a_text_need_not_hold_facts_that_are_not_asked_for(
 
 def test_float32_is_not_compared_with_itself(model: Path, text: Path) -> None:
     config = QualityBenchConfig(model=str(model), precision=Precision.FLOAT32, text=text)
-    with pytest.raises(ConfigError, match="would both be read in float32; give another"):
+    with pytest.raises(ConfigError, match="would be read in float32 twice; give another"):
         main(config)
