@@ -29,6 +29,8 @@ def command_line(command: str, options: Any, *, positional: str | None = None) -
             words.append(_SECRETS[field.name])
         elif isinstance(value, tuple):
             words.extend(map(str, value))
+        elif str(value).startswith("-") and field.name != positional:
+            words[-1] += f"={value}"  # by itself it would be read as another option
         elif value is not True:
             words.append(str(value))
     return shlex.join(words)

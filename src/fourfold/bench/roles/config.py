@@ -32,7 +32,7 @@ class RolesBenchConfig:
     """Workers: a number of those that do both, or PREFILL:DECODE. The first is the others' peer."""
 
     server: str = ""
-    """Further options of `fourfold serve`, as one argument: "--precision w4a8 --device cuda"."""
+    """Further options of `fourfold serve`: --server="--precision w4a8 --device cuda"."""
 
     prompt_tokens: int = 4096
     """Of the prompts that come one by one."""
