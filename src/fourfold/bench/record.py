@@ -241,11 +241,15 @@ def _usable_cores() -> int:
 
 
 def software_versions(packages: Sequence[str] = DEFAULT_PACKAGES) -> dict[str, str]:
-    """Versions of Python and of those `packages` that are installed."""
+    """Versions of Python, of those `packages` that are installed, and of CUDA where torch is
+    imported already and built with it."""
     versions = {"python": platform.python_version()}
     for package in packages:
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.version.cuda is not None:
+        versions["cuda"] = torch.version.cuda
     return versions

@@ -217,7 +217,15 @@ def test_new_record_describes_this_machine() -> None:
     assert record.hardware.cores >= 1
     assert record.hardware.memory_gib > 0
     assert record.software == software_versions(("pytest",))
-    assert set(record.software) == {"python", "pytest"}
+    assert set(record.software) - {"cuda"} == {"python", "pytest"}
+
+
+@pytest.mark.parametrize("cuda", ["13.0", None])
+def test_software_names_the_cuda_of_torch(
+    cuda: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.version.cuda", cuda)
+    assert software_versions(()).get("cuda") == cuda
 
 
 def test_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
