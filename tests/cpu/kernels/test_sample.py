@@ -115,12 +115,18 @@ def test_greedy_takes_the_first_of_equals() -> None:
         assert result.tokens_S.tolist() == [70, 0]
 
 
-def test_garbage_logits_give_a_token_of_the_vocabulary() -> None:
-    params, tables = pack(random_rows(8, 6, 100), 100, CPU)
+@pytest.mark.parametrize("vocabulary", [100, 512])
+def test_garbage_logits_give_a_token_of_the_vocabulary(
+    vocabulary: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where tiles are whole and the kernels' scratch holds what an index must not be."""
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: empty(*size, **options).fill_(-7))
+    params, tables = pack(random_rows(8, 6, vocabulary), vocabulary, CPU)
     for value in (float("nan"), float("inf"), -float("inf")):
-        logits_SV = torch.full((6, 100), value)
+        logits_SV = torch.full((6, vocabulary), value)
         for result in (sample(logits_SV, params, tables), interpreted(logits_SV, params, tables)):
-            assert all(0 <= token < 100 for token in result.tokens_S.tolist())
+            assert all(0 <= token < vocabulary for token in result.tokens_S.tolist())
 
 
 def test_the_kernels_make_the_same_numbers() -> None:

@@ -225,7 +225,9 @@ def _draw(
                 last = reach_of(bits, weight, -1, last, top_p * full)
             reach = tl.minimum(reach, last)
             whole = _whole(tl.where(bits <= reach, weight, 0.0))
-            token = tl.load(near_off + _place(whole, _goal(u, tl.sum(whole))))
+            place = _place(whole, _goal(u, tl.sum(whole)))
+            # Of logits that are no numbers nothing is listed.
+            token = tl.load(near_off + place, place < found, other=0)
         else:
             last = furthest
             for turn in range(0, 2):
