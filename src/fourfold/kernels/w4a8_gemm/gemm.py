@@ -95,6 +95,7 @@ def w8a8_gemm(
     assert weight_OK.dtype == codes_TK.dtype, weight_OK.dtype
     assert weight_OK.is_contiguous(), weight_OK.shape
     assert weight_OK.shape[1] == codes_TK.shape[1], (weight_OK.shape, codes_TK.shape)
+    assert codes_TK.shape[1] % BLOCK == 0, f"{codes_TK.shape[1]} channels are not whole blocks"
     if not codes_TK.is_cuda and tiles is None:
         return reference.w8a8_gemm(codes_TK, scale_T, weight_OK, scale_O, out_dtype=out_dtype)
     tokens, inputs = codes_TK.shape
@@ -144,7 +145,7 @@ def grouped_w4a8_gemm(
         tiles: how to cut the product; chosen by default.
 
     Returns:
-        [R, O], or [R, F] with `swiglu`.
+        [R, O], or [R, F] with `swiglu`; rows that belong to no expert are left undefined.
     """
     rows, outputs = groups.order_R.numel(), weight.scale_EO.shape[1]
     assert groups.ends_E.numel() == weight.packed_EBOJ.shape[0], groups.ends_E.shape
@@ -252,6 +253,10 @@ def _launch(
         "num_warps": tiles.warps,
     }
     if tiles.hopper:
+        if group is not None:
+            # Parameters are copied by words of 32 bits.
+            of_word = 4 // group.element_size()
+            assert w_scale_EO.shape[1] % of_word == width % of_word == 0, (width, of_word)
         options["INT8"] = codes == "int8"
         options["BITS"] = bits
         options["STAGES"] = hopper_stages(tiles, y.element_size(), bits)

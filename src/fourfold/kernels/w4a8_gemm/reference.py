@@ -46,26 +46,26 @@ def grouped_w4a8_gemm(
     swiglu: bool,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """See `gemm.grouped_w4a8_gemm`."""
-    order_R = groups.order_R.long()
+    """See `gemm.grouped_w4a8_gemm`; rows of no expert are zeros."""
+    ends = groups.ends_E.tolist()
+    # What lies past the last end is nobody's.
+    order_R = groups.order_R[: ends[-1]].long()
     if gather is not None:
         codes, scale = codes[order_R // gather], scale[order_R // gather]
     weight_EOK = _codes(weight)
     rows = []
-    start = 0
-    for expert, end in enumerate(groups.ends_E.tolist()):
+    for expert, (start, end) in enumerate(zip([0, *ends], ends, strict=False)):
         of_expert = slice(start, end)
         rows.append(
             _scaled(codes[of_expert], scale[of_expert], weight_EOK[expert], weight.scale_EO[expert])
         )
-        start = end
     y_RO = torch.cat(rows)
     if swiglu:
         gate_RF, up_RF = y_RO.chunk(2, -1)
         y_RO = F.silu(gate_RF) * up_RF
-    if scatter:
-        y_RO = torch.empty_like(y_RO).index_copy_(0, order_R, y_RO)
-    return y_RO.to(out_dtype)
+    out_RO = y_RO.new_zeros((groups.order_R.numel(), y_RO.shape[1]))
+    out_RO[order_R if scatter else slice(ends[-1])] = y_RO
+    return out_RO.to(out_dtype)
 
 
 def _codes(weight: PackedW4A8) -> Tensor:
