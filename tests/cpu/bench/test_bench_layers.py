@@ -3,6 +3,7 @@ and finds what is wrong."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold.bench.quality.layers import Comparison, main
+from fourfold.bench.quality.layers import Comparison, LayerErrors, main
 from fourfold.bench.quality.layers_config import LayersBenchConfig
 from fourfold.bench.quality.plain import codes_of
 from fourfold.bench.quality.streams import stream_turn
@@ -51,6 +52,23 @@ def test_a_sound_model_is_within_its_tolerance(
     logits = figures["logits of prefilled tokens", "served to exact"].value
     assert codes / 2 < logits < 10 * codes
     assert len(capsys.readouterr().out.splitlines()) > 3
+
+
+@pytest.mark.parametrize("bad", [{"decode": float("nan")}, {"drift": float("inf")}])
+def test_a_layer_without_numbers_fails_the_run(
+    bad: dict[str, float],
+    checkpoint: Find,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fine = LayerErrors(prefill=0.01, decode=0.01, codes=0.01, routing=0.0, drift=0.01)
+    found = iter([fine, dataclasses.replace(fine, **bad), fine])
+    monkeypatch.setattr(Comparison, "compare_layer", lambda *_: next(found))
+    out = tmp_path / "record.json"
+    assert main(options(checkpoint("llama-wide"), precision=Precision.W8A8, out=out)) == 1
+    assert "layer 1 gave numbers that are not finite" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_dummy_needs_only_its_configuration(checkpoint: Find, tmp_path: Path) -> None:

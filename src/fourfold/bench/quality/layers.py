@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import math
 import sys
 from functools import partial
 
@@ -82,6 +83,9 @@ def main(config: LayersBenchConfig) -> int:
         errors.append(comparison.compare_layer(layer))
         figures = dataclasses.astuple(errors[-1])
         print(f"{layer:>5}", *(f"{100 * figure:>8.2f}%" for figure in figures), flush=True)
+        if not all(map(math.isfinite, figures)):
+            print(f"fourfold: layer {layer} gave numbers that are not finite", file=sys.stderr)
+            return 1
     results = [*layer_results(errors, allowed), *comparison.compare_logits()]
     for result in results:
         print(f"{result.case:<40} {result.metric:<28} {result.value:.4g} {result.unit}")
@@ -89,7 +93,7 @@ def main(config: LayersBenchConfig) -> int:
         command = command_line("fourfold bench layers", config, positional="model")
         write(new_record(config.name, command, results), config.out)
     worst = max(max(each.prefill, each.decode) for each in errors)
-    if not worst <= allowed:  # also where it is not a number
+    if worst > allowed:
         print(
             f"fourfold: a layer is off by {worst:.2g} of what it adds, more than the {allowed:g} "
             f"that its kernels are allowed",
