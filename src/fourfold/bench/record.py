@@ -13,6 +13,7 @@ figure cannot be mistaken for a measured one. Figures are finite and in the unit
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import math
 import os
@@ -106,11 +107,12 @@ def new_record(
     *,
     packages: Sequence[str] = DEFAULT_PACKAGES,
 ) -> Record:
-    """A record of figures measured just now: fills in commit, date, hardware and software."""
+    """A record of figures measured just now: fills in commit, date, hardware and software. The
+    commit is that at `check_out`, and dirty where it is another by now."""
     return Record(
         name=name,
         command=command,
-        commit=source_commit(),
+        commit=_commit_of_run(),
         date=datetime.datetime.now(datetime.UTC).replace(microsecond=0),
         hardware=this_hardware(),
         software=software_versions(packages),
@@ -127,9 +129,11 @@ def write(record: Record, path: str | Path) -> None:
 
 def check_out(path: Path | None, name: str) -> None:
     """Finds out before a run, not after it, that its record cannot be kept: ConfigError where
-    `path` cannot be written, or holds anything but an earlier record of the same name."""
+    `path` cannot be written, or holds anything but an earlier record of the same name. Notes the
+    commit that the run is of."""
     if path is None:
         return
+    _commit_at_start()
     check_writable(path)
     if not path.exists():
         return
@@ -211,6 +215,19 @@ def source_commit() -> str | UnsetType:
     if commit is None or changes is None:
         return UNSET
     return f"{commit}-dirty" if changes else commit
+
+
+@functools.cache
+def _commit_at_start() -> str | UnsetType:
+    return source_commit()
+
+
+def _commit_of_run() -> str | UnsetType:
+    # Processes that started after a change ran other code than this one.
+    began = _commit_at_start()
+    if began is UNSET or began == source_commit() or began.endswith("-dirty"):
+        return began
+    return f"{began}-dirty"
 
 
 def this_hardware() -> Hardware:

@@ -257,6 +257,27 @@ def test_commit_of_a_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert source_commit() == f"{head}-dirty"
 
 
+@pytest.mark.parametrize(
+    ("began", "ended", "recorded"),
+    [
+        ("a1", "a1", "a1"),
+        ("a1", "b2", "a1-dirty"),
+        ("a1", "a1-dirty", "a1-dirty"),
+        ("a1-dirty", "b2", "a1-dirty"),
+        (UNSET, UNSET, UNSET),
+    ],
+)
+def test_the_commit_is_that_of_the_runs_start(
+    began: Any, ended: Any, recorded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_module._commit_at_start.cache_clear()
+    monkeypatch.setattr(record_module, "source_commit", lambda: began)
+    check_out(tmp_path / "record.json", "a")
+    monkeypatch.setattr(record_module, "source_commit", lambda: ended)
+    assert new_record("a", "b", []).commit == recorded
+    record_module._commit_at_start.cache_clear()
+
+
 def test_with_peer_joins_equal_cases() -> None:
     def result(case: str, value: float, unit: str = "s") -> Result:
         return Result(case=case, metric="tpot", value=value, unit=unit)
