@@ -16,7 +16,7 @@ from fourfold.bench.calibrate.points import POINTS, RECIPE, Point, decode_attent
 from fourfold.bench.figures import format_figure
 from fourfold.bench.kernels.ceilings import ceilings
 from fourfold.bench.kernels.timing import CudaTimer, Timer
-from fourfold.bench.record import software_versions
+from fourfold.bench.record import check_writable, software_versions
 from fourfold.errors import ConfigError
 from fourfold.files import write_atomically
 from fourfold.kernels.decode_attention import DecodeCost
@@ -51,6 +51,8 @@ def main(config: CalibrateConfig) -> int:
             "a calibration times the kernels on a GPU and torch finds none; run this on a machine "
             "with an NVIDIA GPU, its driver and a CUDA build of torch"
         )
+    if config.out is not None:
+        check_writable(config.out)
     started = time.monotonic()
     device = torch.device("cuda", torch.cuda.current_device())
     compile_parts()
