@@ -164,7 +164,7 @@ def load(path: str | Path) -> Record:
     """Reads a record strictly: ConfigError for an unknown, missing, null or mistyped field."""
     try:
         return msgspec.json.decode(Path(path).read_bytes(), type=Record)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path} is not a benchmark record ({error}); run its benchmark again"
         ) from error

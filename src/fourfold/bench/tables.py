@@ -173,7 +173,7 @@ def main(
     """
     try:
         before = readme.read_text(encoding="utf-8")
-    except OSError as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{readme} cannot be read: {error}") from error
     after = render(before, load_records(results or readme.parent / "benchmarks" / "results"))
     if before == after:

@@ -123,6 +123,10 @@ class ScriptedServer:
         yield event(text("once"))
         yield b'data: {"choices": [\n\n'
 
+    async def _half_a_character(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
+        yield event(text("once"))
+        yield b'data: {"choices": [{"text": "\xc3"}]}\n\n'
+
     async def _unfinished(self, body: dict[str, Any]) -> AsyncIterator[bytes]:
         yield event(text("once"))
 

@@ -93,6 +93,7 @@ def test_an_event_split_across_packets_is_timed_by_its_first_byte(server: Script
     [
         ("stream-error", "stream error"),
         ("malformed", "malformed"),
+        ("half-a-character", "malformed"),
         ("unfinished", "malformed"),
         ("html", "malformed"),
         ("disconnect", "disconnect"),
@@ -271,6 +272,7 @@ def test_rates_that_share_a_file_say_so(
     ("line", "endpoint", "message"),
     [
         ('{"prompt": "a"', "chat", "line 2: .*truncated"),
+        ('{"prompt": "\udcff"}', "chat", "line 2: .*utf-8"),
         ('{"prompt": "a", "n": 3}', "chat", "line 2: .*unknown field `n`"),
         ("{}", "chat", "line 2: give either"),
         ('{"prompt": "a", "messages": []}', "chat", "line 2: give either"),
@@ -283,7 +285,9 @@ def test_bad_prompt_files_name_the_line(
     server: ScriptedServer, tmp_path: Path, line: str, endpoint: str, message: str
 ) -> None:
     prompts = tmp_path / "prompts.jsonl"
-    prompts.write_text(f'{{"prompt": "good"}}\n{line}\n')
+    prompts.write_text(
+        f'{{"prompt": "good"}}\n{line}\n', encoding="utf-8", errors="surrogateescape"
+    )
     with pytest.raises(ConfigError, match=message):
         bench(server, prompt_tokens=f"jsonl:{prompts}", endpoint=endpoint)
 

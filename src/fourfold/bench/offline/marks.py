@@ -35,7 +35,7 @@ def load_marks(path: Path, cases: Sequence[Case]) -> Marks:
     """Reads a file of marks. ConfigError where it is none, or has none of any of the cases."""
     try:
         marks = msgspec.json.decode(path.read_bytes(), type=Marks)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} holds no marks ({error}); see benchmarks/marks") from error
     if not {mark.case for mark in marks.marks} & {case.title for case in cases}:
         raise ConfigError(f"none of the marks in {path} is of a case to be measured; see --cases")

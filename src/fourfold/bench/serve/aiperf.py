@@ -68,7 +68,7 @@ def read_export(path: Path, name: str = "serve-aiperf", case: str | None = None)
     that was cut short or did not stream."""
     try:
         export = msgspec.json.decode(path.read_bytes(), type=_Export)
-    except (OSError, msgspec.DecodeError) as error:
+    except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         raise ConfigError(
             f"{path} is not profile_export_aiperf.json of a streaming run ({error}); run "
             "`aiperf profile --streaming`"

@@ -55,6 +55,8 @@ class _Chunk(msgspec.Struct, frozen=True):
 
 
 _CHUNK = msgspec.json.Decoder(_Chunk)
+NOT_JSON = (msgspec.DecodeError, UnicodeDecodeError)
+"""What decoding raises; the second for a string that is not UTF-8, such as half a character."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +124,7 @@ class Answer:
             return
         try:
             chunk = _CHUNK.decode(data)
-        except msgspec.DecodeError as error:
+        except NOT_JSON as error:
             quoted = data[:80].decode(errors="replace")
             self.failure = Failure("malformed", f"{error}: {quoted}")
             return
@@ -143,7 +145,7 @@ def error_message(body: bytes) -> str:
     """What an error body says: its OpenAI message where it has one, else its first characters."""
     try:
         error = _CHUNK.decode(body).error
-    except msgspec.DecodeError:
+    except NOT_JSON:
         error = None
     if isinstance(error, ErrorBody) and error.message:
         return error.message

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import msgspec
 
-from fourfold.bench.serve.answer import Answer, Failure, Usage, error_message
+from fourfold.bench.serve.answer import NOT_JSON, Answer, Failure, Usage, error_message
 from fourfold.bench.serve.config import ServeBenchConfig
 from fourfold.bench.serve.http_client import DisconnectError, HttpClient, MalformedError
 from fourfold.bench.serve.measure import Outcome
@@ -133,5 +133,5 @@ class Endpoint:
 def _decode(body: bytes, kind: type[_T]) -> _T | None:
     try:
         return msgspec.json.decode(body, type=kind)
-    except msgspec.DecodeError:
+    except NOT_JSON:
         return None

@@ -17,6 +17,7 @@ from typing import Annotated, Any, Protocol
 
 import msgspec
 
+from fourfold.bench.serve.answer import NOT_JSON
 from fourfold.bench.serve.config import ServeBenchConfig
 from fourfold.bench.serve.endpoint import Endpoint
 from fourfold.bench.serve.lengths import parse_lengths
@@ -149,7 +150,7 @@ def _read_lines(config: ServeBenchConfig, path: Path) -> list[_FileLine]:
             continue
         try:
             line = msgspec.json.decode(raw, type=_FileLine)
-        except msgspec.DecodeError as error:
+        except NOT_JSON as error:
             raise ConfigError(f"{path}, line {number}: {error}") from error
         if (line.prompt is None) == (line.messages is None):
             raise ConfigError(f"{path}, line {number}: give either prompt or messages")
