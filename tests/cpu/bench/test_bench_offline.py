@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shlex
 from pathlib import Path
@@ -139,6 +140,18 @@ def test_figures_of_a_known_engine(
     assert {result.metric: result.value for result in results} == pytest.approx(figures)
     assert {result.case for result in results} == {case.title}
     assert engine.runs == runs, "the first run is a warm-up"
+
+
+@pytest.mark.parametrize("late", [13.0, 20.0])
+def test_noise_is_no_time_of_a_token(late: float) -> None:
+    class Disturbed(Steady):
+        def answer(self, prompts: Prompts, tokens: int) -> Answered:
+            answered = super().answer(prompts, tokens)
+            short = dataclasses.replace(answered, whole=answered.whole + late)
+            return short if tokens == 8 else answered
+
+    with pytest.raises(ConfigError, match="136 tokens took no longer than 8"):
+        measure(Disturbed(), parse_case("decode-1x5"), [[1] * 5])
 
 
 @pytest.mark.parametrize("batch", [1, 8, 256])

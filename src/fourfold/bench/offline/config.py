@@ -20,8 +20,10 @@ Peer = Literal["transformers", "llama.cpp"]
 class OfflineBenchConfig:
     """Measures prefill and decode of the engine alone, in turns with other engines.
 
-    Every figure is the median over the rounds. On a GPU figures are set beside what its memory and
-    its tensor cores allow, and the device's timeline is recorded too, after everything else.
+    Every figure is the median over the rounds; of prompts, each round's is the better of two runs,
+    and of decoding the slope between two lengths, for every engine alike. On a GPU figures are set
+    beside what its memory and its tensor cores allow, and the device's timeline is recorded too,
+    after everything else.
     `transformers` computes the same weights dense and dequantised in float32; `llama.cpp`
     (llama-cpp-python) computes the GGUF file as it is.
     """

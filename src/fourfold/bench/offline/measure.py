@@ -9,6 +9,7 @@ from typing import Protocol
 from fourfold.bench.offline.cases import LONG_ANSWER, SHORT_ANSWER, Case, Kind
 from fourfold.bench.record import Result
 from fourfold.bench.serve.measure import spread
+from fourfold.errors import ConfigError
 
 Prompts = Sequence[Sequence[int]]
 
@@ -50,7 +51,8 @@ class Contestant(Protocol):
 
 
 def measure(contestant: Contestant, case: Case, prompts: Prompts) -> list[Result]:
-    """The figures of a case. One run like the longest warms up caches, allocators and graphs."""
+    """The figures of a case. One run like the longest warms up caches, allocators and graphs.
+    ConfigError where a busy machine hides what a token takes."""
     contestant.answer(prompts, case.output_tokens)
     figures = {Kind.PREFILL: _prefill, Kind.DECODE: _decode, Kind.REQUESTS: _requests}
     results = [
@@ -72,6 +74,11 @@ def _prefill(contestant: Contestant, case: Case, prompts: Prompts) -> _Figures:
 def _decode(contestant: Contestant, case: Case, prompts: Prompts) -> _Figures:
     short = contestant.answer(prompts, SHORT_ANSWER).whole
     slope = (contestant.answer(prompts, LONG_ANSWER).whole - short) / (LONG_ANSWER - SHORT_ANSWER)
+    if slope <= 0:
+        raise ConfigError(
+            f"{case.title}: {LONG_ANSWER} tokens took no longer than {SHORT_ANSWER}; "
+            "measure on a machine that does nothing else"
+        )
     return {"tpot": (slope, "s"), "decode": (case.requests / slope, "tok/s")}
 
 
