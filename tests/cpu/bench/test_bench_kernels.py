@@ -115,6 +115,14 @@ def test_a_wrong_kernel_is_not_timed(error: float) -> None:
     assert timer.graphs == []
 
 
+@pytest.mark.parametrize("seconds", [0.0, -1e-7])
+@pytest.mark.parametrize("of", ["run", "baseline"])
+def test_a_time_lost_in_noise_makes_no_rate(seconds: float, of: str) -> None:
+    calls = {of: lambda: seconds, "baseline_name": "torch"}
+    with pytest.raises(WrongResultError, match=r"fake \(8 rows, int8\) .* took no time"):
+        measure(a_case(**calls), FakeTimer())
+
+
 def test_the_tolerance_is_that_of_the_recipe_named_most_fully() -> None:
     assert tolerance("fake", "8 rows, INT8") == 0.02
     assert tolerance("fake", "8 rows, int8-g128") == 0.03

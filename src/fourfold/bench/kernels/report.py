@@ -52,7 +52,8 @@ class Measured:
 
 
 class WrongResultError(Exception):
-    """A kernel whose result differs from its reference by more than its recipe allows."""
+    """A kernel whose result differs from its reference by more than its recipe allows, or whose
+    time is lost in noise."""
 
 
 def check(case: Case) -> float | None:
@@ -73,6 +74,11 @@ def measure(case: Case, timer: Timer) -> Measured:
     error = check(case)
     calls = [case.run] if case.baseline is None else [case.run, case.baseline]
     ours, *others = timer(calls, graph=case.graph)
+    if min(timing.seconds for timing in (ours, *others)) <= 0:
+        raise WrongResultError(
+            f"{case.kernel} ({case.case}) or its baseline took no time beside emptying the cache; "
+            "measure on a GPU that does nothing else"
+        )
     peer = None
     if others:
         assert case.baseline_name is not None, f"the baseline of {case.kernel} has no name"
