@@ -27,28 +27,31 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-def inputs(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+def inputs(dtype: torch.dtype = torch.float32, width: int = WIDTH) -> tuple[Tensor, Tensor, Tensor]:
     """A projection, and the cosines and sines of positions as `Rope` has them."""
-    qkv_TA = torch.randn(TOKENS, (HEADS + 2 * KV_HEADS) * WIDTH).to(dtype)
-    angle = torch.rand(TOKENS, WIDTH // 2) * 6
+    qkv_TA = torch.randn(TOKENS, (HEADS + 2 * KV_HEADS) * width).to(dtype)
+    angle = torch.rand(TOKENS, width // 2) * 6
     cos_TC = torch.cat((angle.cos(), angle.cos()), -1)
     return qkv_TA, cos_TC, torch.cat((-angle.sin(), angle.sin()), -1)
 
 
+@pytest.mark.parametrize("width", [WIDTH, 20])
 @pytest.mark.parametrize("normed", [False, True])
-def test_heads_are_normed_and_their_halves_turned_against_each_other(normed: bool) -> None:
-    qkv_TA, cos_TC, sin_TC = inputs()
-    weights = [torch.rand(WIDTH) + 0.5 if normed else None for _ in range(2)]
-    q, k, v = qkv_TA.unflatten(-1, (-1, WIDTH)).split([HEADS, KV_HEADS, KV_HEADS], 1)
+def test_heads_are_normed_and_their_halves_turned_against_each_other(
+    normed: bool, width: int
+) -> None:
+    qkv_TA, cos_TC, sin_TC = inputs(width=width)
+    weights = [torch.rand(width) + 0.5 if normed else None for _ in range(2)]
+    q, k, v = qkv_TA.unflatten(-1, (-1, width)).split([HEADS, KV_HEADS, KV_HEADS], 1)
     if normed:
-        q, k = (F.rms_norm(x, (WIDTH,), w, 1e-5) for x, w in zip((q, k), weights, strict=True))
+        q, k = (F.rms_norm(x, (width,), w, 1e-5) for x, w in zip((q, k), weights, strict=True))
 
     def rotated(x_THC: Tensor) -> Tensor:
         a, b = x_THC.chunk(2, -1)
-        c, s = cos_TC[:, None, : WIDTH // 2], sin_TC[:, None, WIDTH // 2 :]
+        c, s = cos_TC[:, None, : width // 2], sin_TC[:, None, width // 2 :]
         return torch.cat((a * c - b * s, b * c + a * s), -1)
 
-    ours = norm_rope(qkv_TA, HEADS, KV_HEADS, WIDTH, cos_TC, sin_TC, *weights, 1e-5)
+    ours = norm_rope(qkv_TA, HEADS, KV_HEADS, width, cos_TC, sin_TC, *weights, 1e-5)
     for out, expected in zip(ours, (rotated(q), rotated(k), v), strict=True):
         torch.testing.assert_close(out, expected)
 

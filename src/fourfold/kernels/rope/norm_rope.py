@@ -29,13 +29,14 @@ def norm_rope(
     Each head of q and k is RMS-normed with a weight [C] where one is given, then rotated: halves
     against each other, `x * cos + roll(x, C / 2) * sin`, with the sine's first half negated (as
     `models.layers.Rope` has them; [T, C] of any float dtype). `k_offset_GC` is subtracted from the
-    rotated keys. Computed in float32, rounded once to the dtype of `qkv_TA`. C is a power of two.
-    Values are a view of `qkv_TA`, for nothing is done to them; on a GPU q and k are contiguous.
+    rotated keys, [G, C]. Computed in float32, rounded once to the dtype of `qkv_TA`. C is even; one
+    that is no power of two has no kernel. Values are a view of `qkv_TA`, for nothing is done to
+    them; a kernel's q and k are contiguous.
     """
     arguments = (qkv_TA, heads, kv_heads, head_width, cos_TC, sin_TC)
     options = (q_norm_weight, k_norm_weight, eps, k_offset_GC)
-    _check(*arguments)
-    if not qkv_TA.is_cuda:
+    _check(*arguments, *options)
+    if not qkv_TA.is_cuda or not _has_kernel(head_width):
         return reference.norm_rope(*arguments, *options)
     from fourfold.kernels.rope.triton_rope import launch
 
@@ -64,11 +65,12 @@ def norm_rope_append(
 
     Token t goes to row `opened.place_T[t]` of the open pages; no two tokens may have the same
     place. With `keep` keys and values come back too, as a chunk of a prompt needs them and as
-    `norm_rope` returns them; a token's are the same bits in both places. No host synchronisation.
+    `norm_rope` returns them; a token's are the same bits in both places. On a GPU C is a power of
+    two. No host synchronisation.
     """
     arguments = (qkv_TA, heads, kv_heads, head_width, cos_TC, sin_TC)
     options = (q_norm_weight, k_norm_weight, eps, k_offset_GC)
-    _check(*arguments)
+    _check(*arguments, *options)
     assert opened.place_T.shape == (len(qkv_TA),)
     assert opened.place_T.dtype == torch.int32
     assert opened.place_T.is_contiguous()
@@ -79,16 +81,34 @@ def norm_rope_append(
     if not qkv_TA.is_cuda:
         q, k, v = reference.norm_rope_append(*arguments, opened, *options)
         return (q, k, v) if keep else (q, None, None)
+    assert _has_kernel(head_width), f"no kernel for heads {head_width} wide"
     from fourfold.kernels.rope.triton_rope import launch
 
     return launch(*arguments, *options, opened, keep=keep)
 
 
+def _has_kernel(head_width: int) -> bool:
+    return head_width & (head_width - 1) == 0
+
+
 def _check(
-    qkv_TA: Tensor, heads: int, kv_heads: int, head_width: int, cos_TC: Tensor, sin_TC: Tensor
+    qkv_TA: Tensor,
+    heads: int,
+    kv_heads: int,
+    head_width: int,
+    cos_TC: Tensor,
+    sin_TC: Tensor,
+    q_norm_weight: Tensor | None,
+    k_norm_weight: Tensor | None,
+    eps: float,
+    k_offset_GC: Tensor | None,
 ) -> None:
     tokens, across = qkv_TA.shape
     assert across == (heads + 2 * kv_heads) * head_width, "the projection has another width"
     assert qkv_TA.stride(1) == 1, "channels must be contiguous"
     assert cos_TC.shape == sin_TC.shape == (tokens, head_width), "angles are [T, C]"
-    assert head_width & (head_width - 1) == 0, "the head width must be a power of two"
+    assert cos_TC.stride(1) == sin_TC.stride(1) == 1, "angles of a token must be contiguous"
+    assert head_width % 2 == 0, "heads are turned by halves"
+    for weight_C in (q_norm_weight, k_norm_weight):
+        assert weight_C is None or weight_C.shape == (head_width,), "a norm's weight is [C]"
+    assert k_offset_GC is None or k_offset_GC.shape == (kv_heads, head_width), "offsets are [G, C]"
