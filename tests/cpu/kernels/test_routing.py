@@ -255,6 +255,18 @@ def test_a_choice_among_logits_is_the_routers(rule: Rule, biased: bool) -> None:
     assert none_TE.shape == (0, rule.choices)
 
 
+def test_what_a_kernel_would_misread_is_refused() -> None:
+    x_TD, weight_ED = torch.randn(3, 8), torch.randn(4, 8)
+    with pytest.raises(AssertionError):
+        route_and_group(x_TD[:0], weight_ED, Rule(2))
+    with pytest.raises(AssertionError):
+        route_and_group(x_TD, weight_ED, Rule(2), live_T=torch.ones(2).int())
+    with pytest.raises(AssertionError):
+        route(x_TD, weight_ED, Rule(2), bias_E=torch.zeros(3))
+    with pytest.raises(AssertionError):
+        combine(torch.zeros(3, 2, 8), torch.zeros(2, 2), out_dtype=torch.float32)
+
+
 @pytest.mark.parametrize("tokens", [70, 530])
 def test_logits_of_many_tokens(tokens: int) -> None:
     """Two more ways of cutting the product; the choice that follows is the same for any number."""

@@ -180,6 +180,18 @@ def test_a_norm_of_what_experts_returned(residual: bool, padded: bool) -> None:
     torch.testing.assert_close(ours.residual_TD, wanted.residual_TD)
 
 
+def test_what_a_kernel_would_misread_is_refused() -> None:
+    x_TD = torch.randn(2, 64)
+    assert TURN is not None
+    for turn in (TURN.double(), TURN.T):
+        with pytest.raises(AssertionError, match="a turn"):
+            quantize_rows(x_TD, torch.int8, 64, turn_bb=turn)
+    with pytest.raises(AssertionError, match="only what is combined"):
+        rms_norm_quantize(x_TD, torch.ones(64), 1e-6, torch.int8, 64, live_T=torch.ones(2).int())
+    with pytest.raises(AssertionError, match="contiguous"):
+        rms_norm_quantize(x_TD, torch.ones(128)[::2], 1e-6, torch.int8, 64)
+
+
 def test_no_rows() -> None:
     empty = torch.empty(0, 64)
     assert launch_quantize(empty, torch.int8, 64, None).codes_TW.shape == (0, 64)

@@ -99,6 +99,17 @@ def test_product_of_8_bit_weights(split: int) -> None:
     assert torch.equal(out, reference.w8a8_gemm(*inputs, out_dtype=torch.float32))
 
 
+def test_channels_come_in_whole_blocks() -> None:
+    codes_TK, scale_T = quantized_rows(torch.randn(5, 256), W4A8Recipe.INT8_CHANNEL)
+    weight_OK, scale_O = torch.ones(48, 256, dtype=torch.int8), torch.ones(48)
+    some = (codes_TK[:, :200].contiguous(), scale_T, weight_OK[:, :200].contiguous(), scale_O)
+    with pytest.raises(AssertionError, match="200 channels are not whole blocks"):
+        w8a8_gemm(*some, out_dtype=torch.float32)
+    tiles = dataclasses.replace(SMALL, split=4)
+    with pytest.raises(AssertionError, match="split=4"):
+        w8a8_gemm(codes_TK, scale_T, weight_OK, scale_O, out_dtype=torch.float32, tiles=tiles)
+
+
 @pytest.mark.parametrize("recipe", RECIPES)
 @pytest.mark.parametrize("routing", ["random", "one expert", "one token", "padding"])
 def test_experts_ffn(recipe: W4A8Recipe, routing: str) -> None:

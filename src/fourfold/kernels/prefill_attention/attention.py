@@ -93,6 +93,7 @@ def _check(
     for x in (q_THC, k_TGC, v_TGC):
         assert x.stride()[1:] == (layout.head_width, 1), "heads of a row lie side by side"
         assert x.device.type == "cpu" or x.element_size() == 2, x.dtype
+    assert len(q_THC) * q_THC.stride(0) < 1 << 31, "queries beyond offsets of 32 bits"
     assert records.dtype is torch.uint8
     assert records.is_contiguous()
     assert records.shape[1:] == (layout.record_bytes,), records.shape

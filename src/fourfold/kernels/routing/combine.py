@@ -31,6 +31,8 @@ def combine(
     """
     assert out_TKD.is_contiguous(), out_TKD.shape
     assert gates_TK.is_contiguous(), gates_TK.shape
+    assert gates_TK.shape == out_TKD.shape[:2], (gates_TK.shape, out_TKD.shape)
+    assert live_T is None or live_T.shape == out_TKD.shape[:1], live_T.shape
     if not out_TKD.is_cuda:
         return reference.combine(out_TKD, gates_TK, out_dtype=out_dtype, live_T=live_T)
     from fourfold.kernels.routing.triton_routing import launch_combine

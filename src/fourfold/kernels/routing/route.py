@@ -33,7 +33,7 @@ def route(
     to scores for choosing and does not weigh. On a GPU at most 1024 experts. A row with NaN still
     goes to K different experts. No host synchronisation.
     """
-    _check(x_TD, weight_ED, rule)
+    _check(x_TD, weight_ED, rule, bias_E)
     if not x_TD.is_cuda:
         return reference.route(x_TD, weight_ED, rule, bias_E=bias_E, spread=spread)
     from fourfold.kernels.routing.triton_route import launch_route
@@ -52,7 +52,9 @@ def route_and_group(
 ) -> tuple[Tensor, Tensor, RowGroups]:
     """Gates and experts as `route` gives them, and what `group_rows` makes of these experts with
     `live_T`; at least one token. For few tokens on a GPU the choice sorts them, too."""
-    _check(x_TD, weight_ED, rule)
+    _check(x_TD, weight_ED, rule, bias_E)
+    assert len(x_TD) > 0, x_TD.shape
+    assert live_T is None or live_T.shape == x_TD.shape[:1], live_T.shape
     if x_TD.is_cuda and sorts_at_once(len(x_TD), len(weight_ED)):
         from fourfold.kernels.routing.triton_route import launch_route_and_group
 
@@ -67,6 +69,7 @@ def choose_experts(logits_TE: Tensor, rule: Rule, *, bias_E: Tensor | None = Non
     assert logits_TE.is_contiguous(), logits_TE.stride()
     assert logits_TE.dtype == torch.float32, logits_TE.dtype
     assert 0 < rule.choices <= logits_TE.shape[1], rule
+    assert bias_E is None or bias_E.shape == logits_TE.shape[1:], bias_E.shape
     assert not logits_TE.is_cuda or logits_TE.shape[1] <= 1024, logits_TE.shape
     if not logits_TE.is_cuda:
         return reference.choose_experts(logits_TE, rule, bias_E=bias_E)
@@ -75,8 +78,9 @@ def choose_experts(logits_TE: Tensor, rule: Rule, *, bias_E: Tensor | None = Non
     return launch_choose_experts(logits_TE, rule, bias_E)
 
 
-def _check(x_TD: Tensor, weight_ED: Tensor, rule: Rule) -> None:
+def _check(x_TD: Tensor, weight_ED: Tensor, rule: Rule, bias_E: Tensor | None) -> None:
     assert x_TD.shape[1] == weight_ED.shape[1], (x_TD.shape, weight_ED.shape)
+    assert bias_E is None or bias_E.shape == weight_ED.shape[:1], bias_E.shape
     assert 0 < rule.choices <= weight_ED.shape[0], rule
     if x_TD.is_cuda:
         assert x_TD.stride(1) == 1, "channels must be contiguous"

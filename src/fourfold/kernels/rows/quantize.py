@@ -68,13 +68,16 @@ def rms_norm_quantize(
     as there. No host synchronisation.
     """
     if gates_TK is None:
+        assert live_T is None, "only what is combined has rows of padding"
         _check(x_TD, dtype, width, None)
     else:
         assert x_TD.shape[:2] == gates_TK.shape, (x_TD.shape, gates_TK.shape)
         assert x_TD.is_contiguous(), x_TD.shape
         assert gates_TK.is_contiguous(), gates_TK.shape
+        assert live_T is None or live_T.shape == x_TD.shape[:1], live_T.shape
         _check(x_TD[:, 0], dtype, width, None)
     assert weight_D.shape == x_TD.shape[-1:], "the norm's weight has another width"
+    assert weight_D.is_contiguous(), "the norm's weight must be contiguous"
     if residual_TD is not None:
         assert residual_TD.shape == (x_TD.shape[0], x_TD.shape[-1])
         assert residual_TD.dtype == x_TD.dtype
@@ -105,4 +108,6 @@ def _check(x_TK: Tensor, dtype: torch.dtype, width: int, turn_bb: Tensor | None)
     assert x_TK.shape[1] <= width <= WIDEST, f"{x_TK.shape[1]} channels do not fit {width}"
     if turn_bb is not None:
         assert turn_bb.shape == (TURN, TURN), "a turn is [32, 32]"
+        assert turn_bb.dtype == torch.float32, f"a turn is float32: {turn_bb.dtype}"
+        assert turn_bb.is_contiguous(), "a turn must be contiguous"
         assert x_TK.shape[1] % TURN == 0, "turned channels come in whole blocks"

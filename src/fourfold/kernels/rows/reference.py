@@ -60,7 +60,7 @@ def quantize_rows(
         x_TK = (F.silu(gate_TK) * up_TK).to(x_TK.dtype)
     x_TK = x_TK.float()
     if turn_bb is not None:
-        x_TK = (x_TK.reshape(-1, turn_bb.shape[0]) @ turn_bb.float()).view(x_TK.shape)
+        x_TK = (x_TK.reshape(-1, turn_bb.shape[0]) @ turn_bb).view(x_TK.shape)
     largest = largest_code(dtype)
     amax_T1 = x_TK.abs().amax(-1, keepdim=True).clamp_min(SMALLEST)
     # `largest / amax_T1` and, on a GPU, `amax_T1 / largest` would be products with reciprocals.

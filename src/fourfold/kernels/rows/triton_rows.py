@@ -230,7 +230,7 @@ def launch_quantize(
     if rows > 0:
         _quantize_kernel[_grid(rows, tile)](
             x_TK,
-            x_TK if turn_bb is None else turn_bb.float().contiguous(),
+            x_TK if turn_bb is None else turn_bb,
             out.codes_TW,
             out.scale_T,
             rows,

@@ -63,6 +63,7 @@ def sample(logits_SV: Tensor, params: SampleParams, tables: TokenTables | None =
     from fourfold.kernels.sample import triton_sample
 
     assert logits_SV.stride(1) == 1, logits_SV.stride()
+    assert params.packed_SF.is_contiguous(), params.packed_SF.stride()
     tokens_S = logits_SV.new_empty(rows, dtype=torch.int64)
     logprobs_S = logits_SV.new_empty(rows, dtype=torch.float32)
     cut = choose(vocabulary)

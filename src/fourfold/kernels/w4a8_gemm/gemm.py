@@ -240,6 +240,8 @@ def _launch(
         many,
         width,
     )
+    blocks = x.shape[1] // BLOCK
+    assert blocks % tiles.split == 0, (blocks, tiles)
     early = overlaps_launches(x.device)
     options: dict[str, Any] = {
         "UNIT": unit,
@@ -260,8 +262,6 @@ def _launch(
         options["INT8"] = codes == "int8"
         options["BITS"] = bits
         options["STAGES"] = hopper_stages(tiles, y.element_size(), bits)
-        blocks = x.shape[1] // BLOCK
-        assert blocks % tiles.split == 0, (blocks, tiles)
         assert tiles.split == 1 or tiles.tokens <= MOST_SPLIT_TOKENS, tiles
         options["UNROLL"] = math.gcd(tiles.unroll, blocks // tiles.split)
         options["SPLIT"] = tiles.split > 1
