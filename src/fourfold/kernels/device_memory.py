@@ -66,10 +66,14 @@ def share(size: int, device: torch.device) -> tuple[Tensor, DeviceMemory]:
     room = _room(size, properties)
     handle = ctypes.c_ulonglong()
     _call("cuMemCreate", ctypes.byref(handle), ctypes.c_size_t(room), properties, _u64(0))
+    descriptor = ctypes.c_int(-1)
     try:
-        descriptor = ctypes.c_int()
         _call("cuMemExportToShareableHandle", ctypes.byref(descriptor), handle, _POSIX_FD, _u64(0))
         memory = _map(handle, room, device)
+    except DeviceMemoryError:
+        if descriptor.value >= 0:
+            os.close(descriptor.value)  # which would keep the memory
+        raise
     finally:
         _call("cuMemRelease", handle)
     weakref.finalize(memory, os.close, descriptor.value)

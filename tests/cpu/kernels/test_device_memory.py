@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from fourfold.kernels import device_memory
 from fourfold.transport.peer import DeviceMemory
@@ -46,3 +47,23 @@ def test_a_process_that_has_gone_is_named() -> None:
     gone.wait()
     with pytest.raises(device_memory.DeviceMemoryError, match=f"process {gone.pid}"):
         device_memory._descriptor_of(DeviceMemory(gone.pid, 3, 5))
+
+
+def test_memory_that_cannot_be_mapped_is_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The descriptor keeps it as well as a handle does."""
+    descriptor, called = os.open(os.devnull, os.O_RDONLY), []
+
+    def call(name: str, *arguments: object) -> None:
+        called.append(name)
+        if name == "cuMemExportToShareableHandle":
+            arguments[0]._obj.value = descriptor  # type: ignore[attr-defined]
+        if name == "cuMemAddressReserve":
+            raise device_memory.DeviceMemoryError("no addresses are left")
+
+    monkeypatch.setattr(device_memory, "_call", call)
+    monkeypatch.setattr(device_memory, "_room", lambda size, properties: size)
+    with pytest.raises(device_memory.DeviceMemoryError, match="no addresses"):
+        device_memory.share(5, torch.device("cuda", 0))
+    assert called[-1] == "cuMemRelease"
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(descriptor)
