@@ -7,10 +7,12 @@ what bears a checkpoint's name is complete, whenever the writer was killed.
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import torch
@@ -19,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fourfold.errors import CheckpointError
+from fourfold.models.config import ModelConfig
 from fourfold.models.decoder import Decoder
 from fourfold.models.layers import SparseFFN
 from fourfold.quantize.weights import DenseWeight
@@ -45,6 +48,9 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     """Of a global batch; with `length` and `seed` what a batch's number means."""
     length: int
     seed: int
+    model: ModelConfig | None = None
+    """What was trained: gates, rotation or how many experts are chosen show in no tensor. None in
+    checkpoints that were written without it."""
 
 
 def save(
@@ -94,6 +100,9 @@ def load(path: Path, model: Decoder, optimizer: Optimizer) -> Progress:
     or optimizer, or is damaged."""
     try:
         progress = msgspec.json.decode((path / _PROGRESS).read_bytes(), type=Progress)
+        other = _differing(progress.model, model.config) if progress.model else ""
+        if other:
+            raise _of_another_model(path, other)
         with safe_open(path / _STATE, framework="pt") as file:
             biases = _biases(model)
             known = {*optimizer.names(), *(name for name, _ in biases)}
@@ -112,10 +121,28 @@ def load(path: Path, model: Decoder, optimizer: Optimizer) -> Progress:
     return progress
 
 
+def _differing(was: ModelConfig, now: ModelConfig) -> str:
+    """In what two models differ whose tensors may be alike; empty where in nothing."""
+    before, after = _leaves(was), _leaves(now)
+    names = [name for name in after if before.get(name) != after[name]]
+    return ", ".join(f"{name} = {after[name]}, not {before.get(name)}" for name in names)
+
+
+def _leaves(config: ModelConfig) -> dict[str, Any]:
+    """The fields of a model and of its parts, by their paths."""
+    leaves: dict[str, Any] = {}
+    for name, value in dataclasses.asdict(config).items():
+        if isinstance(value, dict):
+            leaves |= {f"{name}.{inner}": part for inner, part in value.items()}
+        else:
+            leaves[name] = value
+    return leaves
+
+
 def _of_another_model(path: Path, how: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is of another model or optimizer ({how}); use its [model] and [optimizer], or a "
-        "new run.folder"
+        f"{path} is of another model or optimizer ({how}); use its [model], [router] and "
+        "[optimizer], or a new run.folder"
     )
 
 

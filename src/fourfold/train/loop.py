@@ -241,6 +241,7 @@ class Trainer:
             rows=self._config.data.rows,
             length=self._config.data.length,
             seed=self._config.data.seed,
+            model=self.model.config,
         )
         checkpoint.save(
             self._folder / "checkpoints",

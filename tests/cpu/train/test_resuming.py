@@ -89,6 +89,26 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
             toy.trainer(toy.config(tmp_path, other))
 
 
+@pytest.mark.parametrize(
+    ("section", "name", "value", "said"),
+    [
+        ("model", "experts_per_token", 1, "experts_per_token = 1, not 2"),
+        ("model", "rope_theta", 500.0, r"theta = 500\.0, not 10000\.0"),
+        ("router", "gate_scale", 2.0, r"scale = 2\.0, not 1\.0"),
+    ],
+)
+def test_a_model_that_differs_in_no_tensor_is_refused(
+    section: str, name: str, value: float, said: str, tmp_path: Path
+) -> None:
+    last = {"schedule": {"steps": 2, "warmup": 0}}
+    toy.trainer(toy.config(tmp_path / "run", last)).run()
+    start = tmp_path / "run" / "checkpoints" / "step-00000002"
+    changed = {section: {name: value}}
+    for elsewhere in ({}, {"run": {"folder": str(tmp_path), "start_from": str(start)}}):
+        with pytest.raises(CheckpointError, match=f"step-00000002 is of another model.*{said}"):
+            toy.trainer(toy.config(tmp_path / "run", last, changed, elsewhere))
+
+
 @pytest.mark.parametrize(("name", "value"), [("rows", 4), ("length", 12), ("seed", 1)])
 def test_a_place_in_other_batches_is_refused(name: str, value: int, tmp_path: Path) -> None:
     toy.trainer(toy.config(tmp_path, {"schedule": {"steps": 2, "warmup": 0}})).run()
