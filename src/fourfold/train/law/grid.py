@@ -32,6 +32,11 @@ from fourfold.train.config import TrainConfig, read_config
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 Value = str | int | float | bool
 Fields = dict[str, Value]
+_OWN = (
+    *("model.form", "model.experts", "schedule.steps", "run.seed", "run.folder", "run.export"),
+    *("run.start_from", "run.evaluate_every"),
+)
+"""Fields that follow from a run's place in the grid."""
 
 
 class RunFailedError(FourfoldError):
@@ -159,12 +164,20 @@ def read_grid(path: Path) -> Grid:
     sections: list[GridFile | SizeSection] = [file, *file.model]
     for section in sections:
         _check_axes(path, section)
+    for given in (file.sparse, file.dense, *(size.set for size in file.model)):
+        if own := [name for name in _OWN if name in given]:
+            raise ConfigError(
+                f"{path}: {own[0]} = {given[own[0]]!r}: the sweep sets that for each run; leave it "
+                "out"
+            )
     chains = [
         _chain(file, base, out, size, ratio, seed)
         for size in file.model
         for ratio in size.ratios or file.ratios
         for seed in size.seeds or file.seeds
     ]
+    if chains[0].cells[0].config.data.held_out is None:
+        raise ConfigError(f"{base}: a law is fitted to held-out losses; set data.held_out")
     for chain in chains:
         _check_same_text(chains[0].cells[0], chain.cells[0])
     return Grid(

@@ -154,7 +154,7 @@ def record_of(grid: Grid, cell: Cell) -> RunRecord:
     found = read_records(cell.folder / "metrics.jsonl")
     evaluations = [r for r in found if isinstance(r, EvaluationRecord)]
     if not evaluations or evaluations[-1].step != cell.config.schedule.steps:
-        raise RunFailedError("it has no held-out loss at its last step; set data.held_out")
+        raise RunFailedError("it has no held-out loss at its last step")
     last = evaluations[-1]
     steps = [r for r in found if isinstance(r, StepRecord)][_WARM_UP_RECORDS:]
     mfu = [r.mfu for r in steps if not isinstance(r.mfu, UnsetType)]

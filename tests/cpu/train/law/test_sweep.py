@@ -319,6 +319,8 @@ def test_a_shared_stable_phase_gives_what_each_run_gives_by_itself(
         (("tokens = [640, 320]", "tokens = [640, 650]"), "x1-650-s0 and .* as many steps"),
         (("tokens = [640, 320]", "tokens = [640, 64]"), "schedule.warmup = 2"),
         (("[[model]]", "more = 1\n[[model]]"), "unknown field `more`"),
+        (('"router.z_loss"', '"run.folder" = "x", "router.z_loss"'), r"run\.folder = 'x': the sw"),
+        (("[[model]]", "dense = {{ 'model.experts' = 4 }}\n[[model]]"), r"model\.experts = 4: the"),
         (("[640, 320]", "[640"), "cannot be read as a grid"),
         (('"router.z_loss"', '"data.rows" = 4, "router.z_loss"'), r"1 \* 4 rows, .* 1 \* 2"),
         (('"router.z_loss"', '"data.length" = 8, "router.z_loss"'), r"data\.length of wide"),
@@ -337,3 +339,13 @@ def test_grids_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=complaint):
         make(grid=GRID.replace(*change, 1))
+
+
+def test_a_grid_without_held_out_text_is_refused_before_it_is_trained(
+    make: Callable[..., Grid], tmp_path: Path
+) -> None:
+    make()
+    base = tmp_path / "sweep/base.toml"
+    base.write_text("".join(x for x in BASE.splitlines(True) if not x.startswith("held_out")))
+    with pytest.raises(ConfigError, match=r"base\.toml: .*set data\.held_out"):
+        read_grid(tmp_path / "sweep/grid.toml")
