@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import tomllib
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -318,6 +319,8 @@ def make_config(fields: dict[str, Any], where: str) -> TrainConfig:
     """A configuration of plain values; `where` is named in errors."""
     try:
         return msgspec.convert(fields, TrainConfig)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
     except msgspec.ValidationError as error:
         problem, _, path = str(error).partition(" - at `$.")
         path = path.rstrip("`")
@@ -327,7 +330,21 @@ def make_config(fields: dict[str, Any], where: str) -> TrainConfig:
         shown = f"{path} = {value!r}: " if path and not isinstance(value, dict) else ""
         section = f" in [{path}]" if path and not shown else ""
         problem = problem[:1].lower() + problem[1:]
-        raise ConfigError(f"{where}: {shown}{problem}{section}; correct that field") from None
+        remedy = _remedy(problem, path)
+        raise ConfigError(f"{where}: {shown}{problem}{section}; {remedy}") from None
+
+
+def _remedy(problem: str, path: str) -> str:
+    """What a field may be, or a section may have, where the problem does not say it."""
+    section, _, field = path.partition(".")
+    kind = typing.get_type_hints(TrainConfig)[section] if section else TrainConfig
+    if "unknown field" in problem:
+        known = ", ".join(kind.__struct_fields__)
+        return f"its fields are {known}" if section else f"the sections are {known}"
+    if field and "enum" in problem:
+        choices = typing.get_args(typing.get_type_hints(kind)[field])
+        return "use " + " or ".join(f'"{choice}"' for choice in choices)
+    return "correct that field"
 
 
 def _override(fields: dict[str, Any], override: str) -> None:

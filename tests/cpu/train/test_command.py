@@ -97,5 +97,5 @@ def test_data_that_do_not_fit_are_refused(
 def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(tmp_path, tmp_path, "model.layers=0") == 2
     assert capsys.readouterr().err.strip().splitlines() == [
-        "fourfold: model.layers = 0 must be more than zero, and finite"
+        f"fourfold: {tmp_path / 'run.toml'}: model.layers = 0 must be more than zero, and finite"
     ]
