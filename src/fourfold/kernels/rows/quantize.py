@@ -62,10 +62,10 @@ def rms_norm_quantize(
 
     `x_TD` and `residual_TD` are [T, D] of one dtype (float32 or 16 bits), `weight_D` [D] of any
     float dtype. The sum is rounded to that dtype before it is normed, as a residual stream is kept;
-    without a residual the returned one is `x_TD` itself. With `keep_normed` the normed rows come
-    back in that dtype too (a router reads them). With `gates_TK` (float [T, K], contiguous), `x` is
-    [T, K, D], contiguous, and stands for what `routing.combine` makes of it in its dtype; `live_T`
-    as there. No host synchronisation.
+    without residual and gates the returned one is `x_TD` itself. With `keep_normed` the normed
+    rows come back in that dtype too (a router reads them). With `gates_TK` (float [T, K],
+    contiguous), `x` is [T, K, D], contiguous, and stands for what `routing.combine` makes of it in
+    its dtype; `live_T` as there. No host synchronisation.
     """
     if gates_TK is None:
         assert live_T is None, "only what is combined has rows of padding"
