@@ -62,10 +62,11 @@ class Corpus(msgspec.Struct, frozen=True, kw_only=True):
 
 def gather(config: PackagesConfig, progress: Callable[[int, int], None]) -> Corpus:
     """Writes the corpus of this machine. `progress` is called with documents and bytes so far.
-    ConfigError where no package gives a text."""
+    ConfigError where a folder does not exist or no package gives a text; a corpus that was there is
+    left alone then."""
+    if absent := [folder for folder in config.python if not folder.is_dir()]:
+        raise ConfigError(f"{absent[0]} is no folder; name folders with packages with --python")
     config.out.mkdir(parents=True, exist_ok=True)
-    for old in (*config.out.glob("documents-*.jsonl.gz"), config.out / _SUMMARY):
-        old.unlink(missing_ok=True)
     sources: dict[Package, list[int]] = {}
     left_out: dict[str, int] = {}
     texts = itertools.chain(python_texts(config), debian_texts(config.debian))
@@ -77,6 +78,9 @@ def gather(config: PackagesConfig, progress: Callable[[int, int], None]) -> Corp
         if (reason := _unfit(text, config) or known.repeated(raw)) is not None:
             left_out[reason] = left_out.get(reason, 0) + 1
             continue
+        if not done:
+            for old in (*config.out.glob("documents-*.jsonl.gz"), config.out / _SUMMARY):
+                old.unlink(missing_ok=True)
         writer.add(text)
         count = sources.setdefault(text.package, [0, 0])
         count[0] += 1

@@ -92,9 +92,9 @@ class Shards:
         try:
             self.meta = msgspec.json.decode((folder / META).read_bytes(), type=ShardsMeta)
         except (OSError, msgspec.DecodeError) as error:
-            raise ConfigError(
-                f"{folder} holds no finished shards ({error}); run `fourfold tokenize`"
-            ) from error
+            splits = [str(path.parent) for path in sorted(folder.glob(f"*/{META}"))[::-1]]
+            remedy = f"name {' or '.join(splits)}" if splits else "run `fourfold tokenize`"
+            raise ConfigError(f"{folder} holds no finished shards ({error}); {remedy}") from error
         self._tokens = [_map(folder, shard, self.meta.dtype) for shard in self.meta.shards]
         ends = [_read_ends(folder, shard) for shard in self.meta.shards]
         documents = [shard.documents for shard in self.meta.shards]

@@ -125,7 +125,7 @@ def _write_documents(
         for text, ids in zip(texts, _encode(encoder.backend, texts), strict=True):
             raw = text.encode()
             split = HELD_OUT if is_held_out(raw, config.held_out) else TRAIN
-            writers[split].add([*ids, *mark], len(raw))
+            writers[split].add([*ids, *mark] if ids else [], len(raw))
             unsaved += len(raw)
         if unsaved >= _SAVED_EVERY:
             splits = {split: writer.state() for split, writer in writers.items()}
@@ -240,14 +240,20 @@ def _read_state(out: Path, work: str) -> _State:
         ) from error
     if state.work != work:
         raise ConfigError(
-            f"{out} was begun from other texts or with other options; repeat those or name "
-            "another --out"
+            f"{out} was begun from other texts or with other options; repeat those, delete it, or "
+            "name another --out"
         )
     return state
 
 
 def _read_meta(folder: Path) -> ShardsMeta:
-    return msgspec.json.decode((folder / META).read_bytes(), type=ShardsMeta)
+    try:
+        return msgspec.json.decode((folder / META).read_bytes(), type=ShardsMeta)
+    except (OSError, msgspec.DecodeError) as error:
+        raise ConfigError(
+            f"{folder} was finished, but is damaged ({error}); delete {folder.parent} and begin "
+            "again"
+        ) from error
 
 
 def _write_state(path: Path, value: _State) -> None:

@@ -137,6 +137,12 @@ def test_damaged_shards_are_refused(tmp_path: Path, damage: str) -> None:
         Shards(tmp_path)
 
 
+def test_splits_are_named_where_the_folder_around_them_was(tmp_path: Path) -> None:
+    write(tmp_path / "train", [[1, 2, 3]])
+    with pytest.raises(ConfigError, match=rf"holds no finished shards .*; name {tmp_path}/train$"):
+        Shards(tmp_path)
+
+
 class Counting:
     """Batches that remember in which thread which were read; number 5 fails."""
 

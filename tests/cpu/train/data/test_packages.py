@@ -158,6 +158,19 @@ def test_no_text_at_all_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "no package gives a text" in capsys.readouterr().err
 
 
+def test_a_folder_that_is_not_there_leaves_the_corpus_alone(
+    machine: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gather(machine, *SIZES)
+    files = {path: path.read_bytes() for path in (machine / "out").iterdir()}
+    (machine / "empty").mkdir()
+    line = ["--out", machine / "out", "--debian", machine / "empty", "--python", machine / "empty"]
+    for also, said in (([machine / "nowhere"], "nowhere is no folder"), ([], "no package gives")):
+        assert run(["corpus", "packages", *map(str, [*line, *also])]) == 2
+        assert said in capsys.readouterr().err
+        assert files == {path: path.read_bytes() for path in (machine / "out").iterdir()}
+
+
 def test_a_manual_page_is_words() -> None:
     assert manual_text(MANUAL) == (
         "NAME\nexpert - chooses\n\nSEE ALSO\nrouter(1),\nthe other page\n\n--help\n"

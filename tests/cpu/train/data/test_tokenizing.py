@@ -150,6 +150,23 @@ def test_long_texts_are_encoded_in_pieces(
     assert metas["train"].documents + metas["held-out"].documents == len(known)
 
 
+def test_empty_texts_are_left_out(tmp_path: Path) -> None:
+    """They would be documents of nothing but the mark of their end."""
+    (tmp_path / "in.jsonl").write_text('{"text": ""}\n{"text": "a"}\n{"text": ""}\n')
+    metas = tokenize(options(tmp_path / "in.jsonl", out=tmp_path / "out", train_bpe=257), None)
+    assert sum(meta.documents for meta in metas.values()) == 1
+    assert sum(meta.tokens for meta in metas.values()) == 2
+
+
+def test_shards_that_are_lost_after_the_end_are_told(texts: tuple[Path, list[str]]) -> None:
+    folder, _ = texts
+    tokenize(options(folder), None)
+    meta = folder.parent / "shards" / "train" / "meta.json"
+    meta.unlink()
+    with pytest.raises(ConfigError, match=r"train was finished, but is damaged .*delete"):
+        tokenize(options(folder), None)
+
+
 def test_copies_of_a_text_are_on_one_side() -> None:
     chosen = [number for number in range(20000) if is_held_out(text_of(number).encode(), 0.1)]
     assert len(chosen) == pytest.approx(2000, rel=0.1)
