@@ -10,7 +10,6 @@ from fourfold.kernels.pages import (
     PAGE_TOKENS,
     PageCodes,
     PageLayout,
-    append_rows,
     hash_pages,
     move_pages,
     reference,
@@ -63,23 +62,6 @@ def test_records_of_one_layer_among_others_far_into_memory() -> None:
     theirs = poisoned(1, layout)
     reference.seal_pages(theirs, layout, k_SGC, v_SGC, jobs[0], torch.zeros_like(jobs[1]))
     assert torch.equal(records[-1, : layout.code_bytes + 64], theirs[0, : layout.code_bytes + 64])
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("heads", "width"), [(3, 64), (4, 128)])
-def test_rows_are_copied_to_their_places(dtype: torch.dtype, heads: int, width: int) -> None:
-    layout = PageLayout(kv_heads=heads, head_width=width)
-    k_TGC, v_TGC = keys_and_values(100, layout, dtype)
-    shape = (4 * PAGE_TOKENS, heads, width)
-    ours = [torch.full(shape, float("nan"), device="cuda", dtype=dtype) for _ in range(2)]
-    theirs = [kept.clone() for kept in ours]
-    row_J = torch.randperm(100, device="cuda")[:70].int()
-    place_J = torch.randperm(4 * PAGE_TOKENS, device="cuda")[:70].int()
-    place_J[::9] = -1
-    append_rows(*ours, k_TGC, v_TGC, row_J, place_J)
-    reference.append_rows(*theirs, k_TGC, v_TGC, row_J, place_J)
-    for kept, expected in zip(ours, theirs, strict=True):
-        assert torch.equal(kept.view(torch.uint8), expected.view(torch.uint8))
 
 
 def test_a_list_of_jobs_can_be_replayed() -> None:

@@ -60,7 +60,7 @@ def test_the_kernel_is_the_reference(
 def test_keys_and_values_go_to_their_open_pages(
     keep: bool, dtype: torch.dtype, tokens: int, heads: int, kv_heads: int, width: int
 ) -> None:
-    """The same bits as `norm_rope` gives and `append_rows` would copy, and nothing beside them."""
+    """The same bits as `norm_rope` gives at the places that were named, and nothing beside them."""
     qkv_TA = torch.randn(tokens, (heads + 2 * kv_heads) * width, device="cuda").to(dtype)
     angles = torch.randn(2, tokens, width, device="cuda")
     weights = (torch.rand(width, device="cuda"), torch.rand(width, device="cuda"))

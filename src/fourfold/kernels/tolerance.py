@@ -22,7 +22,6 @@ TOLERANCES = {
     "norm_rope": {"": 0.01},
     "norm_rope_append": {"": 0.01},
     "seal_pages": {"int8": 0.05, "fp8": 0.05},
-    "append_rows": {"": 0.0},
     "move_pages": {"": 0.0},
     "route": {"": 0.01},
     "route_and_group": {"": 0.01},

@@ -11,11 +11,10 @@ from fourfold.kernels.pages import (
     VALUE_ORDER,
     PageCodes,
     PageLayout,
-    append_rows,
     reference,
     seal_pages,
 )
-from fourfold.kernels.pages.triton_pages import launch_append, launch_seal
+from fourfold.kernels.pages.triton_pages import launch_seal
 from tests.cpu.kernels.codes import same_codes
 
 POISON = 0x7F
@@ -126,30 +125,10 @@ def test_rows_may_be_parts_of_wider_ones() -> None:
     assert torch.equal(ours, theirs)
 
 
-@pytest.mark.parametrize("append", [append_rows, launch_append])
-@pytest.mark.parametrize(("heads", "width"), [(3, 16), (2, 64)])
-def test_rows_are_copied_to_their_places(append: object, heads: int, width: int) -> None:
-    assert callable(append)
-    layout = PageLayout(kv_heads=heads, head_width=width)
-    k_TGC, v_TGC = keys_and_values(4, layout, torch.bfloat16)
-    open_k, open_v = (
-        torch.full((2 * PAGE_TOKENS, heads, width), float("nan"), dtype=torch.bfloat16)
-        for _ in range(2)
-    )
-    row_J, place_J = torch.tensor([3, 0, 2]), torch.tensor([64, -1, 5])
-    append(open_k, open_v, k_TGC, v_TGC, row_J, place_J)
-    for kept, rows in ((open_k, k_TGC), (open_v, v_TGC)):
-        assert torch.equal(kept[64], rows[3])
-        assert torch.equal(kept[5], rows[2])
-        assert int(kept.isnan().all(-1).all(-1).sum()) == 2 * PAGE_TOKENS - 2
-
-
 def test_no_jobs() -> None:
     layout = PageLayout(kv_heads=1, head_width=16)
     k_SGC, v_SGC = keys_and_values(64, layout, torch.bfloat16)
     records, nothing = poisoned(1, layout), torch.empty(0, dtype=torch.int32)
     for seal in (launch_seal, seal_pages):
         seal(records, layout, k_SGC, v_SGC, nothing, nothing)
-    for append in (launch_append, append_rows):
-        append(k_SGC.clone(), v_SGC.clone(), k_SGC, v_SGC, nothing, nothing)
     assert bool((records == POISON).all())

@@ -1,6 +1,6 @@
 """Pages of 8-bit keys and values: their layout, and how they are filled."""
 
-from fourfold.kernels.pages.fill import SealJobs, append_rows, seal_pages
+from fourfold.kernels.pages.fill import SealJobs, seal_pages
 from fourfold.kernels.pages.layout import PAGE_TOKENS, VALUE_ORDER, PageCodes, PageLayout, PageViews
 from fourfold.kernels.pages.move import hash_pages, move_pages
 
@@ -11,7 +11,6 @@ __all__ = [
     "PageLayout",
     "PageViews",
     "SealJobs",
-    "append_rows",
     "hash_pages",
     "move_pages",
     "seal_pages",

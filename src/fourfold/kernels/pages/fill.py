@@ -1,10 +1,10 @@
-"""The verbs that fill pages: checked, then Triton on a GPU and the reference anywhere else.
+"""The verb that fills pages: checked, then Triton on a GPU and the reference anywhere else.
 
 A negative page or place means that there is nothing to do, so that a list of jobs of fixed length
 can be part of a CUDA graph.
 
-Shapes: P pages, R bytes of a record, S rows of 16-bit keys and values, T new rows, J jobs, G KV
-heads, N = 64 tokens per page, C head width.
+Shapes: P pages, R bytes of a record, S rows of 16-bit keys and values, J jobs, G KV heads, N = 64
+tokens per page, C head width.
 """
 
 from __future__ import annotations
@@ -34,7 +34,14 @@ class SealJobs(NamedTuple):
         assert self.records_PR.dtype == torch.uint8
         assert self.records_PR.shape[1:] == (layout.record_bytes,), "records of another layout"
         assert self.records_PR.stride(1) == 1
-        _check_rows(self.k_SGC, self.v_SGC, self.first_row_J, self.page_J)
+        assert self.k_SGC.shape == self.v_SGC.shape
+        assert self.k_SGC.dtype == self.v_SGC.dtype
+        for rows in (self.k_SGC, self.v_SGC):
+            assert rows.stride()[1:] == (rows.shape[2], 1), "the heads of a row must be contiguous"
+        assert self.first_row_J.shape == self.page_J.shape == (self.page_J.numel(),)
+        for job in (self.first_row_J, self.page_J):
+            assert job.dtype in (torch.int32, torch.int64), "rows and pages are integers"
+            assert job.stride() == (1,), "jobs must be contiguous"
         shape = (layout.kv_heads, layout.head_width)
         assert self.k_SGC.shape[1:] == shape, "rows of another layout"
 
@@ -64,42 +71,3 @@ def seal_pages(
     from fourfold.kernels.pages.triton_pages import launch_seal
 
     launch_seal(*jobs)
-
-
-def append_rows(
-    open_k: Tensor,
-    open_v: Tensor,
-    k_TGC: Tensor,
-    v_TGC: Tensor,
-    row_J: Tensor,
-    place_J: Tensor,
-) -> None:
-    """Copies row `row_J[j]` of `k_TGC` and `v_TGC` to row `place_J[j]` of the open pages.
-
-    `open_k` and `open_v` are [S * 64, G, C], contiguous, in the dtype of the rows; the rows' own
-    stride may be any. `row_J` and `place_J` are int32 or int64 on the same device; no two jobs may
-    have the same place. No host synchronisation.
-    """
-    _check_rows(k_TGC, v_TGC, row_J, place_J)
-    for kept, rows in ((open_k, k_TGC), (open_v, v_TGC)):
-        assert kept.shape[1:] == rows.shape[1:]
-        assert kept.dtype == rows.dtype
-        assert kept.is_contiguous(), "open pages must be contiguous"
-    arguments = (open_k, open_v, k_TGC, v_TGC, row_J, place_J)
-    if not open_k.is_cuda:
-        reference.append_rows(*arguments)
-        return
-    from fourfold.kernels.pages.triton_pages import launch_append
-
-    launch_append(*arguments)
-
-
-def _check_rows(k: Tensor, v: Tensor, source_J: Tensor, target_J: Tensor) -> None:
-    assert k.shape == v.shape
-    assert k.dtype == v.dtype
-    for rows in (k, v):
-        assert rows.stride()[1:] == (rows.shape[2], 1), "the heads of a row must be contiguous"
-    assert source_J.shape == target_J.shape == (source_J.numel(),)
-    for job in (source_J, target_J):
-        assert job.dtype in (torch.int32, torch.int64), "rows and pages are integers"
-        assert job.stride() == (1,), "jobs must be contiguous"

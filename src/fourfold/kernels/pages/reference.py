@@ -3,8 +3,8 @@
 Codes come from one multiplication by `largest / amax`, rounded half to even, scales from one by
 `1 / largest`; in the kernels too: the same bits.
 
-Shapes: P pages, R bytes of a record, S rows of 16-bit keys and values, T new rows, J jobs, G KV
-heads, N = 64 tokens per page, C head width.
+Shapes: P pages, R bytes of a record, S rows of 16-bit keys and values, J jobs, G KV heads, N = 64
+tokens per page, C head width.
 """
 
 from __future__ import annotations
@@ -39,21 +39,6 @@ def seal_pages(
     values = values.view(torch.uint8)[:, order].permute(0, 2, 3, 1)
     views.values.view(torch.uint8)[pages] = values
     views.scales[pages] = torch.stack((key_scale_JG, value_scale_JG), 1)
-
-
-def append_rows(
-    open_k: Tensor,
-    open_v: Tensor,
-    k_TGC: Tensor,
-    v_TGC: Tensor,
-    row_J: Tensor,
-    place_J: Tensor,
-) -> None:
-    """Copies rows into open pages; see `fourfold.kernels.pages`."""
-    wanted = place_J >= 0
-    rows, places = row_J[wanted].long(), place_J[wanted].long()
-    open_k[places] = k_TGC[rows]
-    open_v[places] = v_TGC[rows]
 
 
 def _quantized(x_JNGC: Tensor, layout: PageLayout) -> tuple[Tensor, Tensor]:

@@ -5,8 +5,8 @@ that both the reads and the writes are whole lines. Codes are rounded by adding 
 low byte then is the code; contraction into an FMA is off, for it would round otherwise than the
 reference does.
 
-Shapes: P pages, R bytes of a record, S rows of 16-bit keys and values, T new rows, J jobs, G KV
-heads, N = 64 tokens per page, C head width.
+Shapes: P pages, R bytes of a record, S rows of 16-bit keys and values, J jobs, G KV heads, N = 64
+tokens per page, C head width.
 """
 
 # mypy: ignore-errors
@@ -113,35 +113,6 @@ def _seal_kernel(
         )  # fmt: skip
 
 
-@triton.jit
-def _append_kernel(
-    open_k_ptr,
-    open_v_ptr,
-    k_ptr,
-    v_ptr,
-    row_ptr,
-    place_ptr,
-    k_stride,
-    v_stride,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    EARLY: tl.constexpr,
-):
-    if EARLY:
-        gdc_wait()
-        gdc_launch_dependents()
-    job = tl.program_id(0)
-    place = tl.load(place_ptr + job).to(tl.int64)
-    if place >= 0:
-        row = tl.load(row_ptr + job).to(tl.int64)
-        channel = tl.arange(0, BLOCK)
-        inside = channel < WIDTH
-        k = tl.load(k_ptr + row * k_stride + channel, mask=inside)
-        v = tl.load(v_ptr + row * v_stride + channel, mask=inside)
-        tl.store(open_k_ptr + place * WIDTH + channel, k, mask=inside)
-        tl.store(open_v_ptr + place * WIDTH + channel, v, mask=inside)
-
-
 def launch_seal(
     records_PR: Tensor,
     layout: PageLayout,
@@ -171,35 +142,5 @@ def launch_seal(
         EARLY=early,
         num_warps=4,
         enable_fp_fusion=False,
-        launch_pdl=early,
-    )
-
-
-def launch_append(
-    open_k: Tensor,
-    open_v: Tensor,
-    k_TGC: Tensor,
-    v_TGC: Tensor,
-    row_J: Tensor,
-    place_J: Tensor,
-) -> None:
-    """`append_rows` on checked arguments."""
-    if place_J.numel() == 0:
-        return
-    width = open_k.shape[1] * open_k.shape[2]
-    early = overlaps_launches(open_k.device)
-    _append_kernel[(place_J.numel(),)](
-        open_k,
-        open_v,
-        k_TGC,
-        v_TGC,
-        row_J,
-        place_J,
-        k_TGC.stride(0),
-        v_TGC.stride(0),
-        WIDTH=width,
-        BLOCK=triton.next_power_of_2(width),
-        EARLY=early,
-        num_warps=4,
         launch_pdl=early,
     )

@@ -18,7 +18,6 @@ from fourfold.kernels.pages import (
     VALUE_ORDER,
     PageCodes,
     PageLayout,
-    append_rows,
     move_pages,
     seal_pages,
 )
@@ -36,8 +35,6 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield _seal(2048, codes, device)
     for pages in (256, 4):
         yield _seal(pages, PageCodes.INT8, device)
-    for rows in (256, 64):
-        yield _append(rows, device)
     for rows in (256, 1):
         yield _norm_rope_append(rows, device)
     for tokens in (4096, 512):
@@ -83,29 +80,6 @@ def _seal(pages: int, codes: PageCodes, device: torch.device) -> Case:
         case=f"{pages} pages, {_KV_HEADS} heads x {_HEAD_WIDTH}, {codes}",
         run=run,
         work=float(read + pages * (layout.code_bytes + 8 * _KV_HEADS)),
-        unit="B",
-        ceiling="copy bandwidth",
-        error=error,
-    )
-
-
-def _append(rows: int, device: torch.device) -> Case:
-    k_TGC, v_TGC = _keys_and_values(rows, device)
-    open_k, open_v = _keys_and_values(rows * PAGE_TOKENS, device)
-    row_J = torch.arange(rows, dtype=torch.int32, device=device)
-    place_J = torch.randperm(open_k.shape[0], device=device)[:rows].int()
-    run = partial(append_rows, open_k, open_v, k_TGC, v_TGC, row_J, place_J)
-
-    def error() -> float:
-        open_k.fill_(float("nan"))
-        run()
-        return float((open_k[place_J.long()] - k_TGC).norm() / k_TGC.norm())
-
-    return Case(
-        kernel="append_rows",
-        case=f"{rows} rows, {_KV_HEADS} heads x {_HEAD_WIDTH}",
-        run=run,
-        work=2.0 * (k_TGC.nbytes + v_TGC.nbytes),
         unit="B",
         ceiling="copy bandwidth",
         error=error,
