@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from fourfold.errors import CheckpointError, ConfigError
+from fourfold.kernels.cpu_w8a8_gemm import exact_on_cpu
 from fourfold.kernels.pages.layout import PageCodes
-from fourfold.kernels.w8a8_gemm import exact_on_cpu
 from fourfold.models.checkpoint.fourfold_format import FourfoldFormat
 from fourfold.models.checkpoint.source import Source, SourceKind
 from fourfold.models.checkpoint.tensors import Checkpoint

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fourfold.kernels.cpu_w8a8_gemm import LIMIT
 from fourfold.kernels.w4a8_gemm.packing import (
     BLOCK,
     HALF,
@@ -17,7 +18,6 @@ from fourfold.kernels.w4a8_gemm.packing import (
     decode_with,
     padded,
 )
-from fourfold.kernels.w8a8_gemm import LIMIT
 
 
 def random_w4a8(

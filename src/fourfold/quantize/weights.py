@@ -17,9 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fourfold.kernels.cpu_w8a8_gemm import LIMIT, cpu_w8a8_gemm, pack_weight, quantize_per_token
 from fourfold.kernels.rows import quantize_rows
-from fourfold.kernels.w4a8_gemm import w4a8_gemm
-from fourfold.kernels.w4a8_gemm import w8a8_gemm as w8a8_gemm_cuda
+from fourfold.kernels.w4a8_gemm import w4a8_gemm, w8a8_gemm
 from fourfold.kernels.w4a8_gemm.packing import (
     PackedW4A8,
     W4A8Recipe,
@@ -27,7 +27,6 @@ from fourfold.kernels.w4a8_gemm.packing import (
     padded,
     unpack_nibbles,
 )
-from fourfold.kernels.w8a8_gemm import LIMIT, pack_weight, quantize_per_token, w8a8_gemm
 from fourfold.quantize.w4a8 import quantize_w4a8
 
 Encoded = tuple[Tensor, ...]
@@ -104,7 +103,7 @@ class W8A8Weight(nn.Module):
     def product(self, encoded: Encoded, slot: int = 0) -> Tensor:
         """`x @ weight.T`, float32 [T, O]; `slot` picks one of stacked weights."""
         codes_TI, scale_T1 = encoded
-        return w8a8_gemm(codes_TI, scale_T1, self.packed[slot], self.scales[slot])
+        return cpu_w8a8_gemm(codes_TI, scale_T1, self.packed[slot], self.scales[slot])
 
 
 class CudaW8A8Weight(nn.Module):
@@ -127,9 +126,7 @@ class CudaW8A8Weight(nn.Module):
     def product(self, encoded: Encoded) -> Tensor:
         """`x @ weight.T`, [T, O]."""
         codes_TI, scale_T = encoded
-        return w8a8_gemm_cuda(
-            codes_TI, scale_T, self.codes_OI, self.scale_O, out_dtype=torch.bfloat16
-        )
+        return w8a8_gemm(codes_TI, scale_T, self.codes_OI, self.scale_O, out_dtype=torch.bfloat16)
 
 
 class CudaW4A8Weight(nn.Module):

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fourfold.errors import CheckpointError, ConfigError
-from fourfold.kernels.w8a8_gemm import exact_on_cpu
+from fourfold.kernels.cpu_w8a8_gemm import exact_on_cpu
 from fourfold.models.checkpoint.directory import DirectoryCheckpoint
 from fourfold.models.checkpoint.source import Source, SourceKind, find_source
 from fourfold.models.conversion import output
@@ -124,7 +124,7 @@ def exact_products(monkeypatch: pytest.MonkeyPatch) -> None:
         return sums.float() * scale_O * scale_T1
 
     monkeypatch.setattr(weights, "pack_weight", lambda codes: codes)
-    monkeypatch.setattr(weights, "w8a8_gemm", product)
+    monkeypatch.setattr(weights, "cpu_w8a8_gemm", product)
 
 
 @pytest.mark.usefixtures("exact_products")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold.kernels.w8a8_gemm import (
+from fourfold.kernels.cpu_w8a8_gemm import (
     LIMIT,
     ZERO_POINT,
+    cpu_w8a8_gemm,
     exact_on_cpu,
     pack_weight,
     quantize_per_token,
-    w8a8_gemm,
 )
 from fourfold.models.rotation import input_turn
 from fourfold.quantize.weights import W8A8Weight, to_w8a8
@@ -74,7 +74,7 @@ def test_sums_are_exact(tokens: int, inputs: int, outputs: int) -> None:
     codes[-1, 1:] = ZERO_POINT + LIMIT
     sums = (codes.long() - ZERO_POINT) @ weight.long().T
     packed = pack_weight(weight)
-    out = w8a8_gemm(codes, torch.ones(tokens, 1), packed, torch.ones(outputs))
+    out = cpu_w8a8_gemm(codes, torch.ones(tokens, 1), packed, torch.ones(outputs))
     # Without VNNI float32 adds the products, exactly as long as no sum needs more than its bits.
     exact = exact_on_cpu() or inputs * LIMIT**2 < 2**24
     rtol, atol = (0.0, 0.0) if exact else (1e-4, inputs)

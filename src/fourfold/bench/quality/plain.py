@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fourfold.kernels.w8a8_gemm import ZERO_POINT, w8a8_gemm
+from fourfold.kernels.cpu_w8a8_gemm import ZERO_POINT, cpu_w8a8_gemm
 from fourfold.models.conversion.simulated import Codes, Int8Codes, SimulatedWeight
 from fourfold.models.layers import Linear
 from fourfold.models.router import Router
@@ -77,4 +77,4 @@ def _unpacked(packed: Tensor, scale_O: Tensor) -> Tensor:
     """Int8 codes [O, I] of a weight whose layout is opaque: its product with unit rows."""
     unit = ZERO_POINT + torch.eye(packed.shape[-1], dtype=torch.uint8)
     ones_I1, ones_O = torch.ones(packed.shape[-1], 1), torch.ones_like(scale_O)
-    return w8a8_gemm(unit, ones_I1, packed, ones_O).T.round().to(torch.int8)
+    return cpu_w8a8_gemm(unit, ones_I1, packed, ones_O).T.round().to(torch.int8)

@@ -39,7 +39,7 @@ def pack_weight(weight_OI: Tensor) -> Tensor:
     return _pack(weight_OI) if exact_on_cpu() else weight_OI.float()
 
 
-def w8a8_gemm(codes_TI: Tensor, scale_T1: Tensor, packed: Tensor, scale_O: Tensor) -> Tensor:
+def cpu_w8a8_gemm(codes_TI: Tensor, scale_T1: Tensor, packed: Tensor, scale_O: Tensor) -> Tensor:
     """Returns float32 [T, O]; exact up to the scaling. `packed` comes from `pack_weight`, `scale_O`
     is float32."""
     if not packed.is_mkldnn:
