@@ -77,6 +77,8 @@ def save(
     unfinished.mkdir()
     save_file(tensors, unfinished / _STATE)
     (unfinished / _PROGRESS).write_bytes(msgspec.json.encode(progress))
+    # Some versions of safetensors leave what only its owner can read.
+    shutil.copymode(unfinished / _PROGRESS, unfinished / _STATE)
     for path in (unfinished / _STATE, unfinished / _PROGRESS, unfinished):
         _flush(path)
     final = folder / f"step-{progress.steps:08d}"

@@ -48,6 +48,8 @@ def export(
         )
     assert read == config, (read, config)
     folder.mkdir(parents=True, exist_ok=True)
+    description = folder / "config.json"
+    description.write_text(json.dumps(fields, indent=1))
     index: dict[str, str] = {}
     part: dict[str, Tensor] = {}
     files: list[dict[str, Tensor]] = [part]
@@ -66,11 +68,12 @@ def export(
     for number, tensors in enumerate(files, 1):
         file = f"model-{number:05d}-of-{len(files):05d}.safetensors"
         save_file(tensors, folder / file, metadata={"format": "pt"})
+        # Some versions of safetensors leave what only its owner can read.
+        shutil.copymode(description, folder / file)
         index |= dict.fromkeys(tensors, file)
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {}, "weight_map": index}, indent=1)
     )
-    (folder / "config.json").write_text(json.dumps(fields, indent=1))
     if tokenizer is not None:
         _copy_tokenizer(tokenizer, folder)
 

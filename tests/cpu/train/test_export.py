@@ -53,6 +53,15 @@ def trained_logits(trainer: Trainer, documents: list[list[int]]) -> torch.Tensor
     return trainer.model.logits(hidden)
 
 
+def test_whoever_may_read_the_configuration_may_read_the_weights(
+    trained: tuple[Trainer, Path],
+) -> None:
+    _, folder = trained
+    files = [*folder.glob("*"), *(folder.parent / "checkpoints").glob("*/*")]
+    assert {path.suffix for path in files} == {".json", ".safetensors"}
+    assert len({path.stat().st_mode for path in files}) == 1
+
+
 def test_transformers_computes_the_same(trained: tuple[Trainer, Path]) -> None:
     trainer, folder = trained
     loaded = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
