@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -52,16 +53,56 @@ def run(options: Options) -> int:
     model = model_config(config.model, config.router, vocabulary.tokens, vocabulary.end_of_text)
     config, held_out = _held_out(config, vocabulary)
     batches = ShardBatches(shards, rows=data.rows, length=data.length, seed=data.seed)
+    folder = Path(config.run.folder)
     with joined(config.parallel, device) as parallel, ReadAhead(batches) as ahead:
         trainer = Trainer(config, model, ahead, parallel)
-        with _bar(trainer, config, shown=parallel.rank == 0) as watch:
-            trainer.run(held_out=held_out, watch=watch)
-        if config.run.export:
-            # Beside the shards, where `fourfold tokenize` puts it; made-up sources have none.
-            tokenizer = Path(data.train).parent / "tokenizer"
-            given = tokenizer if tokenizer.is_dir() else None
-            trainer.export(Path(config.run.folder) / "model", given)
+        tell = _teller(shown=parallel.rank == 0)
+        for line in _summary(trainer, config, shards.meta.tokens):
+            tell(line)
+        try:
+            with _bar(trainer, config, shown=parallel.rank == 0) as watch:
+                trainer.run(held_out=held_out, watch=watch)
+            if config.run.export:
+                # Beside the shards, where `fourfold tokenize` puts it; made-up sources have none.
+                tokenizer = Path(data.train).parent / "tokenizer"
+                given = tokenizer if tokenizer.is_dir() else None
+                trainer.export(folder / "model", given)
+                tell(f"model: {folder / 'model'}" + ("" if given else ", without a tokenizer"))
+        except OSError as error:
+            raise ConfigError(
+                f"{folder} cannot be written ({error}); set run.folder, or make room"
+            ) from error
     return 0
+
+
+def _teller(*, shown: bool) -> Callable[[str], None]:
+    """Prints a line to stderr, in the process that prints."""
+
+    def tell(line: str) -> None:
+        if shown:
+            print(line, file=sys.stderr, flush=True)
+
+    return tell
+
+
+def _summary(trainer: Trainer, config: TrainConfig, available: int) -> Iterator[str]:
+    """What is trained, and on how much of the tokens that are available."""
+    from fourfold.train.model import count
+
+    model, data, run = trainer.model.config, config.data, config.run
+    counts = count(model, data.length)
+    dtype = str(trainer.dtype).removeprefix("torch.")
+    yield (
+        f"{model.family}: {counts.total:,} parameters, {counts.active:,} of them active "
+        f"({counts.active_non_embedding:,} without embedding and head); "
+        f"{counts.flops_per_token:.3g} FLOPs a token, in {dtype}"
+    )
+    steps, step = config.schedule.steps, data.rows * data.length
+    begun = f", from step {trainer.steps}" if trainer.steps else ""
+    yield (
+        f"{run.folder}: {steps:,} steps of {step:,} tokens{begun}; {steps * step:,} tokens are "
+        f"{steps * step / available:.3g} epochs of {data.train}"
+    )
 
 
 def _held_out(

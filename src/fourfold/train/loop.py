@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import torch
 from torch import Tensor
 
 from fourfold.errors import ConfigError
+from fourfold.files import write_atomically
 from fourfold.models.config import ModelConfig
 from fourfold.models.layers import SparseFFN
 from fourfold.train import checkpoint
@@ -108,6 +110,8 @@ class Trainer:
         run, last = self._config.run, self._config.schedule.steps
         log: Metrics | None = None
         if self._parallel.rank == 0:
+            config = msgspec.json.format(msgspec.json.encode(self._config), indent=2)
+            write_atomically(self._folder / "config.json", config + b"\n")
             log = Metrics(self._folder, steps=self.steps, tensorboard=run.tensorboard)
         peak = peak_flops(self._parallel.device)
         reporter = Reporter(

@@ -48,8 +48,15 @@ def test_a_run_goes_on_and_its_model_answers(
     said = capsys.readouterr().err
     assert "loss" in said
     assert "held-out loss" in said
+    assert "qwen3_moe: " in said
+    assert "4 steps of 16 tokens; 64 tokens are " in said
+    assert said.splitlines()[-1] == f"model: {tmp_path / 'run' / 'model'}"
     assert train(shards, tmp_path, "schedule.steps=6") == 0
-    assert "step 2 " not in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "6 steps of 16 tokens, from step 4; " in said
+    assert "step 2 " not in said
+    kept = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (kept["schedule"]["steps"], kept["model"]["layers"]) == (6, 1)
     records = read_records(tmp_path / "run" / "metrics.jsonl")
     evaluated = [record.step for record in records if isinstance(record, EvaluationRecord)]
     assert evaluated == [4, 6]
@@ -92,6 +99,15 @@ def test_data_that_do_not_fit_are_refused(
     assert train(shards, tmp_path, change) == 2
     assert said in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_told(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    assert train(shards, tmp_path, f"run.folder={file}") == 2
+    assert f"{file} cannot be written" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
