@@ -13,7 +13,7 @@ import itertools
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fourfold import __version__
@@ -48,6 +48,7 @@ COMMANDS = {
     "bench quality": "what a precision costs in perplexity and agreement on a text",
     "bench layers": "what each layer of a quantised model is off by",
 }
+_HELP = ("-h", "--help")
 _INTERRUPTED = 130
 
 
@@ -58,9 +59,13 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line; returns its exit code."""
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
-        print(_usage())
+    if not arguments or arguments[0] in (*_HELP, "help"):
+        print(_usage("COMMAND", COMMANDS))
         return 0 if arguments else 2
+    group = [] if arguments[0] in COMMANDS else _group(arguments[0])
+    if group and len(arguments) > 1 and arguments[1] in _HELP:
+        print(_usage(f"{arguments[0]} COMMAND", group))
+        return 0
     if arguments[0] in ("-V", "--version", "version"):
         print(f"fourfold {__version__}")
         return 0
@@ -83,19 +88,24 @@ def run(arguments: Sequence[str]) -> int:
         return 0
 
 
-def _usage() -> str:
-    lines = [f"  {name:<16} {what}" for name, what in COMMANDS.items()]
+def _usage(shape: str, names: Iterable[str]) -> str:
+    lines = [f"  {name:<16} {COMMANDS[name]}" for name in names]
     return "\n".join(
         [
-            "usage: fourfold COMMAND [OPTIONS]",
+            f"usage: fourfold {shape} [OPTIONS]",
             "",
-            "Serves sparse Mixture-of-Experts language models.",
+            "Serves sparse Mixture-of-Experts language models, and trains those it serves.",
             "",
             *lines,
             "",
-            "`fourfold COMMAND --help` shows a command's options.",
+            f"`fourfold {shape} --help` shows a command's options.",
         ]
     )
+
+
+def _group(word: str) -> list[str]:
+    """The commands that begin with a word."""
+    return [name for name in COMMANDS if name.startswith(f"{word} ")]
 
 
 def _command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
@@ -103,8 +113,7 @@ def _command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
         name = " ".join(arguments[:words])
         if name in COMMANDS:
             return name, arguments[words:]
-    group = [name for name in COMMANDS if name.startswith(f"{arguments[0]} ")]
-    if group:
+    if group := _group(arguments[0]):
         raise ConfigError(f"{arguments[0]} needs one of its commands: {', '.join(group)}")
     known = ", ".join(COMMANDS)
     raise ConfigError(f"there is no command {arguments[0]!r}; the commands are {known}")
@@ -114,7 +123,7 @@ def _parse(kind: type[Any], program: str, arguments: Sequence[str]) -> Any:
     import tyro
 
     style = (tyro.conf.OmitArgPrefixes,)
-    if any(argument in ("-h", "--help") for argument in arguments):
+    if any(argument in _HELP for argument in arguments):
         return tyro.cli(kind, args=list(arguments), prog=program, config=style)
     complaint = io.StringIO()
     try:

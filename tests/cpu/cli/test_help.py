@@ -24,6 +24,17 @@ def test_help_names_every_command(word: str, capsys: pytest.CaptureFixture[str])
         assert f"  {name} " in said.out
 
 
+@pytest.mark.parametrize("word", ["--help", "-h"])
+def test_help_of_several_commands_names_these(
+    word: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["law", word]) == 0
+    said = capsys.readouterr()
+    assert said.err == ""
+    named = {name for name in COMMANDS if f"\n  {name} " in said.out}
+    assert named == {name for name in COMMANDS if name.startswith("law ")}
+
+
 def test_no_command_shows_the_same_help_and_fails(capsys: pytest.CaptureFixture[str]) -> None:
     assert run([]) == 2
     assert "usage: fourfold COMMAND" in capsys.readouterr().out
