@@ -115,9 +115,9 @@ def load(path: Path, model: Decoder, optimizer: Optimizer) -> Progress:
                 with torch.no_grad():
                     bias_E.copy_(file.get_tensor(name))
     except (OSError, msgspec.DecodeError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path} is no checkpoint of this run ({error}); name another, or take a new run.folder"
-        ) from None
+        within = [str(found) for found in checkpoints(path / "checkpoints")]
+        remedy = f"name {within[-1]}" if within else "name another, or take a new run.folder"
+        raise CheckpointError(f"{path} is no checkpoint of this run ({error}); {remedy}") from None
     except RuntimeError as error:
         raise _of_another_model(path, str(error)) from None
     return progress

@@ -89,6 +89,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
             toy.trainer(toy.config(tmp_path, other))
 
 
+def test_a_checkpoint_is_named_where_a_run_was(tmp_path: Path) -> None:
+    last = {"schedule": {"steps": 2, "warmup": 0}}
+    toy.trainer(toy.config(tmp_path / "run", last)).run()
+    branch = {"run": {"start_from": str(tmp_path / "run")}}
+    with pytest.raises(CheckpointError, match=r"; name .*run/checkpoints/step-00000002$"):
+        toy.trainer(toy.config(tmp_path / "branch", last, branch))
+
+
 @pytest.mark.parametrize(
     ("section", "name", "value", "said"),
     [
