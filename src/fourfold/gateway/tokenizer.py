@@ -182,6 +182,9 @@ def _converted(path: Path) -> Backend:
             f"{path} has no tokenizer that can be read ({str(error).splitlines()[0]}); "
             "add its tokenizer.json"
         ) from error
+    # What is made where there are no words has marks alone.
+    if backend.get_vocab_size() <= len(backend.get_added_tokens_decoder()):
+        raise CheckpointError(f"{path} has no tokenizer; add its tokenizer.json")
     return backend
 
 

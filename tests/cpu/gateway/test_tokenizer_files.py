@@ -244,6 +244,13 @@ def test_what_cannot_be_cut_is_refused(tmp_path: Path, model: str, pre: str, sai
         load_tokenizer(source)
 
 
+def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
+    """transformers makes one without words of the configuration of some families."""
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    with pytest.raises(CheckpointError, match=r"has no tokenizer; add its tokenizer\.json"):
+        load_tokenizer(Source(SourceKind.DIRECTORY, tmp_path, "bare"))
+
+
 def test_gguf_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "bare.gguf", "llama")
     writer.write_header_to_file()
