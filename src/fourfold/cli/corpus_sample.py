@@ -108,6 +108,9 @@ async def _draw(llm: LLM, options: Options, wanted: Wanted, begin: int | None) -
         index=wanted.index,
         seed=wanted.seed,
         model=llm.name,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        tokens=options.tokens,
         text=wanted.opening + result.text,
         finish_reason=result.samples[0].finish_reason,
     )

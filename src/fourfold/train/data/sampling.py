@@ -20,6 +20,10 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     seed: int
     model: str
     """Whose text it is: a model trained on it learns from this one."""
+    temperature: float
+    top_p: float
+    tokens: int
+    """At most."""
     text: str
     finish_reason: str
 
@@ -63,12 +67,14 @@ class Sampling:
                 raise ConfigError(
                     f"{out}, line {index + 1} is no sampled text ({error}); set another --out"
                 ) from error
-            wanted = self.wanted(index)
+            wanted, asked = self.wanted(index), self._config
             same = (had.index, had.seed, had.model) == (index, wanted.seed, model)
+            drawn = had.temperature, had.top_p, had.tokens
+            same &= drawn == (asked.temperature, asked.top_p, asked.tokens)
             if not same or not had.text.startswith(wanted.opening):
                 raise ConfigError(
-                    f"{out}, line {index + 1} is of another model, seed or opening; set another "
-                    "--out"
+                    f"{out}, line {index + 1} is of another model, seed or opening, or was drawn "
+                    "with another --temperature, --top-p or --tokens; set another --out"
                 )
         if len(kept) != len(whole):
             out.write_bytes(kept)

@@ -36,9 +36,10 @@ def test_a_stopped_run_is_continued(
     capsys.readouterr()
     assert sample(drawing, out) == (0, whole)
     assert "already holds 5 texts" in capsys.readouterr().err
-    code, _ = sample(drawing, out, "--seed", "1", "--documents", "6")
-    assert code == 2
-    assert "line 1 is of another model, seed or opening" in capsys.readouterr().err
+    for other in (["--seed", "1"], ["--temperature", "0.5"], ["--top-p", "0.5"], ["--tokens", "7"]):
+        code, _ = sample(drawing, out, *other, "--documents", "6")
+        assert code == 2
+        assert "line 1 is of another model, seed or opening, or was" in capsys.readouterr().err
 
 
 def test_openings_begin_texts_in_turn(drawing: Sequence[str], tmp_path: Path) -> None:
