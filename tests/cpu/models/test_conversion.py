@@ -321,6 +321,10 @@ def written(checkpoint: Find, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+def test_whoever_may_read_the_configuration_may_read_the_weights(written: Path) -> None:
+    assert len({path.stat().st_mode for path in written.iterdir()}) == 1
+
+
 def test_tokenizer_and_generation_files_come_along(checkpoint: Find, tmp_path: Path) -> None:
     path = tmp_path / "original"
     shutil.copytree(checkpoint("llama"), path)

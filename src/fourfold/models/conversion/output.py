@@ -164,7 +164,11 @@ def coded_tensors(
 
 def _write_tensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
     with _replacing(file) as beside:
+        beside.touch()
+        usual = beside.stat().st_mode
         save_file({n: t.cpu().contiguous() for n, t in tensors.items()}, beside, {"format": "pt"})
+        # Some versions of safetensors leave what only its owner can read.
+        beside.chmod(usual)
 
 
 def _write_json(file: Path, value: Mapping[str, Any]) -> None:
