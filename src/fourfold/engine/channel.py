@@ -10,8 +10,6 @@ for dead.
 from __future__ import annotations
 
 import socket
-import struct
-import zlib
 from typing import Any, Generic, TypeVar
 
 import msgspec
@@ -29,15 +27,13 @@ from fourfold.engine.messages import (
 )
 from fourfold.errors import ConfigError
 from fourfold.transport.config import TransportConfig
+from fourfold.transport.envelope import enclose, opened
 from fourfold.transport.format import PageFormat
 from fourfold.transport.peer import Peer
 from fourfold.transport.stats import PathStats
 
 ALIVE_SECONDS = 0.5
 
-_HEAD = struct.Struct(">III")
-"""Length of a message, CRC-32 of it, and CRC-32 of these two."""
-_SUMMED = slice(0, 8)
 _LONGEST = 1 << 28
 """Bytes of a message at most: what claims to be longer is no message."""
 _READ_BYTES = 1 << 18
@@ -173,32 +169,20 @@ class Channel(Generic[Incoming]):
         self._arrived += data
         messages, start = [], 0
         with memoryview(self._arrived) as view:
-            while len(view) - start >= _HEAD.size:
-                begin = start + _HEAD.size
-                length, checksum, head_checksum = _HEAD.unpack(view[start:begin])
-                if zlib.crc32(view[start:begin][_SUMMED]) != head_checksum:
-                    raise ValueError("its head is not what was sent")
-                if length > _LONGEST:
-                    raise ValueError(f"a message of {length} bytes")
-                end = begin + length
-                if end > len(view):
-                    break
-                if zlib.crc32(view[begin:end]) != checksum:
-                    raise ValueError("it is not what was sent")
+            while (found := opened(view, start, _LONGEST)) is not None:
+                body, start = found
                 try:
-                    messages.append(self._decoder.decode(view[begin:end]))
+                    messages.append(self._decoder.decode(body))
                 except ConfigError as error:  # options that this version of the worker refuses
                     raise ValueError(str(error)) from error
-                start = end
+                body.release()
         del self._arrived[:start]
         return messages
 
 
 def encode(message: ToEngine | FromEngine) -> bytes:
     """A message as it goes over the wire."""
-    body = _encoder.encode(message)
-    head = _HEAD.pack(len(body), zlib.crc32(body), 0)[_SUMMED]
-    return head + zlib.crc32(head).to_bytes(4) + body
+    return enclose(_encoder.encode(message))
 
 
 def _decode_other(kind: type[Any], value: Any) -> Any:

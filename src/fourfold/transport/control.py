@@ -10,21 +10,16 @@ import collections
 import contextlib
 import select
 import socket
-import struct
 import threading
 import time
-import zlib
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import msgspec
 
+from fourfold.transport.envelope import MessageError, enclose, opened
 from fourfold.transport.wire import Wire
 
-_HEAD = struct.Struct("<III")
-"""Length of a message, CRC-32 of it, and CRC-32 of these two."""
-HEAD_BYTES = _HEAD.size
-_SUMMED = slice(0, 8)
 _READ_BYTES = 1 << 16
 _MAX_MESSAGE = 1 << 16
 _MAX_UNSENT = 4 << 20
@@ -222,7 +217,7 @@ class Control(Generic[Incoming]):
                 return "the other side closed the link"
             except OSError as error:
                 return f"the link broke: {error.strerror or error}"
-            except (msgspec.DecodeError, _MessageError) as error:
+            except (msgspec.DecodeError, MessageError) as error:
                 return f"a control message cannot be read: {error}"
 
     def _send(self) -> str | None:
@@ -247,21 +242,11 @@ class Control(Generic[Incoming]):
             return False
         self._arrived += data
         start = 0
-        while len(self._arrived) - start >= HEAD_BYTES:
-            begin = start + HEAD_BYTES
-            head = self._arrived[start:begin]
-            length, checksum, head_checksum = _HEAD.unpack(head)
-            if zlib.crc32(head[_SUMMED]) != head_checksum:
-                raise _MessageError("its head is not what was sent")
-            if length > _MAX_MESSAGE:
-                raise _MessageError(f"{length} bytes are too long")
-            if begin + length > len(self._arrived):
-                break
-            body = bytes(self._arrived[begin : begin + length])
-            if zlib.crc32(body) != checksum:
-                raise _MessageError("it is not what was sent")
-            start = begin + length
-            self._hear(self._decoder.decode(body))
+        with memoryview(self._arrived) as view:
+            while (found := opened(view, start, _MAX_MESSAGE)) is not None:
+                body, start = found
+                self._hear(self._decoder.decode(body))
+                body.release()
         del self._arrived[:start]
         return True
 
@@ -287,16 +272,6 @@ class Control(Generic[Incoming]):
 def encode(message: ToReceiver | ToSender) -> bytes:
     """A message as it goes over the wire."""
     return enclose(_encoder.encode(message))
-
-
-def enclose(body: bytes) -> bytes:
-    """The bytes of a message behind its head."""
-    head = _HEAD.pack(len(body), zlib.crc32(body), 0)[_SUMMED]
-    return head + zlib.crc32(head).to_bytes(4, "little") + body
-
-
-class _MessageError(ValueError):
-    """Bytes that are no message, or not the one that was sent."""
 
 
 _encoder = msgspec.msgpack.Encoder()

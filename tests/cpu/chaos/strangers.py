@@ -13,7 +13,8 @@ import msgspec
 import xxhash
 
 from fourfold.errors import AuthenticationError, FourfoldError
-from fourfold.transport.control import HEAD_BYTES, Finish, ToSender, encode
+from fourfold.transport.control import Finish, ToSender, encode
+from fourfold.transport.envelope import HEAD_BYTES
 from fourfold.transport.frames import Header, Kind, encode_header
 from fourfold.transport.handshake import Handshake, Purpose, Role
 from fourfold.transport.identity import Identity

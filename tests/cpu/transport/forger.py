@@ -8,7 +8,8 @@ from typing import Any
 import msgspec
 import xxhash
 
-from fourfold.transport.control import HEAD_BYTES, ToReceiver, ToSender, Welcome, encode
+from fourfold.transport.control import ToReceiver, ToSender, Welcome, encode
+from fourfold.transport.envelope import HEAD_BYTES
 from fourfold.transport.frames import Header, Kind, encode_header
 from fourfold.transport.handshake import Handshake, Purpose, Role
 from fourfold.transport.identity import Identity

@@ -17,7 +17,8 @@ import pytest
 
 from fourfold.errors import ConfigError
 from fourfold.transport import Node, SharedRegion, TransportPath, nixl
-from fourfold.transport.control import HEAD_BYTES, Exposed, ExposedRegion, Joined, Ping
+from fourfold.transport.control import Exposed, ExposedRegion, Joined, Ping
+from fourfold.transport.envelope import HEAD_BYTES
 from fourfold.transport.frames import Extent, Kind, encode_extents
 from fourfold.transport.rdma import Exposure
 from tests.cpu.transport import owner

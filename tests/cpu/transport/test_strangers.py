@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 
 from fourfold.errors import ConfigError
 from fourfold.transport import Identity, Node, TransportConfig, TransportPath
-from fourfold.transport.control import HEAD_BYTES, Failed, Finish, enclose
+from fourfold.transport.control import Failed, Finish
+from fourfold.transport.envelope import HEAD_BYTES, enclose
 from fourfold.transport.handshake import Purpose
 from tests.cpu.transport.forger import Forger
 from tests.cpu.transport.nodes import PAGES, Memory, Outcome, make_node, until, works
