@@ -57,7 +57,7 @@ def export(
     for name, place in family.place(config).items():
         kept = torch.float32 if ".router." in place.parameter else dtype
         tensor = _taken(weights, place)
-        if place.parameter.endswith(".experts.down"):
+        if scale != 1.0 and place.parameter.endswith(".experts.down"):
             tensor = tensor * scale
         tensor = tensor.to(kept)
         if size + tensor.nbytes > _FILE_BYTES and part:
