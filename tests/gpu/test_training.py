@@ -13,6 +13,8 @@ from fourfold.cli.main import run as command
 from fourfold.kernels import training
 from fourfold.kernels.grouped_gemm import grouped_gemm
 from fourfold.kernels.training import reference
+from fourfold.train.config import TrainConfig
+from fourfold.train.data.batches import Batch
 from fourfold.train.data.grammar import Grammar, write_grammar
 from fourfold.train.data.grammar_config import GrammarConfig
 from fourfold.train.law.records import read_records as read_law
@@ -167,6 +169,43 @@ def test_a_run_learns_as_on_a_cpu(kind: str, compiled: bool, tmp_path: Path) -> 
     assert continued.evaluate(unseen).held_out_loss == pytest.approx(
         evaluation.held_out_loss, abs=2e-3
     )
+
+
+class Growing:
+    """Rows of one document at first, of more and more later."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self._chain = toy.chain(config)
+
+    def batch(self, index: int) -> Batch:
+        batch = self._chain.batch(index)
+        place_L = torch.arange(batch.tokens.shape[1], dtype=torch.int32)
+        return Batch(batch.tokens, (place_L // max(1, 24 - 3 * index)).expand_as(batch.document))
+
+
+@pytest.mark.parametrize("form", sorted(FORMS))
+@pytest.mark.parametrize("kind", ["adamw", "muon"])
+def test_a_captured_step_is_that_step(kind: str, form: str, tmp_path: Path) -> None:
+    """Losses, norms, loads and weights, with documents that outgrow the first graph's room."""
+    losses: list[list[float]] = []
+    weights: list[dict[str, Tensor]] = []
+    for captured in (False, True):
+        changes: dict[str, Any] = {
+            "optimizer": {"kind": kind},
+            "schedule": {"steps": 8},
+            "run": {"cuda_graph": captured, "micro_rows": 4},
+        }
+        config = toy.config(tmp_path / str(captured), FORMS[form], changes)
+        trainer = toy.trainer(config, parallel=GPU, batches=Growing(config))
+        records: list[Record] = []
+        trainer.run(watch=records.append)
+        steps = [record for record in records if isinstance(record, StepRecord)]
+        losses.append([x for s in steps for x in (s.loss, s.gradient_norm)])
+        weights.append(dict(trainer.optimizer.weights()))
+    assert len(losses[0]) == 16
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    for name, weight in weights[0].items():
+        close(weights[1][name], weight, 0.02)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

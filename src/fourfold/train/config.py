@@ -219,6 +219,8 @@ class RunSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Rows that one process computes at a time. Default: all of its rows of a step."""
     compile: bool = False
     """Compile layers with torch.compile: slow to start, then faster."""
+    cuda_graph: bool | None = None
+    """Launch a step as one CUDA graph. Default: where one process trains on a GPU."""
     save_every: int = 500
     """Steps between checkpoints; the last step always makes one."""
     keep: int = 2

@@ -6,6 +6,7 @@ the host looks at numbers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
@@ -28,7 +29,8 @@ from fourfold.train.parallel import Parallel
 from fourfold.train.reporting import Launched, Reporter, Watch
 from fourfold.train.router import TrainedRouter
 from fourfold.train.schedule import bias_moves, rate_at
-from fourfold.train.step import TrainStep, lay_out
+from fourfold.train.step import MicroBatch, TrainStep, lay_out, moved
+from fourfold.train.step_graph import StepGraph
 
 
 class Trainer:
@@ -63,6 +65,7 @@ class Trainer:
         parallel.shard(self.model, self.dtype)
         self.optimizer = Optimizer(self.model, config.optimizer, parallel, self.dtype)
         self._objective = Objective(config.router, parallel)
+        self._step = StepGraph(self._compute) if captures(config, parallel) else self._compute
         self._folder = Path(config.run.folder)
         self.steps = self.tokens = 0
         self._seconds = 0.0
@@ -166,31 +169,45 @@ class Trainer:
         config, parallel = self._config, self._parallel
         batch = self._batches.batch(self.steps)
         mine, counted = batch.rows(parallel.rank, parallel.world), predicted(batch)
-        micros = self._rows // self._micro
-        scale = Scale(1 / max(1, counted), 1 / (micros * parallel.world))
-        sums_4 = torch.zeros(4, device=parallel.device)
-        load_LE: Tensor | None = None
-        for number in range(micros):
-            parallel.sum_gradients(self.model, now=number == micros - 1)
-            load_LE = self._micro_batch(_part(mine, number, self._micro), scale, sums_4, load_LE)
-        parallel.summed(sums_4)
-        if load_LE is not None:
-            parallel.summed(load_LE)
-            self._move_biases(load_LE)
+        micros = [
+            lay_out(_part(mine, number, self._micro), parallel.device)
+            for number in range(self._rows // self._micro)
+        ]
         share = rate_at(self.steps, config.schedule)
-        sums_4[3] = self.optimizer.step(share)
+        moves = bias_moves(self.steps, config.schedule, config.router.bias_frozen)
+        own_2 = torch.tensor([1 / max(1, counted), config.router.bias_rate if moves else 0.0])
+        numbers_5 = torch.cat((own_2, self.optimizer.begin_step(share)))
+        sums_4, load_LE = self._step(micros, moved(numbers_5, parallel.device))
         self.steps += 1
         self.tokens += counted
         rate = share * config.optimizer.rate
         return Launched.fetched(self.steps, counted, self.tokens, rate, sums_4, load_LE)
 
+    def _compute(
+        self, micros: Sequence[MicroBatch], numbers_5: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """What a device does in a step: returns the sums and loads of `Launched`. The numbers are
+        what a token counts for in the loss, how far biases move, and the optimizer's."""
+        parallel = self._parallel
+        scale = Scale(numbers_5[0], 1 / (len(micros) * parallel.world))
+        sums_4 = torch.zeros(4, device=parallel.device)
+        load_LE: Tensor | None = None
+        for number, micro in enumerate(micros, start=1):
+            parallel.sum_gradients(self.model, now=number == len(micros))
+            load_LE = self._micro_batch(micro, scale, sums_4, load_LE)
+        parallel.summed(sums_4)
+        if load_LE is not None:
+            parallel.summed(load_LE)
+            self._move_biases(load_LE, numbers_5[1])
+        sums_4[3] = self.optimizer.step(numbers_5[2:])
+        return sums_4, load_LE
+
     def _micro_batch(
-        self, batch: Batch, scale: Scale, sums_4: Tensor, load_LE: Tensor | None
+        self, micro: MicroBatch, scale: Scale, sums_4: Tensor, load_LE: Tensor | None
     ) -> Tensor | None:
         """Adds a micro-batch's gradients, losses and loads to the step's; returns the loads."""
-        documents, tokens_T, target_T = lay_out(batch, self._parallel.device)
-        step = TrainStep(documents, self._parallel.exchange)
-        losses = self._objective(self.model, step, tokens_T, target_T, scale)
+        step = TrainStep(micro.documents, self._parallel.exchange)
+        losses = self._objective(self.model, step, micro.tokens_T, micro.target_T, scale)
         losses.total.backward()  # type: ignore[no-untyped-call]
         self.optimizer.gather()
         with torch.no_grad():
@@ -203,14 +220,11 @@ class Trainer:
             counts_LE = loads_of(step.routings)
             return counts_LE if load_LE is None else load_LE + counts_LE
 
-    def _move_biases(self, load_LE: Tensor) -> None:
-        router = self._config.router
-        if not bias_moves(self.steps, self._config.schedule, router.bias_frozen):
-            return
+    def _move_biases(self, load_LE: Tensor, rate: Tensor) -> None:
         sparse = [block.ffn for block in self.model.blocks if isinstance(block.ffn, SparseFFN)]
         for ffn, load_E in zip(sparse, load_LE, strict=True):
             assert isinstance(ffn.router, TrainedRouter)
-            ffn.router.move_bias(load_E, router.bias_rate)
+            ffn.router.move_bias(load_E, rate)
 
     @torch.no_grad()
     def evaluate(self, batches: Batches) -> EvaluationRecord:
@@ -261,6 +275,17 @@ class Trainer:
         weights = checkpoint.weights_of(self.model, self.optimizer, self._parallel)
         if self._parallel.rank == 0:
             export(weights, self.model.config, folder, dtype=self.dtype, tokenizer=tokenizer)
+
+
+def captures(config: TrainConfig, parallel: Parallel) -> bool:
+    """Whether steps are launched as CUDA graphs. ConfigError where they are to be and cannot."""
+    able = parallel.device.type == "cuda" and parallel.mesh is None
+    if config.run.cuda_graph and not able:
+        raise ConfigError(
+            "run.cuda_graph = true: a step is captured where one process trains on a GPU, for "
+            "several wait for each other on the host; leave it out"
+        )
+    return able and config.run.cuda_graph is not False
 
 
 def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

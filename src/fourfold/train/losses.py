@@ -88,7 +88,7 @@ def balance_loss(routing: TrainedRouting, choices_BE: Tensor) -> Tensor:
 class Scale(NamedTuple):
     """What a token's cross-entropy and a micro-batch's balance count for in a step's loss."""
 
-    of_token: float
+    of_token: Tensor | float
     of_micro_batch: float
 
 

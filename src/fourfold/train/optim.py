@@ -97,26 +97,34 @@ class Optimizer:
             else:
                 each.grad = each.grad.float().add_(grad)
 
+    def begin_step(self, share: float) -> Tensor:
+        """Counts a step that takes `share` of the peak rate. Returns what `step` wants on the
+        device, float32 [3] on the host: the rate, and what makes up for means and roots of squares
+        that began at zero."""
+        self._steps += 1
+        section, step = self._section, int(self._steps)
+        of_mean, of_root = 1 / (1 - section.beta1**step), (1 - section.beta2**step) ** -0.5
+        return torch.tensor([section.rate * share, of_mean, of_root])
+
     @torch.no_grad()
-    def step(self, share: float) -> Tensor:
-        """Clips and updates with `share` of the peak rate; returns the norm of all gradients before
-        clipping, float32, on the device. Gradients are gone then."""
+    def step(self, numbers_3: Tensor) -> Tensor:
+        """Clips and updates; returns the norm of all gradients before clipping, float32, on the
+        device. Gradients are gone then. Nothing of a single step is read on the host, so that a
+        step can be captured."""
         for each in self.trained:
             if each.own_experts and each.grad is not None:
                 self._parallel.sum_copies(each.grad)
         norm = self._norm()
         scale = (self._section.clip / (norm + 1e-6)).clamp(max=1.0)
-        rate = self._section.rate * share
-        self._steps += 1
-        step = int(self._steps)
+        adam_4 = torch.cat((scale[None], numbers_3))
         for each in self.trained:
             grad, each.grad = each.grad, None
             if grad is None:
                 continue
             if each.parts:
-                self._step_muon(each, grad * scale, rate)
+                self._step_muon(each, grad * scale, numbers_3[0])
             else:
-                self._step_adam(each, grad, scale, step, rate)
+                self._step_adam(each, grad, adam_4)
         return norm
 
     def _norm(self) -> Tensor:
@@ -135,9 +143,7 @@ class Optimizer:
                 total += squares / copies if own else squares
         return self._parallel.summed(total).sqrt()
 
-    def _step_adam(
-        self, each: Trained, grad: Tensor, scale: Tensor, step: int, rate: float
-    ) -> None:
+    def _step_adam(self, each: Trained, grad: Tensor, numbers_4: Tensor) -> None:
         section, moments = self._section, self._moments[each.name]
         adamw(
             each.master,
@@ -145,16 +151,14 @@ class Optimizer:
             moments["exp_avg"],
             moments["exp_avg_sq"],
             each.rounded,
-            scale,
-            step=step,
-            rate=rate,
+            numbers_4,
             beta1=section.beta1,
             beta2=section.beta2,
             eps=section.eps,
             decay=section.weight_decay if each.decayed else 0.0,
         )
 
-    def _step_muon(self, each: Trained, grad: Tensor, rate: float) -> None:
+    def _step_muon(self, each: Trained, grad: Tensor, rate: Tensor) -> None:
         momentum = self._moments[each.name]["momentum"]
         momentum.mul_(self._section.momentum).add_(grad)
         wanted = grad.add(momentum, alpha=self._section.momentum)
@@ -164,7 +168,7 @@ class Optimizer:
         update = torch.cat([_orthogonal(part) for part in parts], dim=-2)
         if cut:
             update = shard_like(update, each.parameter)
-        each.master.mul_(1 - rate * self._section.weight_decay).add_(update, alpha=-rate)
+        each.master.mul_(1 - rate * self._section.weight_decay).sub_(rate * update)
         if each.rounded is not None:
             each.rounded.copy_(each.master)
 

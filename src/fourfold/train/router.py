@@ -61,7 +61,7 @@ class TrainedRouter(Router):
         return TrainedRouting(gates_TK * self.rule.scale, experts_TK, logits_TE, share_TE)
 
     @torch.no_grad()
-    def move_bias(self, load_E: Tensor, rate: float) -> None:
+    def move_bias(self, load_E: Tensor, rate: Tensor | float) -> None:
         """Moves the bias by `rate` towards even loads; `load_E`, rows that went to each expert, is
         the global batch's."""
         if self.selection_bias is not None:

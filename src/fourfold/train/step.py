@@ -11,6 +11,7 @@ F expert width, E experts, K experts per token, R = T K routed rows.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,15 @@ class Documents:
     """Which token [.., i, :] reads which, on a CPU."""
     starts_N: Tensor | None
     """int32: where documents begin in T and where the last ends, padded with that, on a GPU."""
+
+
+class MicroBatch(NamedTuple):
+    """Rows that are computed at a time, on their device."""
+
+    documents: Documents
+    tokens_T: Tensor
+    target_T: Tensor
+    """-1 where the next token is of another document."""
 
 
 class TrainStep:
@@ -117,9 +127,8 @@ def _expert_ffn(
     return grouped_gemm(hidden_RF, down_EDF, ends_E)
 
 
-def lay_out(batch: Batch, device: torch.device) -> tuple[Documents, Tensor, Tensor]:
-    """Documents, tokens [T] and targets [T] of a micro-batch; a target is -1 where the next token
-    is of another document."""
+def lay_out(batch: Batch, device: torch.device) -> MicroBatch:
+    """A batch as a device computes it."""
     document_BL = batch.document[:, :-1]
     rows, length = document_BL.shape
     within = batch.document[:, 1:] == document_BL
@@ -137,15 +146,17 @@ def lay_out(batch: Batch, device: torch.device) -> tuple[Documents, Tensor, Tens
         room = 1 << len(found).bit_length()
         starts_N = torch.full((room + 1,), rows * length, dtype=torch.int32)
         starts_N[: len(found)] = found
-        starts_N = _moved(starts_N, device)
+        starts_N = moved(starts_N, device)
     else:
         same_BLL = start_BL[:, :, None] == start_BL[:, None, :]
         mask_BLL = same_BLL & torch.ones(length, length, dtype=torch.bool).tril()
-    documents = Documents(rows, length, _moved(positions_T, device), mask_BLL, starts_N)
-    return documents, _moved(batch.tokens[:, :-1].flatten(), device), _moved(target_T, device)
+    documents = Documents(rows, length, moved(positions_T, device), mask_BLL, starts_N)
+    tokens_T = batch.tokens[:, :-1].flatten()
+    return MicroBatch(documents, moved(tokens_T, device), moved(target_T, device))
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, which need not have it before what it is given next."""
     if device.type == "cpu":
         return tensor
     return tensor.pin_memory().to(device, non_blocking=True)

@@ -105,30 +105,23 @@ def test_the_norm_kernels(rows: int, width: int, adds: bool, dtype: torch.dtype)
     )
 
 
-def run_adamw(step: Callable[..., None], dtype: torch.dtype, *, launched: bool) -> list[Tensor]:
+def run_adamw(step: Callable[..., None], dtype: torch.dtype) -> list[Tensor]:
     """Three steps of a weight of 5,000 numbers: the weight, its means, and the weight rounded."""
     torch.manual_seed(7)
     state = [torch.randn(2, 2500), torch.zeros(2, 2500), torch.zeros(2, 2500)]
     rounded = torch.empty(2, 2500, dtype=torch.bfloat16)
     for number in (1, 2, 3):
         grad = torch.randn(2, 2500).to(dtype)
-        settings = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8}
-        if launched:
-            settings |= {
-                "kept": 1 - 0.01 * 0.1,
-                "rate": 0.01 / (1 - 0.9**number),
-                "root": (1 - 0.95**number) ** -0.5,
-            }
-        else:
-            settings |= {"step": number, "rate": 0.01, "decay": 0.1}
+        numbers_4 = torch.tensor([0.5, 0.01, 1 / (1 - 0.9**number), (1 - 0.95**number) ** -0.5])
         master, mean, square = state
-        step(master, grad, mean, square, rounded, torch.tensor(0.5), **settings)
+        constants = {"beta1": 0.9, "beta2": 0.95, "eps": 1e-8, "decay": 0.1}
+        step(master, grad, mean, square, rounded, numbers_4, **constants)
     return [*state, rounded]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_adamw_is_torchs(dtype: torch.dtype) -> None:
-    got = run_adamw(training.adamw, dtype, launched=False)
+    got = run_adamw(training.adamw, dtype)
     torch.manual_seed(7)
     weight = torch.nn.Parameter(torch.randn(2, 2500))
     optimizer = torch.optim.AdamW([weight], lr=0.01, betas=(0.9, 0.95), weight_decay=0.1)
@@ -144,8 +137,8 @@ def test_adamw_is_torchs(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_adamw_kernel(dtype: torch.dtype) -> None:
     close_all(
-        run_adamw(triton_adamw.launch, dtype, launched=True),
-        run_adamw(training.adamw, dtype, launched=False),
+        run_adamw(triton_adamw.launch, dtype),
+        run_adamw(training.adamw, dtype),
     )
 
 

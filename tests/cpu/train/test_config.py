@@ -11,7 +11,8 @@ import torch
 
 from fourfold.errors import ConfigError
 from fourfold.train.config import read_config
-from fourfold.train.loop import choose_dtype
+from fourfold.train.loop import captures, choose_dtype
+from fourfold.train.parallel import Parallel
 from fourfold.train.schedule import bias_moves, rate_at
 from tests.cpu.train import toy
 
@@ -136,3 +137,14 @@ def test_what_is_computed_in(
             choose_dtype(config, torch.device(device))
     else:
         assert choose_dtype(config, torch.device(device)) == dtype
+
+
+def test_a_step_is_captured_where_one_process_trains_on_a_gpu(tmp_path: Path) -> None:
+    gpu = Parallel(0, 1, torch.device("cuda"))
+    given = {each: toy.config(tmp_path, {"run": {"cuda_graph": each}}) for each in (True, False)}
+    assert captures(toy.config(tmp_path), gpu)
+    assert captures(given[True], gpu)
+    assert not captures(given[False], gpu)
+    assert not captures(toy.config(tmp_path), toy.ALONE)
+    with pytest.raises(ConfigError, match="leave it out"):
+        captures(given[True], toy.ALONE)

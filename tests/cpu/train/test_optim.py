@@ -39,7 +39,7 @@ def test_muon_takes_every_matrix_by_itself(tmp_path: Path) -> None:
             if scaled and ".qkv." in name:
                 parameter.grad[32:48] *= 50
         trainer.optimizer.gather()
-        trainer.optimizer.step(1.0)
+        trainer.optimizer.step(trainer.optimizer.begin_step(1.0))
         return {n: p.detach() - before[n] for n, p in trainer.model.named_parameters()}
 
     plain, scaled = updates(False), updates(True)
@@ -55,7 +55,9 @@ def test_gradients_are_clipped_together(tmp_path: Path) -> None:
         each.parameter.grad = torch.ones_like(each.parameter)
     count = sum(each.parameter.numel() for each in trainer.optimizer.trained)
     trainer.optimizer.gather()
-    assert float(trainer.optimizer.step(1.0)) == pytest.approx(count**0.5)
+    assert float(trainer.optimizer.step(trainer.optimizer.begin_step(1.0))) == pytest.approx(
+        count**0.5
+    )
     # The first of the running means is a share of the clipped gradient.
     means = [each for name, each in trainer.optimizer.state() if name.startswith("exp_avg.")]
     share = 1 - trainer._config.optimizer.beta1
@@ -89,5 +91,5 @@ def test_updates_too_small_for_bfloat16_add_up(tmp_path: Path) -> None:
     for _ in range(100):
         norm.grad = torch.ones_like(norm)
         trainer.optimizer.gather()
-        trainer.optimizer.step(1.0)
+        trainer.optimizer.step(trainer.optimizer.begin_step(1.0))
     assert float(norm.detach().float().mean()) == pytest.approx(0.99, abs=0.004)

@@ -260,7 +260,7 @@ def test_attention_by_documents_is_attention_by_mask(
     batch = toy.Chain(5, 40).batch(0)
     assert batch.document.max() > 1
     by_mask, tokens_T, target_T = lay_out(batch, torch.device("cpu"))
-    monkeypatch.setattr("fourfold.train.step._moved", lambda tensor, device: tensor)
+    monkeypatch.setattr("fourfold.train.step.moved", lambda tensor, device: tensor)
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", by_documents)
     by_starts, tokens_again_T, target_again_T = lay_out(batch, torch.device("cuda"))
     assert by_starts.mask_BLL is None

@@ -62,21 +62,20 @@ def adamw(
     mean: Tensor,
     square: Tensor,
     rounded: Tensor | None,
-    scale: Tensor,
+    numbers_4: Tensor,
     *,
     beta1: float,
     beta2: float,
     eps: float,
-    kept: float,
-    rate: float,
-    root: float,
+    decay: float,
 ) -> None:
-    """See `fourfold.kernels.training.adamw`; `kept` is the weight's share that decay
-    leaves, `rate` and `root` make up for means that began at zero."""
+    """See `fourfold.kernels.training.adamw`."""
+    scale, rate, of_mean, of_root = numbers_4.unbind()
     grad = grad.float() * scale
     mean.lerp_(grad, 1.0 - beta1)
     square.mul_(beta2).addcmul_(grad, grad, value=1.0 - beta2)
-    master.mul_(kept).addcdiv_(mean, square.sqrt().mul_(root).add_(eps), value=-rate)
+    update = mean / square.sqrt().mul_(of_root).add_(eps)
+    master.mul_(1.0 - rate * decay).sub_(rate * of_mean * update)
     if rounded is not None:
         rounded.copy_(master)
 

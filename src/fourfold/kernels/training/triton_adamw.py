@@ -21,25 +21,27 @@ def _adamw_kernel(
     mean,
     square,
     rounded,
-    scale,
+    numbers_4,
     N,
     beta1,
     beta2,
     eps,
-    kept,
-    rate,
-    root,
+    decay,
     ROUND: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = place < N
-    g = tl.load(grad + place, inside, other=0.0).to(tl.float32) * tl.load(scale)
+    rate = tl.load(numbers_4 + 1)
+    of_mean = tl.load(numbers_4 + 2)
+    of_root = tl.load(numbers_4 + 3)
+    g = tl.load(grad + place, inside, other=0.0).to(tl.float32) * tl.load(numbers_4)
     m = tl.load(mean + place, inside, other=0.0)
     v = tl.load(square + place, inside, other=0.0)
     m = beta1 * m + (1.0 - beta1) * g
     v = beta2 * v + (1.0 - beta2) * g * g
-    w = tl.load(master + place, inside, other=0.0) * kept - rate * m / (tl.sqrt(v) * root + eps)
+    w = tl.load(master + place, inside, other=0.0) * (1.0 - rate * decay)
+    w -= rate * of_mean * m / (tl.sqrt(v) * of_root + eps)
     tl.store(mean + place, m, inside)
     tl.store(square + place, v, inside)
     tl.store(master + place, w, inside)
@@ -53,10 +55,10 @@ def launch(
     mean: Tensor,
     square: Tensor,
     rounded: Tensor | None,
-    scale: Tensor,
-    **numbers: float,
+    numbers_4: Tensor,
+    **constants: float,
 ) -> None:
-    """`adamw` on checked arguments; `numbers` as `reference.adamw` takes them."""
+    """`adamw` on checked arguments; `constants` as `reference.adamw` takes them."""
     count = master.numel()
     if count == 0:
         return
@@ -66,9 +68,9 @@ def launch(
         mean,
         square,
         master if rounded is None else rounded,
-        scale,
+        numbers_4,
         count,
-        **numbers,
+        **constants,
         ROUND=rounded is not None,
         BLOCK=_BLOCK,
         num_warps=8,

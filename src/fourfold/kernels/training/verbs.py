@@ -82,10 +82,8 @@ def adamw(
     mean: Tensor,
     square: Tensor,
     rounded: Tensor | None,
-    scale: Tensor,
+    numbers_4: Tensor,
     *,
-    step: int,
-    rate: float,
     beta1: float,
     beta2: float,
     eps: float,
@@ -99,9 +97,10 @@ def adamw(
         mean: the running mean of gradients, float32.
         square: that of their squares, float32.
         rounded: what is computed with in another dtype, which takes the rounded weight; or None.
-        scale: a float32 number on the device that gradients are multiplied by first.
-        step: how many steps there are with this one, from 1.
-        rate: the learning rate.
+        numbers_4: float32 on the device, where a captured step finds each step's own: what
+            gradients are multiplied by first, the learning rate, and what makes up for a mean and a
+            root of squares that began at zero, `1 / (1 - beta1**step)` and
+            `(1 - beta2**step)**-0.5`.
         beta1, beta2, eps: of the means.
         decay: times the rate, the share of the weight that is taken off.
     """
@@ -109,21 +108,14 @@ def adamw(
     for each in tensors:
         assert each.shape == master.shape, (each.shape, master.shape)
         assert each.is_contiguous(), each.stride()
-    numbers = {
-        "beta1": beta1,
-        "beta2": beta2,
-        "eps": eps,
-        "kept": 1.0 - rate * decay,
-        # The means begin at zero, and are that much too small.
-        "rate": rate / (1.0 - beta1**step),
-        "root": (1.0 - beta2**step) ** -0.5,
-    }
+    assert numbers_4.shape == (4,), numbers_4.shape
+    constants = {"beta1": beta1, "beta2": beta2, "eps": eps, "decay": decay}
     if not master.is_cuda:
-        reference.adamw(master, grad, mean, square, rounded, scale, **numbers)
+        reference.adamw(master, grad, mean, square, rounded, numbers_4, **constants)
         return
     from fourfold.kernels.training.triton_adamw import launch
 
-    launch(master, grad, mean, square, rounded, scale, **numbers)
+    launch(master, grad, mean, square, rounded, numbers_4, **constants)
 
 
 def sum_rows(rows_RD: Tensor, place_TK: Tensor) -> Tensor:

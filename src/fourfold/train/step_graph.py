@@ -1,0 +1,93 @@
+"""A training step as one CUDA graph: a small model's step is thousands of short kernels, and a host
+launches them more slowly than a GPU computes them.
+
+Everything that differs between steps is on the device: tokens, where documents lie, and a few
+numbers of the schedule.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fourfold.train.step import MicroBatch
+
+Step = Callable[[Sequence[MicroBatch], Tensor], tuple[Tensor, Tensor | None]]
+"""From a step's micro-batches and its numbers to what it reports, all on the device."""
+
+# Kernels are compiled and libraries take their workspaces in steps that are not captured.
+_EAGER_STEPS = 2
+
+
+class StepGraph:
+    """Takes steps as the function that it is made of. The results are overwritten by the next step,
+    after whatever the device was given before it."""
+
+    def __init__(self, step: Step) -> None:
+        self._step = step
+        self._eager = _EAGER_STEPS
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._micros: list[MicroBatch] = []
+        self._numbers_N = torch.empty(0)
+        self._results: tuple[Tensor, Tensor | None] = (self._numbers_N, None)
+
+    def __call__(
+        self, micros: Sequence[MicroBatch], numbers_N: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """Micro-batches of as many rows and numbers as the first step's."""
+        if self._eager:
+            self._eager -= 1
+            return self._step(micros, numbers_N)
+        if self._graph is None or not self._has_room(micros):
+            self._capture(micros, numbers_N)
+        assert self._graph is not None
+        for mine, given in zip(self._micros, micros, strict=True):
+            _fill(mine, given)
+        self._numbers_N.copy_(numbers_N)
+        self._graph.replay()
+        return self._results
+
+    def _has_room(self, micros: Sequence[MicroBatch]) -> bool:
+        return _room(micros) <= _room(self._micros)
+
+    def _capture(self, micros: Sequence[MicroBatch], numbers_N: Tensor) -> None:
+        """Room for the documents of these micro-batches, and a graph that reads them there."""
+        self._graph, self._results = None, (numbers_N, None)
+        room = _room(micros)
+        self._micros = [_with_room(micro, room) for micro in micros]
+        self._numbers_N = numbers_N.clone()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._results = self._step(self._micros, self._numbers_N)
+        self._graph = graph
+
+
+def _room(micros: Sequence[MicroBatch]) -> int:
+    return max(len(_starts(micro)) for micro in micros)
+
+
+def _starts(micro: MicroBatch) -> Tensor:
+    assert micro.documents.starts_N is not None
+    return micro.documents.starts_N
+
+
+def _with_room(micro: MicroBatch, room: int) -> MicroBatch:
+    documents = dataclasses.replace(
+        micro.documents,
+        positions_T=micro.documents.positions_T.clone(),
+        starts_N=_starts(micro).new_empty(room),
+    )
+    return MicroBatch(documents, micro.tokens_T.clone(), micro.target_T.clone())
+
+
+def _fill(mine: MicroBatch, given: MicroBatch) -> None:
+    mine.tokens_T.copy_(given.tokens_T)
+    mine.target_T.copy_(given.target_T)
+    mine.documents.positions_T.copy_(given.documents.positions_T)
+    places_N, starts_N = _starts(mine), _starts(given)
+    places_N[: len(starts_N)] = starts_N
+    # Further documents begin where the last one ends.
+    places_N[len(starts_N) :] = len(given.tokens_T)
