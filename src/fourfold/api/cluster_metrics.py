@@ -19,6 +19,7 @@ _WORKER_GAUGES = {
     "pages_total": "KV pages that the worker has.",
     "pages_in_use": "KV pages held by requests there.",
     "pages_cached": "KV pages held only by the prefix cache there.",
+    "step_tokens": "Tokens that a step may hold there; fewer after one did not fit into memory.",
     "steps": "Steps of the worker's engine since it began.",
 }
 _PATH_COUNTERS = {

@@ -205,6 +205,12 @@ _ENGINE_METRICS = (
     ),
     _EngineMetric(CounterMetricFamily, "engine_steps", "Steps of the engine.", "steps"),
     _EngineMetric(
+        CounterMetricFamily,
+        "engine_shortages",
+        "Steps that did not fit into memory and were tried smaller.",
+        "shortages",
+    ),
+    _EngineMetric(
         CounterMetricFamily, "engine_step_seconds", "Seconds spent in steps.", "step_seconds"
     ),
     _EngineMetric(

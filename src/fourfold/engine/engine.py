@@ -98,7 +98,7 @@ class Engine:
         self.on_failure: Callable[[FourfoldError], None] = lambda error: None
         """Called on the thread when it ends by itself: nobody hears of what is under way."""
         self._thread: threading.Thread | None = None
-        self._totals = EngineStats(pages_total=runner.page_count)
+        self._totals = EngineStats(pages_total=runner.page_count, step_tokens=config.tokens)
         self._ahead = 1 if config.overlap else 0
         self._under_way: deque[tuple[StepPlan, Launched, float]] = deque()
         self._early: list[TokenOutput] = []
@@ -221,6 +221,8 @@ class Engine:
             self._under_way.append((plan, launched, started))
             prompt_tokens = sum(work.prompt_tokens for work in plan.work)
             self._count(steps=1, prompt_tokens=prompt_tokens)
+            if self.scheduler.fitted(plan):
+                logger.info("steps may be as large again as before one did not fit into memory")
         self._count(
             schedule_seconds=scheduled - started,
             launch_seconds=time.perf_counter() - scheduled,
@@ -257,6 +259,7 @@ class Engine:
 
     def _shrink(self, plan: StepPlan, reason: str) -> None:
         """A step did not fit into memory: the next one is smaller."""
+        self._count(shortages=1)
         self._runner.free_memory()
         smaller = self.scheduler.retry_smaller(plan)
         # It may have drawn tokens before it failed, over those that nobody has read yet.
@@ -389,6 +392,7 @@ class Engine:
             pages_in_use=scheduler.pool.in_use,
             pages_cached=scheduler.pool.idle,
             preemptions=scheduler.preemptions,
+            step_tokens=scheduler.tokens.value,
             graphs=self._runner.graphs,
         )
 

@@ -175,6 +175,10 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     generated_tokens: int = 0
     preemptions: int = 0
     steps: int = 0
+    shortages: int = 0
+    """Steps that did not fit into memory and were tried smaller."""
+    step_tokens: int = 0
+    """Tokens that a step may hold now: fewer than was asked for after a shortage."""
     step_seconds: float = 0.0
     schedule_seconds: float = 0.0
     """Of the host, to decide what to compute."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from fourfold.engine.config import EngineConfig
+from fourfold.engine.limit import Limit
 from fourfold.engine.messages import (
     Abort,
     Continue,
@@ -94,9 +95,9 @@ class Scheduler:
         self.preemptions = 0
         self._parts: dict[int, Sequence] = {}
         """By their requests, those that are computed here in part."""
-        self._tokens = config.tokens
-        self._most_running = config.running
-        """Samples that a step has room for, as far as steps that did not fit have shown."""
+        self.tokens = Limit(config.tokens, max(config.tokens // 16, chunk_multiple))
+        """Of a step. Falls, as the samples of one do, where a step does not fit into memory."""
+        self._samples = Limit(config.running, 1)
         self._slots = list(reversed(range(config.running)))
         self._arrivals = 0
 
@@ -140,7 +141,7 @@ class Scheduler:
         """The next step, or None if there is nothing to compute. Counts its tokens as computed."""
         decodes = self._schedule_decodes()
         # Once steps were made smaller, samples whose prompts came from elsewhere may fill them all.
-        budget = max(0, self._tokens - len(decodes))
+        budget = max(0, self.tokens.value - len(decodes))
         if decodes and self._config.mixed_tokens is not None:
             budget = min(budget, max(self._config.mixed_tokens, self._chunk_multiple))
         prefills: list[Work] = []
@@ -148,7 +149,7 @@ class Scheduler:
             if self._chunk(sequence, budget) and not sequence.pending:
                 budget -= self._schedule_chunk(sequence, budget, prefills)
         for sequence in list(self.waiting):
-            full = not self._slots or len(self.running) >= self._most_running
+            full = not self._slots or len(self.running) >= self._samples.value
             if budget < self._chunk_multiple or full:
                 break
             if _waits_for_leader(sequence):
@@ -219,14 +220,21 @@ class Scheduler:
             work.sequence.pending -= work.samples
         smaller = max(plan.tokens // 2, len(self.running) + self._chunk_multiple)
         if plan.prefills and smaller < plan.tokens:
-            self._tokens = smaller
+            self.tokens.fall(plan.tokens, smaller)
             return True
         youngest = self._youngest()
         if youngest is not None and len(self.running) > 1:
             self._preempt(youngest)
-            self._most_running = len(self.running)
+            self._samples.fall(len(plan.work), len(self.running))
             return True
         return False
+
+    def fitted(self, plan: StepPlan) -> bool:
+        """Notes that a step fitted into memory, after which the next ones may be larger. True where
+        they may now be as large as they ever were."""
+        limits = ((self.tokens, plan.tokens), (self._samples, len(plan.work)))
+        risen = [limit.fitted(used) for limit, used in limits]
+        return any(risen) and all(limit.value == limit.most for limit, _ in limits)
 
     def abort(self, message: Abort) -> list[TokenOutput]:
         """Ends the named samples where they still exist, and says so for each."""

@@ -95,6 +95,7 @@ class Drive:
             if len(self.plans) - 1 in self.failures:
                 self._fail(plan)
                 return plan
+            self.scheduler.fitted(plan)
             self.under_way.append((plan, [self._compute(work) for work in plan.work]))
         if self.under_way and (plan is None or len(self.under_way) == self.depth):
             self.commit()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from random import Random
 import pytest
 import torch
 
-from fourfold.engine import runner
+from fourfold.engine import limit, runner
 from fourfold.engine.engine import Engine
 from fourfold.engine.messages import Abort, FinishReason, SamplingParams, Submit
 from fourfold.engine.program import StepOutputs
@@ -133,6 +134,46 @@ def test_a_step_beyond_memory_is_tried_smaller(
     assert answers(engine, asked) == wanted
     assert refused
     assert engine.idle
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_steps_grow_again_once_there_is_memory(
+    model: Decoder,
+    overlap: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(limit, "_SOONEST", 2)
+    caplog.set_level(logging.INFO)
+    options = {"max_running": 6, "step_tokens": 300, "overlap": overlap, "prefix_cache": False}
+    engine = make_engine(model, **options)
+    launch, room, largest = engine._runner.launch, 90, [0]
+
+    def limited(plan: StepPlan) -> Launched:
+        if plan.tokens > room:
+            raise torch.OutOfMemoryError("too much")
+        largest.append(plan.tokens)
+        return launch(plan)
+
+    def wave(of: Engine, number: int) -> list[list[int]]:
+        params = SamplingParams(temperature=0.0, max_tokens=2)
+        asked = [submit(8 * number + i, range(i, i + 300), params) for i in range(8)]
+        return [tokens(outputs) for outputs in run(of, asked).values()]
+
+    wanted = sorted(wave(make_engine(model, **options), 0))
+    monkeypatch.setattr(engine._runner, "launch", limited)
+    assert sorted(wave(engine, 0)) == wanted
+    assert max(largest) <= 90
+    assert engine.stats.step_tokens <= 90
+    shortages = engine.stats.shortages
+    assert shortages == caplog.text.count("did not fit into memory; trying less") > 1
+    room = 1000
+    for number in range(1, 8):
+        assert sorted(wave(engine, number)) == wanted
+    assert max(largest) == 300
+    assert engine.stats.step_tokens == 300
+    assert engine.stats.shortages == shortages
+    assert caplog.text.count("as large again") == 1
 
 
 @pytest.mark.parametrize("overlap", [False, True])

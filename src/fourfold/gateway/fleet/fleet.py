@@ -48,7 +48,15 @@ logger = logging.getLogger(__name__)
 
 _CLOSING = 5.0
 """Seconds for the loop to close what is left at the end."""
-_GAUGES = ("running", "waiting", "pages_total", "pages_in_use", "pages_cached", "graphs")
+_GAUGES = (
+    "running",
+    "waiting",
+    "pages_total",
+    "pages_in_use",
+    "pages_cached",
+    "step_tokens",
+    "graphs",
+)
 
 
 class Fleet:
