@@ -29,6 +29,7 @@ from fourfold.gateway.budget import check_budget
 from fourfold.gateway.chat_template import ChatTemplate
 from fourfold.gateway.config import GatewayLimits
 from fourfold.gateway.generation import Generation, GenerationOptions
+from fourfold.gateway.quoting import Prompt, Quoting
 from fourfold.gateway.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -100,11 +101,10 @@ class Gateway:
         """Why nothing is computed any more, once the engine has ended by itself."""
         self._engine = engine
         self._tokenizer = tokenizer
-        self._template = (
-            ChatTemplate(tokenizer.chat_template, tokenizer.specials)
-            if tokenizer.chat_template is not None
-            else None
-        )
+        self._chat: Quoting | None = None
+        if tokenizer.chat_template is not None:
+            template = ChatTemplate(tokenizer.chat_template, tokenizer.specials)
+            self._chat = Quoting(template, tokenizer.marks.values())
         self._vocabulary = vocabulary
         self._ids = itertools.count(1)
         self._active: dict[int, Generation] = {}
@@ -186,22 +186,23 @@ class Gateway:
         self, messages: Sequence[Mapping[str, str]], options: GenerationOptions
     ) -> Generation:
         """Admits a conversation. Raises `RequestError`, `OverloadedError` or `DrainingError`."""
-        if self._template is None:
+        if self._chat is None:
             raise RequestError(
                 f"{self.model_names[0]} has no chat template; use /v1/completions",
                 param="messages",
             )
         began = time.perf_counter()
-        prompt = self._template.render(messages)
+        prompt = self._chat.render(messages)
         self._stats.tokenize_seconds += time.perf_counter() - began
         return await self._admit(prompt, options, "messages")
 
     async def complete(self, prompt: str | Sequence[int], options: GenerationOptions) -> Generation:
         """Admits a text or token ids to be continued. Raises as `chat` does."""
-        return await self._admit(prompt, options, "prompt")
+        given = Prompt(prompt) if isinstance(prompt, str) else prompt
+        return await self._admit(given, options, "prompt")
 
     async def _admit(
-        self, prompt: str | Sequence[int], options: GenerationOptions, field: str
+        self, prompt: Prompt | Sequence[int], options: GenerationOptions, field: str
     ) -> Generation:
         """Admits a prompt that came in the request's `field`. Only a plain text still wants the
         tokens that begin one; a rendered conversation brings its own."""
@@ -223,7 +224,7 @@ class Gateway:
                 request,
                 self._tokenizer,
                 stop=options.stop,
-                prompt_text=prompt if isinstance(prompt, str) else None,
+                prompt_text=prompt.text if isinstance(prompt, Prompt) else None,
                 abort=self._engine.abort,
                 on_end=self._ended,
             )
@@ -236,12 +237,13 @@ class Gateway:
         return generation
 
     async def _encode(
-        self, prompt: str | Sequence[int], add_special_tokens: bool, field: str
+        self, prompt: Prompt | Sequence[int], add_special_tokens: bool, field: str
     ) -> list[int]:
-        if not isinstance(prompt, str):
+        if not isinstance(prompt, Prompt):
             return list(prompt)
+        text, quoted = prompt
         try:
-            prompt.encode()
+            text.encode()
         except UnicodeEncodeError:
             raise RequestError(
                 "the text holds half of a surrogate pair, which is no character; remove it",
@@ -250,10 +252,10 @@ class Gateway:
 
         def encode() -> tuple[list[int], float]:
             began = time.perf_counter()
-            ids = self._tokenizer.encode(prompt, add_special_tokens=add_special_tokens)
+            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens, quoted=quoted)
             return ids, time.perf_counter() - began
 
-        is_long = len(prompt) > _LONG_TEXT
+        is_long = len(text) > _LONG_TEXT
         ids, seconds = await asyncio.to_thread(encode) if is_long else encode()
         self._stats.tokenize_seconds += seconds
         return ids

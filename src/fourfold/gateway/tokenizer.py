@@ -7,10 +7,12 @@ through transformers' converters.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import functools
 import json
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,6 +32,7 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CONTROL, _USER_DEFINED = 3, 4
+_MARK = re.compile(r"<[|\uff5c].+[|\uff5c]>", re.DOTALL)
 
 
 class _Mark(msgspec.Struct):
@@ -67,9 +70,22 @@ class Tokenizer:
         """Number of token ids."""
         return int(self.backend.get_vocab_size(with_added_tokens=True))
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text; `add_special_tokens` adds what the model wants before plain text."""
-        return list(self.backend.encode(text, add_special_tokens=add_special_tokens).ids)
+    def encode(
+        self, text: str, *, add_special_tokens: bool, quoted: Sequence[int] = ()
+    ) -> list[int]:
+        """Token ids of a text; `add_special_tokens` adds what the model wants before plain text.
+        Where one of `marks` begins at a place in `quoted`, ascending, it is spelled out as text."""
+        encoding = self.backend.encode(text, add_special_tokens=add_special_tokens)
+        if not quoted:
+            return list(encoding.ids)
+        ids: list[int] = []
+        for token, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
+            place = bisect.bisect_left(quoted, start)
+            if token in self.marks and place < len(quoted) and quoted[place] < end:
+                ids += self._spelled(text[start:end])
+            else:
+                ids.append(token)
+        return ids
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         return str(self.backend.decode(ids, skip_special_tokens=skip_special_tokens))
@@ -96,6 +112,31 @@ class Tokenizer:
     def is_special(self, token: int) -> bool:
         """Whether a token is a mark that has no text."""
         return self._added.get(token, False)
+
+    @functools.cached_property
+    def marks(self) -> dict[int, str]:
+        """The names of tokens that are no text: the special ones, and others that are written as
+        such, as are the marks of turns in some tokenizers."""
+        added = self.backend.get_added_tokens_decoder()
+        return {
+            token: entry.content
+            for token, entry in added.items()
+            if entry.special or _MARK.fullmatch(entry.content)
+        }
+
+    def _spelled(self, text: str) -> list[int]:
+        """Token ids of a text in which nothing is looked for but text."""
+        backend = self.backend
+        if backend.normalizer is not None:
+            text = backend.normalizer.normalize_str(text)
+        words = [text]
+        if backend.pre_tokenizer is not None:
+            words = [word for word, _ in backend.pre_tokenizer.pre_tokenize_str(text)]
+        ids = [token.id for word in words for token in backend.model.tokenize(word)]
+        if self.marks.keys().isdisjoint(ids):
+            return ids
+        letters = (backend.model.tokenize(letter) for word in words for letter in word)
+        return [token.id for of_letter in letters for token in of_letter]
 
     @functools.cached_property
     def _added(self) -> dict[int, bool]:

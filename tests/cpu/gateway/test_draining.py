@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Sequence
 
 import pytest
 
@@ -23,9 +24,12 @@ class SlowTokenizer(Tokenizer):
 
     gate = threading.Event()
 
-    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+    def encode(
+        self, text: str, *, add_special_tokens: bool, quoted: Sequence[int] = ()
+    ) -> list[int]:
         assert self.gate.wait(10)
-        return super().encode(text, add_special_tokens=add_special_tokens)[: self.kept]
+        ids = super().encode(text, add_special_tokens=add_special_tokens, quoted=quoted)
+        return ids[: self.kept]
 
     kept = 10
 
