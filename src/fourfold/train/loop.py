@@ -21,7 +21,7 @@ from fourfold.train import checkpoint
 from fourfold.train.config import TrainConfig
 from fourfold.train.data.batches import Batch, Batches
 from fourfold.train.export import export
-from fourfold.train.losses import Objective, Scale, loads_of
+from fourfold.train.losses import Objective, Scale
 from fourfold.train.metrics import EvaluationRecord, Metrics, SpikeWatch, peak_flops
 from fourfold.train.model import build, count
 from fourfold.train.optim import Optimizer
@@ -217,7 +217,7 @@ class Trainer:
                 sums_4[place] += part * weight
             if not step.routings:
                 return None
-            counts_LE = loads_of(step.routings)
+            counts_LE = step.loads()
             return counts_LE if load_LE is None else load_LE + counts_LE
 
     def _move_biases(self, load_LE: Tensor, rate: Tensor) -> None:

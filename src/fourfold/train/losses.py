@@ -5,7 +5,6 @@ Shapes: T tokens, D model width, V vocabulary, E experts, K experts per token, B
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,11 +61,6 @@ def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Ten
         hidden_TD, weight_VD, target_T, torch.is_grad_enabled()
     )
     return loss
-
-
-def loads_of(routings: Sequence[TrainedRouting]) -> Tensor:
-    """Rows that went to each expert of each sparse layer, float32 [layers, E]."""
-    return torch.cat([_choices(routing, 1) for routing in routings])
 
 
 def _choices(routing: TrainedRouting, rows: int) -> Tensor:
@@ -136,7 +130,6 @@ class Objective:
             choices = [_choices(each, step.documents.rows) for each in routings]
         else:
             # Only the scores have gradients, so the choices of others can be added.
-            choices_LE = self._parallel.summed(loads_of(routings))
-            choices = list(torch.split(choices_LE, 1))
+            choices = list(torch.split(self._parallel.summed(step.loads()), 1))
         pairs = zip(routings, choices, strict=True)
         return torch.stack([balance_loss(each, choices_BE) for each, choices_BE in pairs]).mean()

@@ -58,14 +58,15 @@ class MicroBatch(NamedTuple):
 
 
 class TrainStep:
-    """Computes attention and experts of one micro-batch; `routings` are those of its sparse layers,
-    in order, once the decoder has run."""
+    """Computes attention and experts of one micro-batch; `routings` and `loads` are those of its
+    sparse layers, in order, once the decoder has run."""
 
     live_T: Tensor | None = None
 
     def __init__(self, documents: Documents, exchange: ExpertExchange | None = None) -> None:
         self.documents = documents
         self.routings: list[TrainedRouting] = []
+        self._ends: list[Tensor] = []
         self._exchange = exchange
 
     # Left out of what is compiled: they are few kernels already, and their sizes vary.
@@ -97,6 +98,7 @@ class TrainStep:
         self.routings.append(routing)
         choices = routing.experts_TK.shape[1]
         groups = group_rows(routing.experts_TK, routing.logits_TE.shape[1])
+        self._ends.append(groups.ends_E)
         order_R = groups.order_R.long()
         place_R = inverse_of(order_R)
         token_R, place_TK = order_R // choices, place_R.view(-1, choices)
@@ -110,6 +112,11 @@ class TrainStep:
             rows_QD, gates_Q = sent.forth(rows_RD), sent.forth(gates_R[:, None])[:, 0]
             out_RD = sent.back(_expert_ffn(rows_QD, gates_Q, *matrices, sent.ends_E))
         return collect_rows(out_RD, token_R, place_TK)
+
+    def loads(self) -> Tensor:
+        """Rows of this process's tokens that went to each expert, float32 [layers, E]."""
+        ends_LE = torch.stack(self._ends)
+        return torch.diff(ends_LE, prepend=torch.zeros_like(ends_LE[:, :1])).float()
 
 
 def _expert_ffn(

@@ -14,7 +14,7 @@ from torch import Tensor
 _BLOCK = 2048
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit
 def _adamw_kernel(
     master,
     grad,
