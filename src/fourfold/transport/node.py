@@ -137,6 +137,11 @@ class Node:
                 )
             return link
 
+    def linked_by(self, epoch: int) -> bool:
+        """Whether a link of this incarnation of a peer stands, of whose end `on_lost` will tell."""
+        with self._lock:
+            return any(session.epoch == epoch for session in self._sessions.values())
+
     def stats(self) -> list[PathStats]:
         """What came of the links to and from each peer so far."""
         with self._lock:

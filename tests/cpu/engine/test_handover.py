@@ -14,11 +14,12 @@ import torch
 
 from fourfold.engine.engine import Engine
 from fourfold.engine.handover.landing import HostLanding
+from fourfold.engine.handover.pulling import PullLanding
 from fourfold.engine.messages import Abort, FinishReason, Granted, SamplingParams, Stage, Submit
 from fourfold.kernels import device_memory
 from fourfold.models.decoder import Decoder
 from fourfold.models.precision import PageFormat
-from fourfold.transport.peer import DeviceMemory, DevicePages
+from fourfold.transport.peer import DeviceMemory, DevicePages, Peer
 from fourfold.transport.pieces import Part
 from tests.cpu.driving import GREEDY, load_tiny, make_engine, run, submit, tokens
 from tests.cpu.engine.couple import PATIENCE, Couple, couple
@@ -194,7 +195,7 @@ def test_a_receiver_that_has_gone_frees_the_sender(model: Decoder) -> None:
 
 
 @pytest.fixture
-def on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine, Engine], Devices]:
+def on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Devices]:
     """Has engines of this process map each other's pages, as on a GPU that shares its memory."""
     memories: list[torch.Tensor] = []
     monkeypatch.setattr(device_memory, "attach", lambda memory, device: memories[memory.descriptor])
@@ -217,7 +218,7 @@ def on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[Engine, Engine], De
 
 @pytest.mark.parametrize("kv_pages", [PageFormat.FLOAT, PageFormat.INT8])
 def test_a_receiver_pulls_pages_out_of_its_neighbours_memory(
-    model: Decoder, kv_pages: PageFormat, on_one_gpu: Callable[[Engine, Engine], Devices]
+    model: Decoder, kv_pages: PageFormat, on_one_gpu: Callable[..., Devices]
 ) -> None:
     options = {"max_running": 6, "step_tokens": 134, "kv_pages": kv_pages}
     requests = [
@@ -239,7 +240,7 @@ def test_a_receiver_pulls_pages_out_of_its_neighbours_memory(
 
 def test_memory_that_cannot_be_mapped_goes_through_the_host(
     model: Decoder,
-    on_one_gpu: Callable[[Engine, Engine], Devices],
+    on_one_gpu: Callable[..., Devices],
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -255,6 +256,87 @@ def test_memory_that_cannot_be_mapped_goes_through_the_host(
         assert pair.answers(request) == wanted
         assert "does not hand out its memory" in caplog.text
         pair.wait_until_free()
+
+
+@pytest.fixture
+def attached(on_one_gpu: Callable[..., Devices], monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The memories that were mapped, in order."""
+    attach, mapped = device_memory.attach, []
+
+    def note(memory: DeviceMemory, device: torch.device) -> torch.Tensor:
+        mapped.append(memory.descriptor)
+        return attach(memory, device)
+
+    monkeypatch.setattr(device_memory, "attach", note)
+    return mapped
+
+
+def wait_at_second(pair: Couple, request: Submit, peer: Peer) -> None:
+    """Has the second engine wait for pages that never come, and gives up."""
+    pair.second.submit(msgspec.structs.replace(request, stage=Stage.DECODE, peer=peer))
+    wait_until(lambda: request.request_id in pair.granted)
+    pair.second.abort(Abort(request_id=request.request_id))
+    pair.wait_until_free()
+
+
+def test_memory_of_a_peer_stays_mapped_while_it_has_a_link(
+    model: Decoder, on_one_gpu: Callable[..., Devices], attached: list[int]
+) -> None:
+    requests = [submit(number, prompt_of(200, number), GREEDY) for number in range(3)]
+    wanted = alone(make_engine(model), *requests)
+    first, second = make_engine(model), make_engine(model)
+    with couple(first, second, on_one_gpu(first, second)) as pair:
+        assert pair.answers(requests[0]) == wanted[:1]
+        pair.wait_until_free()
+        wait_at_second(pair, requests[1], pair.first_node.peer)
+        assert pair.answers(requests[2]) == wanted[2:]
+        pair.wait_until_free()
+        assert attached == [0]
+        handover = second._handover
+        assert handover is not None
+        pair.first_node.close()
+        wait_until(lambda: not handover._attached)
+
+
+def test_memory_of_a_peer_without_a_link_is_let_go_of(
+    model: Decoder, on_one_gpu: Callable[..., Devices], attached: list[int]
+) -> None:
+    """Nothing would tell that it has died."""
+    first, second = make_engine(model), make_engine(model)
+    with couple(first, second, on_one_gpu(first, second)) as pair:
+        wait_at_second(pair, submit(1, prompt_of(200), GREEDY), pair.first_node.peer)
+        assert attached == [0]
+        assert second._handover is not None
+        assert not second._handover._attached
+
+
+def test_a_peer_that_started_again_is_not_read_where_it_was_before(
+    model: Decoder, on_one_gpu: Callable[..., Devices], attached: list[int]
+) -> None:
+    request = submit(1, prompt_of(200), GREEDY)
+    wanted = alone(make_engine(model), request)
+    first, second, third = (make_engine(model) for _ in range(3))
+    devices = on_one_gpu(first, second, third)
+    with couple(first, second, devices[:2]) as pair:
+        assert pair.answers(request) == wanted
+        pair.wait_until_free()
+        assert attached == [0]
+        again = msgspec.structs.replace(pair.first_node.peer, epoch=77, device=devices[2])
+        assert again.name == pair.first_node.peer.name
+        pair.second.submit(
+            msgspec.structs.replace(request, request_id=2, stage=Stage.DECODE, peer=again)
+        )
+        wait_until(lambda: 2 in pair.granted)
+        assert attached == [0, 2]
+        handover = second._handover
+        assert handover is not None
+        landing = handover._landings[2]
+        assert isinstance(landing, PullLanding)
+        memory = landing._theirs.records_LPR.untyped_storage()
+        assert memory.data_ptr() == third._runner.pages.memory[0].bytes.data_ptr()
+        pair.second.abort(Abort(request_id=2))
+        pair.wait_until_free()
+        assert list(handover._attached) == [1]  # the first, whose link stands
 
 
 def test_pages_that_arrive_before_a_step_is_read_lose_no_token(model: Decoder) -> None:

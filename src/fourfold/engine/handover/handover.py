@@ -65,7 +65,8 @@ class Handover:
         self._pages = pages
         self._attach = attach
         self._attached: dict[int, PagedMemory | None] = {}
-        """Memory of peers by their epochs; None for what cannot be read here."""
+        """Memory of peers by their epochs, which no two incarnations share; None for what cannot be
+        read here. Kept while the peer has a link to here: mapping it takes milliseconds."""
         self._paged = PagedMemory.of(pages)
         self._stream = side_stream(pages)
         node.on_lost = lambda epoch: post(Lost(epoch))
@@ -132,9 +133,10 @@ class Handover:
             self._node.forget(request_id)
             if self._landings.pop(request_id, None) is not None:
                 self._wipe(sequence)
-            # Memory of a peer that has died without a link is let go of here.
             assert sequence.request.peer is not None
-            self.detach(sequence.request.peer.epoch)
+            epoch = sequence.request.peer.epoch
+            if not self._node.linked_by(epoch):  # it may have died without one: nothing tells of it
+                self.detach(epoch)
         elif (sending := self._sendings.pop(request_id, None)) is not None:
             sending.cancel()
 
