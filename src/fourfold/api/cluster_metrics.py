@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 _WORKER_GAUGES = {
     "running": "Samples in the worker's batch.",
     "waiting": "Samples that wait for room there.",
+    "moving": "Samples there that wait for their prompt's pages from another worker.",
+    "shared": "Samples of which a part is there that another worker counts.",
     "pages_total": "KV pages that the worker has.",
     "pages_in_use": "KV pages held by requests there.",
     "pages_cached": "KV pages held only by the prefix cache there.",

@@ -175,6 +175,12 @@ _ENGINE_METRICS = (
     _EngineMetric(
         GaugeMetricFamily, "engine_waiting_samples", "Samples that wait for room.", "waiting"
     ),
+    _EngineMetric(
+        GaugeMetricFamily,
+        "engine_moving_samples",
+        "Samples that wait for their prompt's pages from another worker.",
+        "moving",
+    ),
     _EngineMetric(GaugeMetricFamily, "kv_cache_pages", "Pages there are.", "pages_total"),
     _EngineMetric(
         GaugeMetricFamily, "kv_cache_pages_in_use", "Pages held by requests.", "pages_in_use"

@@ -385,10 +385,13 @@ class Engine:
 
     def _observe(self) -> None:
         scheduler = self.scheduler
+        held = scheduler.held
         self._totals = msgspec.structs.replace(
             self._totals,
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
+            running=held.running,
+            waiting=held.waiting,
+            moving=held.moving,
+            shared=held.shared,
             pages_in_use=scheduler.pool.in_use,
             pages_cached=scheduler.pool.idle,
             preemptions=scheduler.preemptions,

@@ -163,7 +163,14 @@ class EngineStats(msgspec.Struct, frozen=True, kw_only=True):
     """Gauges of this moment and counters since the start."""
 
     running: int = 0
+    """Samples in the batch. Each sample is in this number, in `waiting` or in `moving` of one
+    engine; where prompts are computed apart it goes over to the other with its first token."""
     waiting: int = 0
+    """Samples that wait for room."""
+    moving: int = 0
+    """Samples that have their first token and wait for their prompt's pages from elsewhere."""
+    shared: int = 0
+    """Samples of which a part is here that another engine counts."""
     pages_total: int = 0
     pages_in_use: int = 0
     pages_cached: int = 0

@@ -75,6 +75,15 @@ class Sampled:
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
+class Held(NamedTuple):
+    """How many samples an engine holds, as `EngineStats` has them."""
+
+    running: int
+    waiting: int
+    moving: int
+    shared: int
+
+
 class Scheduler:
     """All samples of one engine, waiting or running. Used by the engine's thread alone."""
 
@@ -104,6 +113,20 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         return not self.waiting and not self.running and not self.moving
+
+    @property
+    def held(self) -> Held:
+        """What is here. A sample that is cut in two is counted by the prefilling engine until its
+        next token is known, then by the decoding one; to the other it is shared."""
+        waiting, moving = len(self.waiting), 0
+        for part in self._parts.values():
+            if part.stage is Stage.DECODE:
+                here = part.proceeds is not None and part.proceeds.finish is None
+                admitted = part.slot >= 0
+                waiting -= not here and not admitted
+                moving += here and admitted
+        shared = len(self.waiting) + len(self.moving) - waiting - moving
+        return Held(len(self.running), waiting, moving, shared)
 
     def add(self, request: Submit) -> list[TokenOutput]:
         """Queues every sample of a request; samples after the first wait for its prompt.

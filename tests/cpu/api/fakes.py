@@ -178,7 +178,15 @@ class FakeGateway:
             generation.cancel()
 
     def snapshot(self) -> GatewaySnapshot:
-        engine = EngineStats(running=2, pages_total=64, pages_in_use=3, steps=7, step_seconds=0.5)
+        engine = EngineStats(
+            running=2,
+            moving=5,
+            shortages=1,
+            pages_total=64,
+            pages_in_use=3,
+            steps=7,
+            step_seconds=0.5,
+        )
         gateway = GatewayStats(tokenize_seconds=0.25, news=5)
         return GatewaySnapshot(active_requests=self.active, engine=engine, gateway=gateway)
 

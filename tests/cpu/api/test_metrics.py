@@ -86,6 +86,9 @@ def test_the_engines_numbers(http: httpx.Client) -> None:
     now = scrape(http)
     assert now["fourfold_active_requests", frozenset()] == 0
     assert now["fourfold_engine_running_samples", frozenset()] == 2
+    assert now["fourfold_engine_waiting_samples", frozenset()] == 0
+    assert now["fourfold_engine_moving_samples", frozenset()] == 5
+    assert now["fourfold_engine_shortages_total", frozenset()] == 1
     assert now["fourfold_kv_cache_pages", frozenset()] == 64
     assert now["fourfold_kv_cache_pages_in_use", frozenset()] == 3
     assert now["fourfold_engine_steps_total", frozenset()] == 7

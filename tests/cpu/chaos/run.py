@@ -340,7 +340,8 @@ class Run:
             held.append(f"the fleet follows {list(fleet._dispatcher._flights)}")
         for member in fleet.members:
             stats, burden = member.stats, member.burden
-            busy = stats.pages_in_use or stats.running or stats.waiting
+            samples = stats.running + stats.waiting + stats.moving + stats.shared
+            busy = stats.pages_in_use or samples
             if busy or not member.idle or burden.samples or burden.pages or burden.tokens:
                 held.append(f"{member.name}: {stats}, {burden}")
         names = {member.name for member in fleet.members}

@@ -109,7 +109,9 @@ def test_nobody_without_a_key_sees_or_changes_workers() -> None:
 def test_metrics_of_workers_and_of_the_paths_between_them() -> None:
     async def main(run: Running, http: httpx.AsyncClient) -> None:
         worker = await run.worker("p", Role.PREFILL)
-        stats = EngineStats(running=3, pages_total=1000, pages_in_use=5, steps=8)
+        stats = EngineStats(
+            running=3, moving=4, step_tokens=300, pages_total=1000, pages_in_use=5, steps=8
+        )
         copied = msgspec.structs.replace(PATH, peer="e", path=SHARED_MEMORY)
         worker.say(News([], stats, 0.0, [], [PATH, copied]))
         run.ask(1)
@@ -122,6 +124,8 @@ def test_metrics_of_workers_and_of_the_paths_between_them() -> None:
             if sample.name.startswith(("fourfold_worker", "fourfold_fleet", "fourfold_transport"))
         }
         assert seen["fourfold_worker_running", "p", "prefill"] == 3
+        assert seen["fourfold_worker_moving", "p", "prefill"] == 4
+        assert seen["fourfold_worker_step_tokens", "p", "prefill"] == 300
         assert seen["fourfold_worker_pages_in_use", "p", "prefill"] == 5
         assert seen["fourfold_worker_state", "p", "prefill", "ready"] == 1
         assert seen["fourfold_fleet_parts_total", "whole"] == 1

@@ -37,6 +37,9 @@ class Pair:
         self.aborted: set[int] = set()
         self.mail: list[Callable[[], None]] = []
         self.let_go: list[int] = []
+        self.on_their_way: set[int] = set()
+        """Requests whose first token is in the mail."""
+        self.most_moving = 0
         first.scheduler.before_leaving = lambda s: self.let_go.append(s.request.request_id)
 
     def add(self, request: Submit) -> None:
@@ -68,6 +71,32 @@ class Pair:
             self.mail.pop(self.random.randrange(len(self.mail)))()
         for drive in (self.first, self.second):
             drive.check_ownership()
+        self.check_held()
+
+    def check_held(self) -> None:
+        """Every sample that has not ended is counted once, but for those that go over just now."""
+        drives = (self.first, self.second)
+        ended = {
+            key
+            for drive in drives
+            for key, news in drive.news.items()
+            if any(output.finish is not None for output in news)
+        }
+        samples = {
+            (request_id, index)
+            for drive in drives
+            for request_id, request in drive.requests.items()
+            for index in range(request.n)
+        }
+        passing = {(request_id, 0) for request_id in self.on_their_way}
+        held = [drive.scheduler.held for drive in drives]
+        assert sum(sum(each[:3]) for each in held) == len(samples - ended - passing)
+        for drive, each in zip(drives, held, strict=True):
+            lists = (drive.scheduler.running, drive.scheduler.waiting, drive.scheduler.moving)
+            assert sum(each) == sum(map(len, lists))
+            assert min(each) >= 0
+        assert held[0].moving == 0
+        self.most_moving = max(self.most_moving, held[1].moving)
 
     def step(self, drive: Drive) -> None:
         before = {key: len(news) for key, news in drive.news.items()}
@@ -88,7 +117,10 @@ class Pair:
                 self.mail.append(lambda s=sender, r=receiver: self.copy(s, r))
 
     def proceed(self, request_id: int, token: int, finish: FinishReason | None) -> Any:
+        self.on_their_way.add(request_id)
+
         def deliver() -> None:
+            self.on_their_way.discard(request_id)
             part = self.second.scheduler.part(request_id)
             if part is None:
                 return
@@ -191,6 +223,10 @@ def check_ended(pair: Pair) -> None:
 @FUZZ
 def test_requests_cut_in_two_get_the_answers_they_would_get_whole(seed: int) -> None:
     check_ended(story(seed, aborts=False))
+
+
+def test_samples_that_wait_for_pages_are_counted() -> None:
+    assert max(story(seed, aborts=False).most_moving for seed in range(20)) > 1
 
 
 @given(st.integers(0, 2**32))

@@ -51,6 +51,8 @@ _CLOSING = 5.0
 _GAUGES = (
     "running",
     "waiting",
+    "moving",
+    "shared",
     "pages_total",
     "pages_in_use",
     "pages_cached",
