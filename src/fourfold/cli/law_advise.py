@@ -36,8 +36,10 @@ def run(options: Options) -> int:
     from fourfold.train.law.records import read_records
     from fourfold.train.law.report import fit_of, read_report
 
-    fit = fit_of(read_report(options.fit), "joint")
-    records = read_records(options.records or options.fit.parent / "records")
+    report = read_report(options.fit)
+    fit = fit_of(report, "joint")
+    folder = options.records or options.fit.parent / "records"
+    records = read_records(folder, least_tokens=report.least_tokens)
     found = advise(options, fit, records, ratios_for(records))
     if not found:
         raise ConfigError("no model is within these budgets; raise --memory-gib or --step-ms")

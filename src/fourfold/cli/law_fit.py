@@ -13,10 +13,11 @@ def run(options: Options) -> int:
     from fourfold.train.law.report import lines_of, make_report, write_report
 
     report = make_report(
-        read_records(options.records),
+        read_records(options.records, least_tokens=options.least_tokens),
         starts=options.starts,
         resamplings=options.resamplings,
         seed=options.seed,
+        least_tokens=options.least_tokens,
     )
     out = options.out or options.records.parent / "fit.json"
     try:

@@ -15,7 +15,7 @@ def run(options: Options) -> int:
 
     folder = options.fit.parent
     report = read_report(options.fit)
-    records = read_records(options.records or folder / "records")
+    records = read_records(options.records or folder / "records", least_tokens=report.least_tokens)
     out = options.out or folder / "plots"
     try:
         paths = draw(report, records, out, options.form)

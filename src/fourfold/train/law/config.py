@@ -45,8 +45,12 @@ class FitConfig:
     resamplings: int = 1000
     """For the intervals."""
     seed: int = 0
+    least_tokens: float = 0.0
+    """Leaves out runs on fewer: what took too few steps follows no power law."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.least_tokens < float("inf"):
+            raise ConfigError(f"--least-tokens {self.least_tokens:g} is no number of tokens")
         if self.starts < 1 or self.resamplings < 1:
             raise ConfigError("--starts and --resamplings must be at least 1")
         if self.seed < 0:

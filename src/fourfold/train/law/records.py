@@ -86,9 +86,9 @@ def read_record(path: Path) -> RunRecord:
         ) from error
 
 
-def read_records(folder: Path) -> list[RunRecord]:
-    """The records in a folder, sorted by name. ConfigError where there is none, a name twice, or
-    losses on different texts."""
+def read_records(folder: Path, *, least_tokens: float = 0.0) -> list[RunRecord]:
+    """The records in a folder, of runs on so many tokens or more, sorted by name. ConfigError where
+    there is none, a name twice, or losses on different texts."""
     records = sorted(map(read_record, folder.glob("*.json")), key=lambda record: record.name)
     if not records:
         raise ConfigError(f"{folder} holds no records; run `fourfold law sweep` first")
@@ -103,4 +103,9 @@ def read_records(folder: Path) -> list[RunRecord]:
                 f"{folder}: {first.name} and {other.name} were evaluated on different texts, so "
                 "their losses cannot be compared; delete the records of one kind"
             )
-    return records
+    kept = [record for record in records if record.tokens >= least_tokens]
+    if not kept:
+        raise ConfigError(
+            f"{folder} holds no run on {least_tokens:,.0f} tokens or more; lower --least-tokens"
+        )
+    return kept

@@ -76,6 +76,8 @@ class LawReport(msgspec.Struct, frozen=True, kw_only=True):
     starts: int
     resamplings: int
     seed: int
+    least_tokens: float = 0.0
+    """Runs on fewer were left out."""
     delta: float
     checks: Checks
     best: str
@@ -86,9 +88,15 @@ class LawReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_report(
-    records: Sequence[RunRecord], *, starts: int, resamplings: int, seed: int
+    records: Sequence[RunRecord],
+    *,
+    starts: int,
+    resamplings: int,
+    seed: int,
+    least_tokens: float = 0.0,
 ) -> LawReport:
-    """Fits all forms. ConfigError for too few runs."""
+    """Fits all forms. The records are of runs on `least_tokens` or more. ConfigError for too few
+    runs."""
     fits = [fit(records, form, starts=starts, resamplings=resamplings, seed=seed) for form in FORMS]
     # What is said of leverages is said by the form that fits best.
     best = sorted(fits, key=lambda each: float(np.square(each.residual_N).sum()))
@@ -102,6 +110,7 @@ def make_report(
         starts=starts,
         resamplings=resamplings,
         seed=seed,
+        least_tokens=least_tokens,
         delta=DELTA,
         checks=checks,
         best=best[0].form.name,
@@ -187,6 +196,9 @@ def read_report(path: Path) -> LawReport:
 def lines_of(report: LawReport) -> Iterator[str]:
     """The report as Markdown."""
     yield from _runs_lines(report.checks)
+    if report.least_tokens:
+        yield f"Runs on fewer than {_millions(report.least_tokens)} tokens are left out."
+        yield ""
     for name, form in report.forms.items():
         yield from _form_lines(name, form)
     yield from _leverage_lines(report)

@@ -203,6 +203,28 @@ def test_the_command_writes_a_fit_that_comes_back(
             assert estimate.low < estimate.value < estimate.high  # type: ignore[operator]
 
 
+def test_runs_that_were_too_short_are_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the fit, and of what is drawn beside it and advised by it."""
+    for record in grid(Known(), noise=5e-4):
+        short = record.tokens < 60e6
+        strange = msgspec.structs.replace(record, loss=record.loss * 1.3 if short else record.loss)
+        write_record(strange, tmp_path / "records" / f"{record.name}.json")
+    fitted = ["law", "fit", str(tmp_path / "records"), "--starts", "16", "--resamplings", "20"]
+    assert run([*fitted, "--least-tokens", "60e6"]) == 0
+    said = capsys.readouterr().out
+    assert "38 runs of 19 models" in said
+    assert "Runs on fewer than 60M tokens are left out." in said
+    report = read_report(tmp_path / "fit.json")
+    assert report.forms["joint"].error < 2e-3
+    assert all(len(form.residuals) == 38 for form in report.forms.values())
+    assert run(["law", "plot", str(tmp_path / "fit.json")]) == 0
+    assert run(["law", "advise", str(tmp_path / "fit.json"), "--flops", "1e18"]) == 0
+    assert run([*fitted, "--least-tokens", "1e12"]) != 0
+    assert "lower --least-tokens" in capsys.readouterr().err
+
+
 def test_a_missing_run_is_missing(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="holds no records"):
         read_records(tmp_path)
