@@ -8,7 +8,7 @@ compute, is an error naming it, because a checkpoint computed almost as written 
 from __future__ import annotations
 
 import dataclasses
-import math
+import sys
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -115,6 +115,18 @@ _DESCRIPTIVE = frozenset({
 # fmt: on
 _MISSING = object()
 
+# What no model comes near, while a file that is broken or hostile goes far beyond: layers and
+# experts are walked through one by one, and widths are allocated.
+MOST_LAYERS = 1 << 10
+MOST_HEADS = 1 << 12
+MOST_HEAD_WIDTH = 1 << 12
+MOST_WIDTH = 1 << 20
+MOST_EXPERTS = 1 << 13
+_MOST_EXPERTS_OF_ALL_LAYERS = 1 << 17
+_MOST_VOCABULARY = 1 << 24
+_MOST_POSITIONS = 1 << 30
+_MOST_TOKEN_ID = (1 << 31) - 1
+
 
 class ConfigReader:
     """Reads a `config.json` once, field by field, and refuses what is left over.
@@ -127,19 +139,31 @@ class ConfigReader:
         self._where = where
         self._read: set[str] = set()
 
-    def integer(self, name: str, default: Any = _MISSING, *, least: int = 1) -> int:
-        """A count or a size: few of them may be zero."""
+    def integer(self, name: str, default: Any = _MISSING, *, least: int = 1, most: int) -> int:
+        """A count or a size: few of them may be zero, and none is beyond all reason."""
         value = int(self._take(name, (int,), "an integer", default))
         if value < least:
             raise self.error(f"{name} = {value} is less than {least}")
+        if value > most:
+            raise self.error(f"{name} = {_shortened(value)} is more than {most}")
         return value
+
+    def experts(self, name: str, layers: int) -> int:
+        """How many experts a sparse layer has, in a model of so many layers."""
+        experts = self.integer(name, most=MOST_EXPERTS)
+        if experts * layers > _MOST_EXPERTS_OF_ALL_LAYERS:
+            raise self.error(
+                f"{name} = {experts} in {layers} layers are {experts * layers} experts, more than "
+                f"{_MOST_EXPERTS_OF_ALL_LAYERS}"
+            )
+        return experts
 
     def number(self, name: str, default: Any = _MISSING) -> float:
         """A number above zero: JSON of Python's may hold infinities and NaN, too."""
-        value = float(self._take(name, (int, float), "a number", default))
-        if not 0.0 < value < math.inf:
-            raise self.error(f"{name} = {value} is not a number above zero")
-        return value
+        value = self._take(name, (int, float), "a number", default)
+        if not _is_positive(value):
+            raise self.error(f"{name} = {_shortened(value)} is not a number above zero")
+        return float(value)
 
     def flag(self, name: str, default: Any = _MISSING) -> bool:
         return bool(self._take(name, (bool,), "true or false", default))
@@ -162,9 +186,14 @@ class ConfigReader:
     def token_ids(self, name: str) -> tuple[int, ...]:
         """A token id or a list of them."""
         if isinstance(self.optional(name), list):
-            return self.integers(name)
-        value = self._take(name, (int,), "a token id or a list of them", None)
-        return () if value is None else (value,)
+            ids = self.integers(name)
+        else:
+            value = self._take(name, (int,), "a token id or a list of them", None)
+            ids = () if value is None else (value,)
+        for token in ids:
+            if abs(token) > _MOST_TOKEN_ID:
+                raise self.error(f"{name} = {_shortened(token)} is more than {_MOST_TOKEN_ID}")
+        return ids
 
     def integers(self, name: str) -> tuple[int, ...]:
         """A list of integers, empty where the field is absent or null."""
@@ -195,6 +224,17 @@ class ConfigReader:
         return value
 
 
+def _is_positive(value: float) -> bool:
+    """Whether it is above zero and a float can hold it, which not every integer of JSON is."""
+    return 0 < value <= sys.float_info.max
+
+
+def _shortened(value: float) -> str:
+    """A number that may have thousands of digits."""
+    digits = str(value)
+    return digits if len(digits) <= 40 else f"{digits[:20]}... ({len(digits)} digits)"
+
+
 def read_rope(reader: ConfigReader, theta_default: float) -> RopeConfig:
     """The rotary settings, in the older (`rope_theta`, `rope_scaling`) or the newer
     (`rope_parameters`) spelling; a `theta_default` is the family's own."""
@@ -209,8 +249,8 @@ def read_rope(reader: ConfigReader, theta_default: float) -> RopeConfig:
         value = parameters.pop(name, None)
         if value is not None and type(value) not in (int, float):
             raise reader.error(f"rope {name} = {value!r} is not a number")
-        if value is not None and not 0.0 < value < math.inf:
-            raise reader.error(f"rope {name} = {value!r} is not a number above zero")
+        if value is not None and not _is_positive(value):
+            raise reader.error(f"rope {name} = {_shortened(value)} is not a number above zero")
         return value
 
     theta = number("rope_theta")
@@ -244,8 +284,8 @@ def read_rope(reader: ConfigReader, theta_default: float) -> RopeConfig:
 def read_common(reader: ConfigReader, *, theta_default: float = 10000.0) -> dict[str, Any]:
     """The fields that every family spells alike, as keywords of `ModelConfig`. `theta_default` is
     what the family means by a `rope_theta` that is absent."""
-    heads = reader.integer("num_attention_heads")
-    width = reader.integer("hidden_size")
+    heads = reader.integer("num_attention_heads", most=MOST_HEADS)
+    width = reader.integer("hidden_size", most=MOST_WIDTH)
     reader.expect("hidden_act", "silu")
     reader.expect("mlp_bias", False)
     reader.expect("use_sliding_window", False)
@@ -257,14 +297,14 @@ def read_common(reader: ConfigReader, *, theta_default: float = 10000.0) -> dict
         raise reader.error(f"layer_types = {layer_types!r} is not supported (only full_attention)")
     reader.expect("quantization_config")
     return {
-        "vocabulary": reader.integer("vocab_size"),
-        "layers": reader.integer("num_hidden_layers"),
+        "vocabulary": reader.integer("vocab_size", most=_MOST_VOCABULARY),
+        "layers": reader.integer("num_hidden_layers", most=MOST_LAYERS),
         "width": width,
         "query_heads": heads,
-        "kv_heads": reader.integer("num_key_value_heads", heads),
-        "head_width": reader.integer("head_dim", width // heads),
-        "ffn_width": reader.integer("intermediate_size"),
-        "max_positions": reader.integer("max_position_embeddings"),
+        "kv_heads": reader.integer("num_key_value_heads", heads, most=MOST_HEADS),
+        "head_width": reader.integer("head_dim", width // heads, most=MOST_HEAD_WIDTH),
+        "ffn_width": reader.integer("intermediate_size", most=MOST_WIDTH),
+        "max_positions": reader.integer("max_position_embeddings", most=_MOST_POSITIONS),
         "norm_eps": reader.number("rms_norm_eps"),
         "rope": read_rope(reader, theta_default),
         "tied_embeddings": reader.flag("tie_word_embeddings", False),

@@ -194,6 +194,55 @@ def test_a_mixture_that_makes_no_sense_is_refused(name: str, value: Any) -> None
         read(minimal("qwen3_moe", **{name: value}))
 
 
+ABSURD = [
+    ("llama", "num_hidden_layers", 1024),
+    ("llama", "vocab_size", 16_777_216),
+    ("llama", "hidden_size", 1_048_576),
+    ("llama", "intermediate_size", 1_048_576),
+    ("llama", "num_attention_heads", 4096),
+    ("llama", "num_key_value_heads", 4096),
+    ("llama", "max_position_embeddings", 1_073_741_824),
+    ("llama", "eos_token_id", 2_147_483_647),
+    ("qwen3", "head_dim", 4096),
+    ("qwen3_moe", "num_experts", 8192),
+    ("qwen3_moe", "moe_intermediate_size", 1_048_576),
+    ("qwen3_moe", "num_experts_per_tok", 8192),
+    ("qwen3_moe", "decoder_sparse_step", 1024),
+    ("mixtral", "num_local_experts", 8192),
+    ("olmoe", "num_experts", 8192),
+    ("glm4_moe", "n_routed_experts", 8192),
+    ("glm4_moe", "n_shared_experts", 8192),
+    ("glm4_moe", "first_k_dense_replace", 1024),
+    ("glm4_moe", "moe_intermediate_size", 1_048_576),
+]
+
+
+@pytest.mark.parametrize(("family", "name", "most"), ABSURD)
+@pytest.mark.parametrize("factor", [1, 10**9, 10**4000])
+def test_a_size_beyond_all_reason_is_refused_with_its_bound(
+    family: str, name: str, most: int, factor: int
+) -> None:
+    value = most + 1 if factor == 1 else most * factor
+    with pytest.raises(CheckpointError) as caught:
+        read(minimal(family, **{name: value}))
+    shown = str(value) if factor < 10**4000 else f"{str(value)[:20]}... ({len(str(value))} digits)"
+    assert str(caught.value) == f"here/config.json: {name} = {shown} is more than {most}"
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral", "olmoe", "glm4_moe"])
+def test_more_experts_in_all_layers_than_any_model_has_are_refused(family: str) -> None:
+    name = next(name for name in OWN[family] if "experts" in name)
+    assert read(minimal(family, num_hidden_layers=128, **{name: 1024})).layers == 128
+    with pytest.raises(CheckpointError, match=f"{name} = 1025 in 128 layers are 131200 experts"):
+        read(minimal(family, num_hidden_layers=128, **{name: 1025}))
+
+
+@pytest.mark.parametrize("name", ["rms_norm_eps", "rope_theta"])
+def test_an_integer_that_no_float_holds_is_refused(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"{name} = 1000.*401 digits"):
+        read(minimal("llama", **{name: 10**400}))
+
+
 @pytest.mark.parametrize("model_type", [None, "gpt2", "Llama", 7, ["llama"]])
 def test_an_unknown_family_is_refused_with_those_there_are(model_type: Any) -> None:
     with pytest.raises(CheckpointError, match="mixtral"):

@@ -7,7 +7,15 @@ rotate half of each and are refused by that field.
 
 from __future__ import annotations
 
-from fourfold.models.config import ConfigReader, ModelConfig, MoEConfig, read_common
+from fourfold.models.config import (
+    MOST_EXPERTS,
+    MOST_LAYERS,
+    MOST_WIDTH,
+    ConfigReader,
+    ModelConfig,
+    MoEConfig,
+    read_common,
+)
 from fourfold.models.families.family import (
     Family,
     Placement,
@@ -26,22 +34,24 @@ def read_config(reader: ConfigReader) -> ModelConfig:
     for groups in ("n_group", "topk_group"):
         reader.expect(groups, 1)
     reader.optional("num_nextn_predict_layers")  # their tensors would be left over, and named
-    expert_width = reader.integer("moe_intermediate_size")
+    first_dense = reader.integer("first_k_dense_replace", 1, least=0, most=MOST_LAYERS)
+    shared = reader.integer("n_shared_experts", 1, most=MOST_EXPERTS)
+    expert_width = reader.integer("moe_intermediate_size", most=MOST_WIDTH)
     return ModelConfig(
         family="glm4_moe",
         qkv_bias=reader.flag("attention_bias", False),
         qk_norm="head" if reader.flag("use_qk_norm", False) else "none",
         moe=MoEConfig(
-            experts=reader.integer("n_routed_experts"),
-            experts_per_token=reader.integer("num_experts_per_tok"),
+            experts=reader.experts("n_routed_experts", common["layers"]),
+            experts_per_token=reader.integer("num_experts_per_tok", most=MOST_EXPERTS),
             expert_width=expert_width,
             score="sigmoid",
             normalise=reader.flag("norm_topk_prob", True),
             selection_bias=True,
             scale=reader.number("routed_scaling_factor", 1.0),
-            shared_width=reader.integer("n_shared_experts", 1) * expert_width,
+            shared_width=shared * expert_width,
         ),
-        dense_layers=frozenset(range(reader.integer("first_k_dense_replace", 1, least=0))),
+        dense_layers=frozenset(range(first_dense)),
         **common,
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fourfold.models.config import ConfigReader, ModelConfig, MoEConfig, read_common
+from fourfold.models.config import MOST_EXPERTS, ConfigReader, ModelConfig, MoEConfig, read_common
 from fourfold.models.families.family import Family, Placements, place_backbone, place_sparse_ffn
 
 
@@ -12,8 +12,8 @@ def read_config(reader: ConfigReader) -> ModelConfig:
     return ModelConfig(
         family="mixtral",
         moe=MoEConfig(
-            experts=reader.integer("num_local_experts"),
-            experts_per_token=reader.integer("num_experts_per_tok"),
+            experts=reader.experts("num_local_experts", common["layers"]),
+            experts_per_token=reader.integer("num_experts_per_tok", most=MOST_EXPERTS),
             expert_width=common["ffn_width"],
         ),
         **common,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fourfold.models.config import ConfigReader, ModelConfig, MoEConfig, read_common
+from fourfold.models.config import MOST_EXPERTS, ConfigReader, ModelConfig, MoEConfig, read_common
 from fourfold.models.families.family import Family, place_mlp
 
 
@@ -17,8 +17,8 @@ def read_config(reader: ConfigReader) -> ModelConfig:
         qk_norm="all_heads",
         qkv_clip=clip,
         moe=MoEConfig(
-            experts=reader.integer("num_experts"),
-            experts_per_token=reader.integer("num_experts_per_tok"),
+            experts=reader.experts("num_experts", common["layers"]),
+            experts_per_token=reader.integer("num_experts_per_tok", most=MOST_EXPERTS),
             expert_width=common["ffn_width"],
             normalise=reader.flag("norm_topk_prob", False),
         ),
