@@ -25,10 +25,13 @@ if TYPE_CHECKING:
     from fourfold.train.metrics import Record
     from fourfold.train.reporting import Watch
 
+_ASKED = "ending with a checkpoint once the step is done; a second signal ends at once\n"
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Trains a model, or goes on with a run that was interrupted."""
+    """Trains a model, or goes on with a run that was interrupted. SIGTERM and Ctrl-C leave a
+    checkpoint to go on from."""
 
     config: Annotated[Path, tyro.conf.Positional]
     """A TOML file with the sections [model], [data], [schedule] and [run], and where their defaults
@@ -45,6 +48,7 @@ def run(options: Options) -> int:
     from fourfold.train.loop import Trainer
     from fourfold.train.model import model_config
     from fourfold.train.parallel import joined
+    from fourfold.train.stopping import asked_by_signals
 
     data = config.data
     device = resolve_device(config.run.device)
@@ -56,12 +60,18 @@ def run(options: Options) -> int:
     folder = Path(config.run.folder)
     with joined(config.parallel, device) as parallel, ReadAhead(batches) as ahead:
         trainer = Trainer(config, model, ahead, parallel)
-        tell = _teller(shown=parallel.rank == 0)
+        shown = parallel.rank == 0
+        tell = _teller(shown=shown)
         for line in _summary(trainer, config, shards.meta.tokens):
             tell(line)
         try:
-            with _bar(trainer, config, shown=parallel.rank == 0) as watch:
-                trainer.run(held_out=held_out, watch=watch)
+            said = _ASKED if shown else ""
+            with _bar(trainer, config, shown=shown) as watch, asked_by_signals(said) as asked:
+                stopped = trainer.run(held_out=held_out, watch=watch, asked=asked)
+            if stopped:
+                steps = f"step {trainer.steps:,} of {config.schedule.steps:,}"
+                tell(f"stopped at {steps}, with a checkpoint; the same command goes on from it")
+                raise KeyboardInterrupt
             if config.run.export:
                 # Beside the shards, where `fourfold tokenize` puts it; made-up sources have none.
                 tokenizer = Path(data.train).parent / "tokenizer"

@@ -6,7 +6,7 @@ the host looks at numbers.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import msgspec
@@ -80,6 +80,7 @@ class Trainer:
 
     def _resume(self) -> None:
         found = checkpoint.checkpoints(self._folder / "checkpoints")
+        self._continued = bool(found)
         start = self._config.run.start_from
         path = found[-1] if found else None if start is None else Path(start)
         if path is None:
@@ -100,12 +101,23 @@ class Trainer:
         self.steps, self.tokens, self._seconds = progress.steps, progress.tokens, progress.seconds
         self._spikes = SpikeWatch(progress.steps, progress.loss_mean, progress.loss_deviation)
 
-    def run(self, *, held_out: Batches | None = None, watch: Watch = lambda record: None) -> None:
+    def run(
+        self,
+        *,
+        held_out: Batches | None = None,
+        watch: Watch = lambda record: None,
+        asked: Callable[[], bool] = lambda: False,
+    ) -> bool:
         """Takes all steps that are left, and leaves metrics and checkpoints.
 
         Args:
             held_out: what is evaluated on.
             watch: is told every record, in the first process.
+            asked: whether this process is to end. All processes of the run leave a checkpoint of
+                the same step then, the one under way or, of several processes, soon after.
+
+        Returns:
+            Whether it was ended so.
 
         Raises:
             TrainingError: where the loss is no number.
@@ -129,43 +141,59 @@ class Trainer:
         )
         before = self._seconds
         unread: Launched | None = None
+        stops = False
         try:
-            if held_out is not None and self.steps == last and not self._is_evaluated(log):
+            if held_out is not None and self._lacks_evaluation(log):
                 reporter.tell(self.evaluate(held_out))
-            while self.steps < last:
-                current = self.launch()
+            while self.steps < last and not stops:
+                current = self.launch(asked=asked())
                 if unread is not None:
-                    reporter.read(unread)
+                    stops = reporter.read(unread)
+                # Several processes learn from a step's sums that they end, so that all know it at
+                # the same step; one alone need not wait for them.
+                stops = stops or (self._parallel.mesh is None and asked())
                 unread = current
                 evaluates = held_out is not None and self._is_due(run.evaluate_every)
                 saves = self._is_due(run.save_every)
                 # Where launching is computing nothing is gained by waiting with what it says.
-                if evaluates or saves or self._parallel.device.type == "cpu":
-                    reporter.read(current)
+                if evaluates or saves or stops or self._parallel.device.type == "cpu":
+                    stops = reporter.read(current) or stops
                     unread = None
                 self._seconds = before + reporter.seconds
-                if evaluates and held_out is not None:
+                if evaluates and held_out is not None and not stops:
                     reporter.tell(self.evaluate(held_out))
-                if saves:
+                if saves or stops:
                     self.save()
                 if evaluates or saves:
                     reporter.begin()
+            if stops:
+                # The first process writes still, and launchers end all where one has ended.
+                self._in_any(False)
         finally:
             if log is not None:
                 log.close()
+        return stops
 
-    def _is_evaluated(self, log: Metrics | None) -> bool:
-        """Whether the metrics, which only the first process has, hold an evaluation of here."""
-        known = torch.zeros((), device=self._parallel.device)
-        if log is not None:
-            known += log.evaluated == self.steps
+    def _lacks_evaluation(self, log: Metrics | None) -> bool:
+        """Whether an evaluation of here is due that the metrics, which only the first process has,
+        do not hold: a run that was asked to end leaves it to the next start."""
+        if not self._continued and self.steps < self._config.schedule.steps:
+            return False
+        if not self._is_due(self._config.run.evaluate_every):
+            return False
+        return not self._in_any(log is not None and log.evaluated == self.steps)
+
+    def _in_any(self, here: bool) -> bool:
+        """Whether something is so in any process; waits for all."""
+        known = torch.full((), float(here), device=self._parallel.device)
         return bool(self._parallel.summed(known))
 
     def _is_due(self, every: int) -> bool:
         return self.steps % every == 0 or self.steps == self._config.schedule.steps
 
-    def launch(self) -> Launched:
-        """One step: gradients of all micro-batches, then the update."""
+    def launch(self, *, asked: bool = False) -> Launched:
+        """One step: gradients of all micro-batches, then the update. `asked`: whether this process
+        was asked to end, which all learn."""
         config, parallel = self._config, self._parallel
         batch = self._batches.batch(self.steps)
         mine, counted = batch.rows(parallel.rank, parallel.world), predicted(batch)
@@ -175,35 +203,38 @@ class Trainer:
         ]
         share = rate_at(self.steps, config.schedule)
         moves = bias_moves(self.steps, config.schedule, config.router.bias_frozen)
-        own_2 = torch.tensor([1 / max(1, counted), config.router.bias_rate if moves else 0.0])
-        numbers_5 = torch.cat((own_2, self.optimizer.begin_step(share)))
-        sums_4, load_LE = self._step(micros, moved(numbers_5, parallel.device))
+        moved_by = config.router.bias_rate if moves else 0.0
+        own_3 = torch.tensor([1 / max(1, counted), moved_by, float(asked)])
+        numbers_6 = torch.cat((own_3, self.optimizer.begin_step(share)))
+        sums_5, load_LE = self._step(micros, moved(numbers_6, parallel.device))
         self.steps += 1
         self.tokens += counted
         rate = share * config.optimizer.rate
-        return Launched.fetched(self.steps, counted, self.tokens, rate, sums_4, load_LE)
+        return Launched.fetched(self.steps, counted, self.tokens, rate, sums_5, load_LE)
 
     def _compute(
-        self, micros: Sequence[MicroBatch], numbers_5: Tensor
+        self, micros: Sequence[MicroBatch], numbers_6: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """What a device does in a step: returns the sums and loads of `Launched`. The numbers are
-        what a token counts for in the loss, how far biases move, and the optimizer's."""
+        what a token counts for in the loss, how far biases move, whether this process was asked to
+        end, and the optimizer's."""
         parallel = self._parallel
-        scale = Scale(numbers_5[0], 1 / (len(micros) * parallel.world))
-        sums_4 = torch.zeros(4, device=parallel.device)
+        scale = Scale(numbers_6[0], 1 / (len(micros) * parallel.world))
+        sums_5 = torch.zeros(5, device=parallel.device)
+        sums_5[4] = numbers_6[2]
         load_LE: Tensor | None = None
         for number, micro in enumerate(micros, start=1):
             parallel.sum_gradients(self.model, now=number == len(micros))
-            load_LE = self._micro_batch(micro, scale, sums_4, load_LE)
-        parallel.summed(sums_4)
+            load_LE = self._micro_batch(micro, scale, sums_5, load_LE)
+        parallel.summed(sums_5)
         if load_LE is not None:
             parallel.summed(load_LE)
-            self._move_biases(load_LE, numbers_5[1])
-        sums_4[3] = self.optimizer.step(numbers_5[2:])
-        return sums_4, load_LE
+            self._move_biases(load_LE, numbers_6[1])
+        sums_5[3] = self.optimizer.step(numbers_6[3:])
+        return sums_5, load_LE
 
     def _micro_batch(
-        self, micro: MicroBatch, scale: Scale, sums_4: Tensor, load_LE: Tensor | None
+        self, micro: MicroBatch, scale: Scale, sums_5: Tensor, load_LE: Tensor | None
     ) -> Tensor | None:
         """Adds a micro-batch's gradients, losses and loads to the step's; returns the loads."""
         step = TrainStep(micro.documents, self._parallel.exchange)
@@ -214,7 +245,7 @@ class Trainer:
             parts = (losses.cross_entropy, losses.balance, losses.z)
             weights = (1.0, scale.of_micro_batch, scale.of_micro_batch)
             for place, (part, weight) in enumerate(zip(parts, weights, strict=True)):
-                sums_4[place] += part * weight
+                sums_5[place] += part * weight
             if not step.routings:
                 return None
             counts_LE = step.loads()

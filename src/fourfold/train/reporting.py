@@ -59,8 +59,9 @@ class Launched:
     tokens: int
     """Predicted so far."""
     rate: float
-    sums_4: Tensor
-    """Cross-entropy over its tokens, balance loss, z-loss, gradient norm."""
+    sums_5: Tensor
+    """Cross-entropy over its tokens, balance loss, z-loss, gradient norm, processes that were asked
+    to end."""
     load_LE: Tensor | None
     """Rows that went to each expert of each sparse layer."""
     done: Moment
@@ -72,17 +73,17 @@ class Launched:
         counted: int,
         tokens: int,
         rate: float,
-        sums_4: Tensor,
+        sums_5: Tensor,
         load_LE: Tensor | None,
     ) -> Launched:
         """A step whose tensors are copied to the host once they are computed. Who reads them waits
         for these copies, not for what the device is given meanwhile."""
-        device = sums_4.device
+        device = sums_5.device
         if device.type == "cuda":
-            sums_4 = sums_4.to("cpu", non_blocking=True)
+            sums_5 = sums_5.to("cpu", non_blocking=True)
             if load_LE is not None:
                 load_LE = load_LE.to("cpu", non_blocking=True)
-        return cls(step, counted, tokens, rate, sums_4, load_LE, Moment(device))
+        return cls(step, counted, tokens, rate, sums_5, load_LE, Moment(device))
 
 
 class Reporter:
@@ -126,10 +127,11 @@ class Reporter:
         """Starts the clock, after something that is no training."""
         self._begun = Moment(self._device)
 
-    def read(self, launched: Launched) -> None:
-        """Waits for a step and reports it. `TrainingError` where its loss is no number."""
+    def read(self, launched: Launched) -> bool:
+        """Waits for a step and reports it; returns whether a process was asked to end before it.
+        `TrainingError` where its loss is no number."""
         launched.done.wait()
-        summed, balance, z, norm = launched.sums_4.tolist()
+        summed, balance, z, norm, asked = launched.sums_5.tolist()
         loss = summed / max(1, launched.counted)
         # Not when it is read: the next step was launched in between, and of the last one none is.
         took = launched.done.seconds_since(self._begun)
@@ -148,6 +150,7 @@ class Reporter:
             self._load_LE = launched.load_LE if before is None else before + launched.load_LE
         if spike or launched.step % self._every == 0 or launched.step == self._last:
             self._write(launched, loss, balance, z, norm, spike)
+        return bool(asked)
 
     def _write(
         self, launched: Launched, loss: float, balance: float, z: float, norm: float, spike: bool

@@ -18,7 +18,7 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 
 from fourfold.train.config import TrainConfig
-from fourfold.train.parallel import joined
+from fourfold.train.parallel import Parallel, joined
 from tests.cpu.train import toy
 
 MUON: dict[str, Any] = {"optimizer": {"kind": "muon"}}
@@ -35,6 +35,7 @@ CASES: dict[str, tuple[dict[str, Any], ...]] = {
     "experts apart, bfloat16": ({"run": {"dtype": "bfloat16"}}, TWO_GROUPS),
 }
 STEPS = 3
+STOPPED = 3
 
 
 def config_of(case: str, folder: Path, *changes: dict[str, Any]) -> TrainConfig:
@@ -83,6 +84,17 @@ def main(folder: Path, device: str) -> None:
             trainer = toy.trainer(config, parallel=dataclasses.replace(parallel, mesh=mesh))
             trainer.run(held_out=toy.chain(config, seed=1))
             trainer.export(Path(config.run.folder) / "model")
+        _stop(folder, parallel)
+
+
+def _stop(folder: Path, parallel: Parallel) -> None:
+    """A run that is not stopped, and one that only the second process is asked to end."""
+    for name in ("whole", "stopped"):
+        config = toy.config(folder / name, {"schedule": {"steps": 8}, "run": {"keep": 9}})
+        trainer = toy.trainer(config, parallel=parallel)
+        asks = name == "stopped" and parallel.rank == 1
+        if trainer.run(asked=lambda trainer=trainer, asks=asks: asks and trainer.steps >= STOPPED):
+            toy.trainer(config, parallel=parallel).run()
 
 
 if __name__ == "__main__":

@@ -80,13 +80,13 @@ def reporter_of(records: list[Record], monkeypatch: pytest.MonkeyPatch, **option
 
 def test_a_step_is_read_when_its_numbers_are_there() -> None:
     """And not when the device has done what it was given since."""
-    sums_4 = torch.zeros(4)
+    sums_5 = torch.zeros(5)
     cpu = torch.device("cpu")
     reporter = Reporter(
         None, print, device=cpu, every=1, last=1, flops_per_token=1, peak=None, spikes=SpikeWatch()
     )
-    there = At(1.0, lambda: sums_4.copy_(torch.tensor([6.0, 0, 0, 1])))
-    reporter.read(Launched(1, 3, 3, 0.1, sums_4, None, there))
+    there = At(1.0, lambda: sums_5.copy_(torch.tensor([6.0, 0, 0, 1, 0])))
+    reporter.read(Launched(1, 3, 3, 0.1, sums_5, None, there))
     assert reporter.spikes.mean == 2.0
 
 
@@ -96,7 +96,7 @@ def test_speeds_are_those_of_the_device(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     records: list[Record] = []
     reporter = reporter_of(records, monkeypatch, every=2, last=5)
-    steps = [Launched(n, 100, 100 * n, 0.1, torch.ones(4), None, At(float(n))) for n in range(1, 6)]
+    steps = [Launched(n, 100, 100 * n, 0.1, torch.ones(5), None, At(float(n))) for n in range(1, 6)]
     for step in steps:
         reporter.read(step)
     told = [(r.step, r.tokens_per_second, r.mfu) for r in records if isinstance(r, StepRecord)]
@@ -129,10 +129,10 @@ def test_what_is_no_training_takes_no_time(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     records: list[Record] = []
     reporter = reporter_of(records, monkeypatch, every=1, last=2)
-    reporter.read(Launched(1, 100, 100, 0.1, torch.ones(4), None, At(1.0)))
+    reporter.read(Launched(1, 100, 100, 0.1, torch.ones(5), None, At(1.0)))
     monkeypatch.setattr(time, "perf_counter", lambda: 60.0)
     reporter.begin()
-    reporter.read(Launched(2, 100, 200, 0.1, torch.ones(4), None, At(61.0)))
+    reporter.read(Launched(2, 100, 200, 0.1, torch.ones(5), None, At(61.0)))
     assert [r.tokens_per_second for r in records if isinstance(r, StepRecord)] == [100.0, 100.0]
     assert reporter.seconds == 2.0
 

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from fourfold.errors import ConfigError
+from fourfold.train import checkpoint
 from fourfold.train.metrics import EvaluationRecord, StepRecord, read_records
 from fourfold.train.parallel import joined
 from tests.cpu.train import ranks, toy
@@ -58,6 +59,25 @@ def test_two_processes_take_the_steps_of_one(case: str, together: Path, tmp_path
             # AdamW moves a weight by its gradient's sign, however small that gradient is.
             off = (two[name].float() - tensor.float()).norm() / tensor.float().norm().clamp_min(1)
             assert off < near, name
+
+
+def test_two_processes_end_at_the_same_step(together: Path) -> None:
+    """One was asked when so many steps were taken; all know it after the next."""
+    found = [
+        [path.name for path in checkpoint.checkpoints(together / name / "checkpoints")]
+        for name in ("whole", "stopped")
+    ]
+    assert found == [["step-00000008"], [f"step-{ranks.STOPPED + 1:08d}", "step-00000008"]]
+    whole, stopped = (
+        [
+            (r.step, r.loss)
+            for r in read_records(path / "metrics.jsonl")
+            if isinstance(r, StepRecord)
+        ]
+        for path in (together / "whole", together / "stopped")
+    )
+    assert len(whole) == 8
+    assert stopped == whole
 
 
 def test_one_process_goes_on_where_two_were(together: Path, tmp_path: Path) -> None:

@@ -317,6 +317,6 @@ def test_micro_batches_add_up(form: dict[str, Any], tmp_path: Path) -> None:
     for rows in (8, 2):
         config = toy.config(tmp_path, form, changes, {"run": {"micro_rows": rows}})
         launched = toy.trainer(config).launch()
-        norms.append(launched.sums_4)
+        norms.append(launched.sums_5)
         assert launched.load_LE is None or float(launched.load_LE.sum()) == 8 * 24 * 2 * 2
     torch.testing.assert_close(norms[0], norms[1], rtol=1e-4, atol=1e-5)
