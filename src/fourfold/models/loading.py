@@ -34,6 +34,8 @@ from fourfold.quantize.weights import DenseWeight
 
 # What the kernels that read 8-bit pages on a GPU are made for.
 KERNEL_HEAD_WIDTHS = (64, 128)
+KERNEL_MOST_SHARED = 64
+"""Query heads of a KV head: a tile of decode attention has a row for each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -134,20 +136,19 @@ def page_shape(
     FLOAT pages have 16 bits wherever the device multiplies them natively. Open pages of 8-bit ones
     are in the dtype of the activations: a chunk reads its own page from those, a decoding sequence
     from its open page, and both must be the same. AUTO is INT8 on a GPU that serves quantised
-    weights, if the kernels read heads of this width.
+    weights, if the kernels read heads like the model's.
     """
     dtype = activation_dtype(precision, device)
     on_gpu = device.type != "cpu"
-    readable = config.head_width in KERNEL_HEAD_WIDTHS
+    unreadable = _unreadable(config)
     if asked is PageFormat.AUTO:
-        quantised = on_gpu and precision.quantised and readable
+        quantised = on_gpu and precision.quantised and unreadable is None
         asked = PageFormat.INT8 if quantised else PageFormat.FLOAT
     if asked is PageFormat.FP8 and on_gpu and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError("--kv-pages fp8 needs a Hopper or Ada GPU; use int8")
-    if asked is not PageFormat.FLOAT and on_gpu and not readable:
+    if asked is not PageFormat.FLOAT and on_gpu and unreadable is not None:
         raise ConfigError(
-            f"8-bit pages of heads {config.head_width} wide cannot be read on a GPU (only "
-            f"{' and '.join(map(str, KERNEL_HEAD_WIDTHS))}); use --kv-pages float"
+            f"8-bit pages of {unreadable} cannot be read on a GPU; use --kv-pages float"
         )
     if asked is not PageFormat.FLOAT and on_gpu and dtype is torch.float32:
         raise ConfigError(
@@ -162,6 +163,17 @@ def page_shape(
         dtype=dtype,
         codes=None if asked is PageFormat.FLOAT else PageCodes(asked.value),
     )
+
+
+def _unreadable(config: ModelConfig) -> str | None:
+    """What keeps a GPU's kernels from reading 8-bit pages of a model, with what they read."""
+    if config.head_width not in KERNEL_HEAD_WIDTHS:
+        widths = " and ".join(map(str, KERNEL_HEAD_WIDTHS))
+        return f"heads {config.head_width} wide (only {widths})"
+    shared = config.query_heads // config.kv_heads
+    if shared > KERNEL_MOST_SHARED:
+        return f"{shared} query heads per KV head (at most {KERNEL_MOST_SHARED})"
+    return None
 
 
 def pages_of(model: Decoder, asked: PageFormat) -> PageShape:

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from fourfold.errors import ConfigError
+from fourfold.kernels.decode_attention.plan import TILES
 from fourfold.models.config import ModelConfig
 from fourfold.models.footprint import EXPERTS, bytes_per_parameter
-from fourfold.models.loading import page_shape
+from fourfold.models.loading import KERNEL_MOST_SHARED, page_shape
 from fourfold.models.precision import PageFormat, Precision
 from fourfold.models.quantising import RECIPES
 from fourfold.quadrants.costs import weight_bits
@@ -16,13 +17,13 @@ from fourfold.quadrants.costs import weight_bits
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
-def config(head_width: int = 128) -> ModelConfig:
+def config(head_width: int = 128, shared: int = 2) -> ModelConfig:
     return ModelConfig(
         family="llama",
         vocabulary=320,
         layers=2,
         width=256,
-        query_heads=4,
+        query_heads=2 * shared,
         kv_heads=2,
         head_width=head_width,
         ffn_width=256,
@@ -36,6 +37,7 @@ def test_auto_follows_the_weights() -> None:
         assert page_shape(config(), precision, GPU, PageFormat.AUTO).codes == "int8"
     assert page_shape(config(), Precision.BFLOAT16, GPU, PageFormat.AUTO).codes is None
     assert page_shape(config(96), Precision.W4A8, GPU, PageFormat.AUTO).codes is None
+    assert page_shape(config(shared=65), Precision.W4A8, GPU, PageFormat.AUTO).codes is None
     assert page_shape(config(), Precision.W4A8, CPU, PageFormat.AUTO).codes is None
 
 
@@ -54,6 +56,15 @@ def test_what_the_kernels_do_not_read_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=complaint):
         page_shape(config(width), precision, GPU, PageFormat.INT8)
+
+
+def test_more_query_heads_than_a_tile_has_rows_are_refused_before_anything_is_planned() -> None:
+    assert TILES[-1] == KERNEL_MOST_SHARED == 64
+    assert page_shape(config(shared=64), Precision.W4A8, GPU, PageFormat.INT8).codes == "int8"
+    complaint = r"65 query heads per KV head \(at most 64\).*--kv-pages float"
+    with pytest.raises(ConfigError, match=complaint):
+        page_shape(config(shared=65), Precision.W4A8, GPU, PageFormat.INT8)
+    assert page_shape(config(shared=65), Precision.W4A8, CPU, PageFormat.INT8).codes == "int8"
 
 
 @pytest.mark.parametrize("precision", RECIPES)
