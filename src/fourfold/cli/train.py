@@ -59,7 +59,7 @@ def run(options: Options) -> int:
     batches = ShardBatches(shards, rows=data.rows, length=data.length, seed=data.seed)
     folder = Path(config.run.folder)
     with joined(config.parallel, device) as parallel, ReadAhead(batches) as ahead:
-        trainer = Trainer(config, model, ahead, parallel)
+        trainer = Trainer(config, model, ahead, parallel, contents=shards.contents())
         shown = parallel.rank == 0
         tell = _teller(shown=shown)
         for line in _summary(trainer, config, shards.meta.tokens):

@@ -20,11 +20,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fourfold.errors import CheckpointError
+from fourfold.errors import CheckpointError, ConfigError
 from fourfold.models.config import ModelConfig
 from fourfold.models.decoder import Decoder
 from fourfold.models.layers import SparseFFN
 from fourfold.quantize.weights import DenseWeight
+from fourfold.train.data.shards import Contents
 from fourfold.train.optim import Optimizer
 from fourfold.train.parallel import Parallel
 
@@ -51,6 +52,9 @@ class Progress(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     model: ModelConfig | None = None
     """What was trained: gates, rotation or how many experts are chosen show in no tensor. None in
     checkpoints that were written without it."""
+    contents: Contents | None = None
+    """Of the shards that were read. None where there were none, and in checkpoints that were
+    written without it."""
 
 
 def save(
@@ -97,11 +101,14 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name))
 
 
-def load(path: Path, model: Decoder, optimizer: Optimizer) -> Progress:
+def load(
+    path: Path, model: Decoder, optimizer: Optimizer, contents: Contents | None = None
+) -> Progress:
     """Puts a checkpoint's contents in their places. `CheckpointError` where it is of another model
-    or optimizer, or is damaged."""
+    or optimizer, or is damaged; `ConfigError` where it is of other `contents`."""
     try:
         progress = msgspec.json.decode((path / _PROGRESS).read_bytes(), type=Progress)
+        _check_contents(path, progress.contents, contents)
         other = _differing(progress.model, model.config) if progress.model else ""
         if other:
             raise _of_another_model(path, other)
@@ -121,6 +128,16 @@ def load(path: Path, model: Decoder, optimizer: Optimizer) -> Progress:
     except RuntimeError as error:
         raise _of_another_model(path, str(error)) from None
     return progress
+
+
+def _check_contents(path: Path, was: Contents | None, now: Contents | None) -> None:
+    """What is not known of either is not checked."""
+    if was is None or now is None or was.sha256 == now.sha256:
+        return
+    raise ConfigError(
+        f"data.train = {now} is other text than {path} was trained on, {was}; use that, or begin "
+        "anew with another run.folder and without run.start_from"
+    )
 
 
 def _differing(was: ModelConfig, now: ModelConfig) -> str:

@@ -20,6 +20,7 @@ from fourfold.models.layers import SparseFFN
 from fourfold.train import checkpoint
 from fourfold.train.config import TrainConfig
 from fourfold.train.data.batches import Batch, Batches
+from fourfold.train.data.shards import Contents
 from fourfold.train.export import export
 from fourfold.train.losses import Objective, Scale
 from fourfold.train.metrics import EvaluationRecord, Metrics, SpikeWatch, peak_flops
@@ -37,7 +38,13 @@ class Trainer:
     """One run in this process, ready to go on from where its folder says."""
 
     def __init__(
-        self, config: TrainConfig, model: ModelConfig, batches: Batches, parallel: Parallel
+        self,
+        config: TrainConfig,
+        model: ModelConfig,
+        batches: Batches,
+        parallel: Parallel,
+        *,
+        contents: Contents | None = None,
     ) -> None:
         """
         Args:
@@ -45,8 +52,11 @@ class Trainer:
             model: the decoder, as `model.model_config` makes it.
             batches: what is trained on.
             parallel: this process among the others.
+            contents: of the shards that batches are cut from, which a checkpoint is continued on.
+                None where they are made up.
         """
         self._config, self._batches, self._parallel = config, batches, parallel
+        self._contents = contents
         self._rows, rest = divmod(config.data.rows, parallel.world)
         self._micro = config.run.micro_rows or self._rows
         if rest or self._rows % self._micro:
@@ -85,7 +95,7 @@ class Trainer:
         path = found[-1] if found else None if start is None else Path(start)
         if path is None:
             return
-        progress = checkpoint.load(path, self.model, self.optimizer)
+        progress = checkpoint.load(path, self.model, self.optimizer, self._contents)
         for name in ("rows", "length", "seed"):
             was, now = getattr(progress, name), getattr(self._config.data, name)
             if was != now:
@@ -291,6 +301,7 @@ class Trainer:
             length=self._config.data.length,
             seed=self._config.data.seed,
             model=self.model.config,
+            contents=self._contents,
         )
         checkpoint.save(
             self._folder / "checkpoints",

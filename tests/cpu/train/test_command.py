@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,48 @@ def test_texts_of_another_vocabulary_are_refused(
     assert run([*command, "--held-out", "0"]) == 0
     assert train(shards, tmp_path, f"data.held_out={other / 'train'}") == 2
     assert "data.held_out" in capsys.readouterr().err
+
+
+def test_other_texts_than_were_trained_on_are_refused(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other"
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text(
+        "\n".join(json.dumps({"text": f"{n} dogs sat on {n} cats"}) for n in range(90))
+    )
+    command = ["tokenize", str(texts), "--out", str(other)]
+    assert run([*command, "--tokenizer", str(shards / "tokenizer"), "--held-out", "0"]) == 0
+    assert train(shards, tmp_path, "schedule.steps=2") == 0
+    start = tmp_path / "run" / "checkpoints" / "step-00000002"
+    was, now = (Shards(path / "train").contents() for path in (shards, other))
+    capsys.readouterr()
+    branch = (f"run.start_from={start}", f"run.folder={tmp_path / 'branch'}")
+    for elsewhere in ((), branch):
+        assert train(shards, tmp_path, f"data.train={other / 'train'}", *elsewhere) == 2
+        assert capsys.readouterr().err.strip().splitlines() == [
+            f"fourfold: data.train = {now} is other text than {start} was trained on, {was}; use "
+            "that, or begin anew with another run.folder and without run.start_from"
+        ]
+    moved = tmp_path / "moved"
+    shutil.copytree(shards, moved)
+    more = f"data.train={moved / 'train'}", "schedule.steps=3"
+    assert train(shards, tmp_path, *more) == 0
+    written = tmp_path / "run" / "checkpoints" / "step-00000003" / "progress.json"
+    assert json.loads(written.read_text())["contents"]["folder"] == str(moved / "train")
+
+
+def test_a_checkpoint_that_does_not_know_its_texts_is_continued(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(shards, tmp_path, "schedule.steps=2") == 0
+    written = tmp_path / "run" / "checkpoints" / "step-00000002" / "progress.json"
+    fields = json.loads(written.read_text())
+    del fields["contents"]
+    written.write_text(json.dumps(fields))
+    capsys.readouterr()
+    assert train(shards, tmp_path, "schedule.steps=3") == 0
+    assert ", from step 2; " in capsys.readouterr().err
 
 
 def test_an_evaluation_reads_no_text_twice(shards: Path, tmp_path: Path) -> None:

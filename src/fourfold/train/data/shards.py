@@ -10,6 +10,7 @@ Shapes: N documents.
 from __future__ import annotations
 
 import enum
+import hashlib
 import os
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from fourfold.files import write_atomically
 META = "meta.json"
 Ids = NDArray[np.unsignedinteger]
 Places = NDArray[np.int64]
+_LOOKED_AT, _LOOKED_AT_IDS = 64, 256
+"""About how many documents, and ids of each, tell shards from others with documents as long."""
 
 
 class IdType(enum.StrEnum):
@@ -83,12 +86,29 @@ class ShardsMeta(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         return sum(shard.documents for shard in self.shards)
 
 
+class Contents(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What shards hold, so that they are told from others."""
+
+    folder: str
+    tokens: int
+    documents: int
+    sha256: str
+    """Of the tokenizer, of the documents' lengths in their order, and of the first ids of some.
+    Where the shards lie and how they are cut changes nothing."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder} ({self.tokens:,} tokens in {self.documents:,} documents, "
+            f"{self.sha256[:8]})"
+        )
+
+
 class Shards:
     """Shards that were written, memory-mapped. ConfigError where a file is missing or not as long
     as `meta.json` says."""
 
     def __init__(self, folder: str | Path) -> None:
-        folder = Path(folder)
+        self._folder = folder = Path(folder)
         try:
             self.meta = msgspec.json.decode((folder / META).read_bytes(), type=ShardsMeta)
         except (OSError, msgspec.DecodeError) as error:
@@ -104,6 +124,20 @@ class Shards:
         end_N = np.concatenate([*ends, np.zeros(0, np.int64)])
         self.length_N: Places = end_N - self._begin_N
         """Tokens of each document."""
+
+    def contents(self) -> Contents:
+        """What tells these shards from others, found without reading all of their ids."""
+        hashed = hashlib.sha256(self.meta.vocabulary.sha256.encode())
+        hashed.update(self.length_N.astype("<i8", copy=False).data)
+        count = len(self.length_N)
+        for number in range(0, count, max(1, count // _LOOKED_AT)):
+            hashed.update(self.document(number)[:_LOOKED_AT_IDS].astype("<u4").data)
+        return Contents(
+            folder=str(self._folder),
+            tokens=self.meta.tokens,
+            documents=count,
+            sha256=hashed.hexdigest(),
+        )
 
     def document(self, number: int) -> Ids:
         """A document's ids, still on disk."""

@@ -48,6 +48,28 @@ def test_documents_come_back_from_several_shards(
     assert [shards.document(i).tolist() for i in range(50)] == documents
 
 
+def test_contents_are_told_from_others(
+    shards: Shards, documents: list[list[int]], tmp_path: Path
+) -> None:
+    known = shards.contents()
+    assert (known.tokens, known.documents) == (shards.meta.tokens, 50)
+    moved = write(tmp_path / "moved", documents, shard_tokens=90).contents()
+    assert moved.sha256 == known.sha256
+    assert (
+        str(moved)
+        == f"{tmp_path}/moved ({known.tokens} tokens in 50 documents, {moved.sha256[:8]})"
+    )
+    first, second, *more = documents
+    others = {
+        "order": [second, first, *more],
+        "id": [[60_000 - 1, *first[1:]], second, *more],
+        "cut": [[*first, second[0]], second[1:], *more],
+        "less": documents[:-1],
+    }
+    found = {write(tmp_path / name, other).contents().sha256 for name, other in others.items()}
+    assert len(found - {known.sha256}) == len(others)
+
+
 def test_an_epoch_predicts_every_token_once(shards: Shards) -> None:
     batches = ShardBatches(shards, rows=1, length=16, seed=3)
     rows = [batches.batch(i).tokens[0] for i in range(batches.batches_of_epoch)]
