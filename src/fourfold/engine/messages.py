@@ -152,7 +152,7 @@ class TokenOutput(msgspec.Struct, frozen=True, kw_only=True, array_like=True, gc
     token: int | None = None
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] | None = None
-    """One entry for each prompt token but the first; with the sample's first output only."""
+    """One entry for each prompt token but the first; with the first output of the first sample."""
     cached_tokens: int = 0
     """Prompt tokens taken from the prefix cache; with the sample's first output only."""
     finish: FinishReason | None = None

@@ -47,7 +47,8 @@ class Work(NamedTuple):
     @property
     def prompt_tokens(self) -> int:
         """How many of these tokens are the prompt's."""
-        return max(0, min(self.length, self.sequence.prompt_length - self.start))
+        left = self.sequence.prompt_length - self.start
+        return min(self.length, left) if left > 0 else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +67,7 @@ class StepPlan:
         return sum(work.length for work in self.work)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampled:
+class Sampled(NamedTuple):
     """What the device answers for one `Work`: a token where it sampled, logprobs where asked."""
 
     token: int | None = None
@@ -169,7 +169,7 @@ class Scheduler:
             budget = min(budget, max(self._config.mixed_tokens, self._chunk_multiple))
         prefills: list[Work] = []
         for sequence in self.running:
-            if self._chunk(sequence, budget) and not sequence.pending:
+            if not sequence.pending and self._chunk(sequence, budget):
                 budget -= self._schedule_chunk(sequence, budget, prefills)
         for sequence in list(self.waiting):
             full = not self._slots or len(self.running) >= self._samples.value
@@ -409,13 +409,12 @@ class Scheduler:
         self.pool.release(sequence.forget_pages())
 
     def _output(self, sequence: Sequence, result: Sampled) -> TokenOutput:
-        sampling = sequence.request.sampling
         token = sequence.tokens[-1]
         if token in sequence.stop_token_ids:
             sequence.finish = FinishReason.STOP
         elif len(sequence.tokens) >= sequence.longest:
             sequence.finish = FinishReason.LENGTH
-        first = not sequence.prefilled_once
+        first, reports = not sequence.prefilled_once, sequence.wants_prompt_logprobs
         sequence.prefilled_once = True
         # Told once; of a long prompt they take more memory than all else that is kept of it.
         prompt_logprobs, sequence.prompt_logprobs = tuple(sequence.prompt_logprobs), []
@@ -424,7 +423,7 @@ class Scheduler:
             index=sequence.index,
             token=token,
             logprob=result.logprob,
-            prompt_logprobs=prompt_logprobs if first and sampling.prompt_logprobs else None,
+            prompt_logprobs=prompt_logprobs if reports else None,
             cached_tokens=sequence.cached_tokens if first else 0,
             finish=sequence.finish,
         )

@@ -73,8 +73,10 @@ class Sequence:
 
     @property
     def wants_prompt_logprobs(self) -> bool:
-        """Whether the prompt must still be computed in full to report on it."""
-        return self.request.sampling.prompt_logprobs and not self.prefilled_once
+        """Whether the prompt must still be computed in full to report on it, which one sample does
+        for all of a request."""
+        told = self.leader is not None and self.leader.prefilled_once
+        return self.request.sampling.prompt_logprobs and not self.prefilled_once and not told
 
     def pages_for(self, tokens: int) -> int:
         """Pages still to be allocated until `tokens` tokens fit."""

@@ -188,11 +188,21 @@ class Drive:
                     assert answer == wanted[: len(answer)]
                 else:
                     assert (answer, finishes) == (wanted, [reason])
-                if answer and request.sampling.prompt_logprobs:
-                    assert news[0].prompt_logprobs is not None
-                    told = [entry.token for entry in news[0].prompt_logprobs]
-                    assert told == list(request.prompt_ids[1:])
-                assert all(output.prompt_logprobs is None for output in news[1:])
+            self.check_told(request)
+
+    def check_told(self, request: Submit) -> None:
+        """Of a prompt that whoever asked wants to know is told once: with the first token of the
+        first sample, or of others if that one ended before."""
+        news = [self.news[request.request_id, index] for index in range(request.n)]
+        begun = [outputs for outputs in news if outputs[0].token is not None]
+        told = [outputs[0].prompt_logprobs for outputs in begun]
+        reports = [entries for entries in told if entries is not None]
+        assert bool(reports) == (bool(begun) and request.sampling.prompt_logprobs)
+        for entries in reports:
+            assert [entry.token for entry in entries] == list(request.prompt_ids[1:])
+        if news[0][0].token is not None:
+            assert not any(told[1:])
+        assert all(output.prompt_logprobs is None for outputs in begun for output in outputs[1:])
 
     def _fail(self, plan: StepPlan) -> None:
         """The device has written rubbish where it should have written keys and values."""

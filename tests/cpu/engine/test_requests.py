@@ -222,6 +222,20 @@ def test_prompt_logprobs(model: Decoder, hf: Reference, step_tokens: int) -> Non
     assert plain.cached_tokens == 256
 
 
+def test_a_prompt_is_computed_once_to_report_on_it_for_all_samples(
+    model: Decoder, hf: Reference
+) -> None:
+    prompt = prompt_of(300)
+    engine = make_engine(model)
+    params = with_(GREEDY, max_tokens=3, logprobs=2, prompt_logprobs=True)
+    news = run(engine, [submit(1, prompt, params, n=4)])
+    [reported] = [n for outputs in news.values() for o in outputs if (n := o.prompt_logprobs)]
+    assert news[1, 0][0].prompt_logprobs is reported
+    check_entries(reported, hf_logprobs(hf, prompt)[:-1], prompt[1:], 2)
+    assert engine.stats.prompt_tokens == 300 + 3 * (300 - 256)
+    assert [tokens(news[1, index]) for index in range(4)] == [tokens(news[1, 0])] * 4
+
+
 def test_logprobs_are_the_unmodified_models(model: Decoder, hf: Reference) -> None:
     """Rows of one batch ask for none, none but their own, and several; some are modified."""
     prompt = prompt_of(33)

@@ -303,6 +303,27 @@ def test_a_failure_of_the_engine_is_the_requests() -> None:
     assert not world.workers[number].parts, "the other sample was aborted"
 
 
+def test_no_sample_tells_of_a_prompt_that_another_has_told_of() -> None:
+    world = World()
+    number = world.join()
+    while True:
+        flight = world.request(2, logprobs=True)
+        request = flight.request.request_id
+        if length(request, 0) > 1:
+            break
+        flight.abort(Abort(request_id=request))
+    part = world.opened[-1].number
+    assert world.opened[-1].asked.sampling.prompt_logprobs
+    output = TokenOutput(request_id=part, index=0, token=token(request, 0, 0))
+    flight.hear(part, number, output)
+    world.die(number)
+    world.join()
+    asked = [opened.asked for opened in world.opened[-2:]]
+    assert [(each.index, len(each.generated)) for each in asked] == [(0, 1), (1, 0)]
+    assert not any(each.sampling.prompt_logprobs for each in asked)
+    flight.abort(Abort(request_id=request))
+
+
 def test_logprobs_of_the_prompt_are_told_once() -> None:
     told: list[TokenOutput] = []
     world = World()

@@ -232,7 +232,8 @@ class Flight:
         if len(indices) > 1:
             return request
         sampling = request.sampling
-        if tokens and sampling.prompt_logprobs:  # they came with the first token
+        # They came with the first token of the first sample.
+        if sampling.prompt_logprobs and any(sample.tokens for sample in self._samples):
             sampling = msgspec.structs.replace(sampling, prompt_logprobs=False)
         return msgspec.structs.replace(
             request, n=1, index=indices[0], generated=tuple(tokens), sampling=sampling
