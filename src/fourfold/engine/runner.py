@@ -149,13 +149,10 @@ class Runner:
 
         def results() -> list[Sampled]:
             tokens = iter(drawn() if drawn else ())
-            return [
-                dataclasses.replace(
-                    next(tokens) if work.samples else Sampled(),
-                    prompt_logprobs=prompts[row]() if row in prompts else (),
-                )
-                for row, work in enumerate(plan.work)
-            ]
+            answers = [next(tokens) if work.samples else Sampled() for work in plan.work]
+            for row, of_prompt in prompts.items():
+                answers[row] = answers[row]._replace(prompt_logprobs=of_prompt())
+            return answers
 
         return Launched(results)
 
