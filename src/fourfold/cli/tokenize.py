@@ -11,8 +11,8 @@ from fourfold.models.checkpoint.source import find_source
 from fourfold.train.data.config import TokenizeConfig as Options
 
 if TYPE_CHECKING:
+    from fourfold.train.data.encoding import Encoder
     from fourfold.train.data.shards import ShardsMeta
-    from fourfold.train.data.tokenizing import Encoder
 
 __all__ = ["Options", "run"]
 
@@ -41,7 +41,7 @@ def run(options: Options) -> int:
 
 def _encoder(name: str) -> Encoder:
     from fourfold.gateway.tokenizer import load_tokenizer
-    from fourfold.train.data.tokenizing import Encoder
+    from fourfold.train.data.encoding import Encoder
 
     source = find_source(name, weights=False)
     words = load_tokenizer(source)

@@ -7,7 +7,6 @@ a text are never on both sides.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -22,44 +21,24 @@ from fourfold.files import write_atomically
 from fourfold.train.data.bpe import END_OF_TEXT, fingerprint, save_tokenizer, train_bpe
 from fourfold.train.data.config import TokenizeConfig
 from fourfold.train.data.documents import find_inputs, read_documents
+from fourfold.train.data.encoding import Encoder, PlainText
 from fourfold.train.data.shards import (
     META,
     IdType,
     ShardsMeta,
     ShardWriter,
     SplitState,
-    Vocabulary,
 )
 
 TRAIN, HELD_OUT, TOKENIZER = "train", "held-out", "tokenizer"
 _PROGRESS = "progress.json"
 _DOCUMENTS_AT_ONCE = 128
 _CHARACTERS_AT_ONCE = 1 << 22
-_LONGEST_PIECE = 1 << 20
-"""Characters that are encoded together; a longer document is cut, if possible at a line's end."""
 _SAVED_EVERY = 1 << 25
 """Bytes of text between two states."""
 
 Progress = Callable[[int, int], None]
 """Called with files read and files in all."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Encoder:
-    """A tokenizer and the mark that it has for the end of a text."""
-
-    name: str
-    backend: Tokenizer
-    end_of_text: str | None
-
-    def vocabulary(self) -> Vocabulary:
-        end = None if self.end_of_text is None else self.backend.token_to_id(self.end_of_text)
-        return Vocabulary(
-            name=self.name,
-            tokens=self.backend.get_vocab_size(),
-            sha256=fingerprint(self.backend),
-            end_of_text=end,
-        )
 
 
 class _State(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -120,9 +99,10 @@ def _write_documents(
 ) -> None:
     end = encoder.vocabulary().end_of_text
     mark = [] if end is None else [end]
+    plain = PlainText(encoder)
     unsaved = 0
     for place, texts in _chunks(files, config.field, state.file, state.document):
-        for text, ids in zip(texts, _encode(encoder.backend, texts), strict=True):
+        for text, ids in zip(texts, plain.encode(texts), strict=True):
             raw = text.encode()
             split = HELD_OUT if is_held_out(raw, config.held_out) else TRAIN
             writers[split].add([*ids, *mark] if ids else [], len(raw))
@@ -162,27 +142,6 @@ def _chunks(
                 yield (number, place), texts
                 texts, characters = [], 0
         yield (number + 1, 0), texts
-
-
-def _encode(backend: Tokenizer, texts: Sequence[str]) -> Iterator[list[int]]:
-    """Ids of each text."""
-    pieces = [list(_pieces(text)) for text in texts]
-    encodings = iter(
-        backend.encode_batch_fast(list(itertools.chain(*pieces)), add_special_tokens=False)
-    )
-    for own in pieces:
-        encoded = itertools.islice(encodings, len(own))
-        yield list(itertools.chain.from_iterable(encoding.ids for encoding in encoded))
-
-
-def _pieces(text: str) -> Iterator[str]:
-    begin = 0
-    while len(text) - begin > _LONGEST_PIECE:
-        line_end = text.rfind("\n", begin, begin + _LONGEST_PIECE) + 1
-        end = line_end if line_end > begin else begin + _LONGEST_PIECE
-        yield text[begin:end]
-        begin = end
-    yield text[begin:]
 
 
 def _trained(config: TokenizeConfig, files: Sequence[Path]) -> Encoder:

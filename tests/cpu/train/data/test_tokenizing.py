@@ -12,12 +12,13 @@ import msgspec
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 
 from fourfold.cli.main import run
 from fourfold.errors import ConfigError
-from fourfold.train.data import tokenizing
+from fourfold.train.data import encoding, tokenizing
 from fourfold.train.data.config import TokenizeConfig
+from fourfold.train.data.encoding import Encoder, PlainText
 from fourfold.train.data.shards import IdType, Shards
 from fourfold.train.data.tokenizing import is_held_out, tokenize
 
@@ -140,14 +141,68 @@ def test_long_texts_are_encoded_in_pieces(
     texts: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, known = texts
-    monkeypatch.setattr(tokenizing, "_LONGEST_PIECE", 50)
+    monkeypatch.setattr(encoding, "_LONGEST_PIECE", 50)
     long = "\n".join(known[:5]) + "x" * 120
-    pieces = list(tokenizing._pieces(long))
+    pieces = list(encoding.pieces_of(long))
     assert "".join(pieces) == long
     assert max(map(len, pieces)) <= 50
     assert pieces[0].endswith("\n") or "\n" not in long[:50]
     metas = tokenize(options(folder), None)
     assert metas["train"].documents + metas["held-out"].documents == len(known)
+
+
+MARKED = ["the end <|endoftext|> of <|endoftext|>", "<|endoftext|>", "<|endof", "text|> a"]
+
+
+def test_a_mark_in_a_text_is_text(texts: tuple[Path, list[str]]) -> None:
+    folder, _ = texts
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in MARKED)
+    (folder / "marked.jsonl").write_text(lines)
+    first = options(folder, held_out=0.0)
+    tokenize(first, None)
+    tokenizer = first.out / "tokenizer"
+    backend = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    out = folder.parent / "again"
+    line = ["tokenize", folder, "--out", out, "--tokenizer", tokenizer, "--held-out", "0"]
+    assert run([str(word) for word in line]) == 0
+    for shards in (Shards(first.out / "train"), Shards(out / "train")):
+        assert shards.meta.vocabulary.end_of_text == 0
+        for number in range(len(MARKED)):
+            ids = shards.document(shards.meta.documents - len(MARKED) + number).tolist()
+            assert ids.pop() == 0
+            assert 0 not in ids
+            assert backend.decode(ids) == MARKED[number]
+
+
+def with_an_ordinary_mark() -> Tokenizer:
+    """The file does not say that the mark is special."""
+    letters = {letter: number for number, letter in enumerate("</s>ab")}
+    tokenizer = Tokenizer(models.BPE(letters, []))
+    tokenizer.add_tokens([AddedToken("</s>", special=False)])
+    return tokenizer
+
+
+def with_a_mark_among_its_words() -> Tokenizer:
+    """Unigrams are looked for in a text whatever they stand for."""
+    letters = [(letter, -2.0) for letter in "</s>ab"]
+    tokenizer = Tokenizer(models.Unigram([("<unk>", 0.0), ("</s>", 0.0), *letters], 0, False))
+    tokenizer.add_special_tokens(["<unk>", "</s>"])
+    return tokenizer
+
+
+@pytest.mark.parametrize("made", [with_an_ordinary_mark, with_a_mark_among_its_words])
+def test_another_s_mark_in_a_text_is_text(made: Callable[[], Tokenizer]) -> None:
+    backend = made()
+    encoder = Encoder("other", backend, "</s>")
+    before = encoder.vocabulary()
+    marked = ["a</s></s>b", "</s>", "ab"]
+    end = before.end_of_text
+    assert end in backend.encode(marked[0]).ids
+    found = list(PlainText(encoder).encode(marked))
+    assert ["".join(map(str, map(backend.id_to_token, ids))) for ids in found] == marked
+    assert not any(end in ids for ids in found)
+    assert encoder.vocabulary() == before
+    assert end in backend.encode(marked[0]).ids
 
 
 def test_empty_texts_are_left_out(tmp_path: Path) -> None:
