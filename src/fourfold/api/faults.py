@@ -6,7 +6,9 @@ fault has a sentence for the person who wrote the request, and a stable code for
 
 from __future__ import annotations
 
+import collections
 import difflib
+import json
 from collections.abc import Iterable
 from typing import Any, LiteralString, TypeVar
 
@@ -54,13 +56,26 @@ def fault(code: LiteralString, sentence: str, *, param: str | None = None) -> Py
 def parse(schema: type[Body], body: bytes) -> Body:
     """The request that `body` holds; raises `RequestError` for the first thing wrong with it."""
     try:
-        return schema.model_validate_json(body)
+        request = schema.model_validate_json(body)
     except ValidationError as error:
         if error.error_count() > _MAX_FAULTS:
             message = "the body has hundreds of wrong fields; check it against the API"
             raise RequestError(message, code="invalid_request") from None
         first = error.errors(include_url=False, include_input=False)[0]
         raise _refusal(schema, first["type"], first["loc"], first.get("ctx", {})) from None
+    # pydantic takes the last of several values for a key, others take the first: what checks a
+    # request before us might have seen another one. To read it again is little beside tokenising.
+    json.loads(body, object_pairs_hook=_refuse_repeats)
+    return request
+
+
+def _refuse_repeats(fields: list[tuple[str, Any]]) -> None:
+    """Raises `RequestError` where an object of a body gives a field twice."""
+    if len(dict(fields)) < len(fields):
+        (name, _), *_ = collections.Counter(name for name, _ in fields).most_common(1)
+        param = name[:128]
+        message = f"'{param}' is given twice in one object; send it once"
+        raise RequestError(message, param=param, code="duplicate_parameter")
 
 
 def _refusal(

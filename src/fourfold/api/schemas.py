@@ -1,8 +1,9 @@
 """The requests of /v1/chat/completions and /v1/completions, checked field by field.
 
-Three rules. A field that could change the answer is honoured or refused, never ignored. A value
-has exactly the type OpenAI documents: no "1" for 1, no NaN, no NUL in a text. And every refusal is
-a sentence that names the remedy: `faults` turns into one whatever pydantic finds by itself.
+Three rules. A field that could change the answer is honoured or refused, never ignored, and it is
+given once. A value has exactly the type OpenAI documents: no "1" for 1, no NaN, no NUL in a text.
+And every refusal is a sentence that names the remedy: `faults` turns into one whatever pydantic
+finds by itself.
 
 What depends on the model or on the server's limits (lengths, `n`, how many stop strings, ids in
 the vocabulary) is not here: the gateway checks it, before anything is allocated.

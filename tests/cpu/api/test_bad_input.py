@@ -89,6 +89,26 @@ NOT_JSON = [
     }.items()
 ]
 
+TWICE = [
+    row(name, body, param, "duplicate_parameter", path=path)
+    for name, path, param, body in [
+        ("a field twice", CHAT, "model",
+         b'{"model": "no", "model": "default", "messages": [{"role": "user", "content": "Hi"}]}'),
+        ("a field twice alike", CHAT, "n",
+         b'{"n": 1, "model": "default", "messages": [{"role": "user", "content": "Hi"}], "n": 1}'),
+        ("a field of a message twice", CHAT, "content", b'{"model": "default", "messages": '
+         b'[{"role": "user", "content": "Hi", "content": "Ho"}]}'),
+        ("a key that is spelt in two ways", CHAT, "n",
+         b'{"n": 1, "\\u006e": 1, "model": "default", "messages": '
+         b'[{"role": "user", "content": "Hi"}]}'),
+        ("a token biased twice", COMPLETIONS, "5",
+         b'{"model": "default", "prompt": "Hi", "logit_bias": {"5": 1, "5": 2}}'),
+        ("one of many keys twice", COMPLETIONS, "299999", json.dumps(
+            complete(metadata=dict.fromkeys(map(str, range(300_000)), "")),
+        ).replace('"299998"', '"299999"').encode()),
+    ]
+]  # fmt: skip
+
 BODIES = [
     row("a list as the body", b"[]", None, "invalid_type"),
     row("null as the body", b"null", None, "invalid_type"),
@@ -245,7 +265,7 @@ PROMPTS = [
     completions_row("messages to the older API", "messages", "unknown_parameter", messages=[]),
 ]
 
-ROWS = NOT_JSON + BODIES + MESSAGES + VALUES + UNSUPPORTED_FIELDS + PROMPTS
+ROWS = NOT_JSON + TWICE + BODIES + MESSAGES + VALUES + UNSUPPORTED_FIELDS + PROMPTS
 
 GATEWAY_ROWS = [
     row("n = 1000", chat(n=1000), "n", "invalid_value"),
