@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -118,7 +117,9 @@ def check_peer(peer: Peer, model: ModelConfig) -> None:
     if peer != "torchtitan":
         return
     if importlib.util.find_spec("torchtitan") is None:
-        raise ConfigError("torchtitan is not installed; `pip install torchtitan`, or leave it out")
+        raise ConfigError(
+            "torchtitan is not installed; `pip install 'torchtitan<0.3'`, or leave it out"
+        )
     if model.dense_layers:
         raise ConfigError("torchtitan's Qwen3 has no dense first layers; use model.dense_layers=0")
 
@@ -135,61 +136,44 @@ def make_peer(peer: Peer, config: TrainConfig, model: ModelConfig, device: torch
 
 
 def _torchtitan(config: TrainConfig, model: ModelConfig, device: torch.device) -> Engine:
-    """torchtitan's Qwen3 on one device; its builders are not public, and of version 0.3."""
-    from torchtitan.models import qwen3
-    from torchtitan.models.common import CosSinRoPE, Embedding, Linear
+    """torchtitan's Qwen3 on one device as its release 0.2 makes and compiles it."""
+    from torchtitan.config.job_config import Compile
+    from torchtitan.models.llama4.infra.parallelize import apply_compile
+    from torchtitan.models.moe import MoEArgs
+    from torchtitan.models.qwen3 import Qwen3Model, Qwen3ModelArgs
 
-    drawn = {"weight": partial(nn.init.normal_, std=0.02)}
-    shared: dict[str, Any] = {
-        "n_layers": model.layers,
+    arguments: dict[str, Any] = {
         "dim": model.width,
+        "n_layers": model.layers,
         "n_heads": model.query_heads,
         "n_kv_heads": model.kv_heads,
+        "vocab_size": model.vocabulary,
         "head_dim": model.head_width,
-        "attn_backend": "varlen" if device.type == "cuda" else "flex",
-        "rope": CosSinRoPE.Config(
-            dim=model.head_width, max_seq_len=config.data.length, theta=model.rope.theta
-        ),
+        "hidden_dim": model.ffn_width,
+        "norm_eps": model.norm_eps,
+        "rope_theta": model.rope.theta,
+        "qk_norm": True,
+        "max_seq_len": config.data.length,
+        "enable_weight_tying": model.tied_embeddings,
     }
-    moe = model.moe
-    layers = (
-        qwen3._build_qwen3_layers(**shared, hidden_dim=model.ffn_width)
-        if moe is None
-        else qwen3._build_qwen3_moe_layers(
-            **shared,
-            moe_hidden_dim=moe.expert_width,
-            num_experts=moe.experts,
-            top_k=moe.experts_per_token,
-            moe_comm_backend="standard",
-        )
-    )
-    made = qwen3.Qwen3Model.Config(
-        vocab_size=model.vocabulary,
-        dim=model.width,
-        norm=qwen3._qwen3_norm(model.width),
-        tok_embeddings=Embedding.Config(
-            num_embeddings=model.vocabulary, embedding_dim=model.width, param_init=drawn
-        ),
-        lm_head=Linear.Config(
-            in_features=model.width, out_features=model.vocabulary, param_init=drawn
-        ),
-        layers=layers,
-    ).build()
-    theirs: nn.Module = made.to(device)
-    for parameter in theirs.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.02)
-        else:
-            nn.init.ones_(parameter)
-    rows = config.run.micro_rows or config.data.rows
-    positions = torch.arange(config.data.length, device=device).expand(rows, -1)
-    masks = made.get_attention_masks(positions)
+    if (moe := model.moe) is not None:
+        arguments |= {
+            "moe_enabled": True,
+            "moe_inter_dim": moe.expert_width,
+            "moe_args": MoEArgs(
+                num_experts=moe.experts,
+                num_shared_experts=0,
+                score_func="softmax",
+                route_norm=True,
+                score_before_experts=False,
+                top_k=moe.experts_per_token,
+                load_balance_coeff=None,
+            ),
+        }
+    with device:
+        theirs = Qwen3Model(Qwen3ModelArgs(**arguments))
+        with torch.no_grad():
+            theirs.init_weights(device)
     if device.type == "cuda":
-        for layer in made.layers.values():
-            layer.compile()
-
-    def forward(tokens: Tensor) -> Tensor:
-        logits: Tensor = theirs(tokens, positions=positions, attention_masks=masks)
-        return logits
-
-    return Theirs(config, theirs, model.vocabulary, device, forward)
+        apply_compile(theirs, Compile(enable=True), ep_enabled=False)
+    return Theirs(config, theirs, model.vocabulary, device)
