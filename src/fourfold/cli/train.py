@@ -42,6 +42,8 @@ class Options:
 
 def run(options: Options) -> int:
     config = read_config(options.config, options.set)
+    from safetensors import SafetensorError
+
     from fourfold.models.loading import resolve_device
     from fourfold.train.data.batches import ReadAhead, ShardBatches
     from fourfold.train.data.shards import Shards
@@ -78,7 +80,7 @@ def run(options: Options) -> int:
                 given = tokenizer if tokenizer.is_dir() else None
                 trainer.export(folder / "model", given)
                 tell(f"model: {folder / 'model'}" + ("" if given else ", without a tokenizer"))
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise ConfigError(
                 f"{folder} cannot be written ({error}); set run.folder, or make room"
             ) from error
@@ -126,21 +128,20 @@ def _held_out(
     data = config.data
     if data.held_out is None:
         return config, None
-    shards = Shards(data.held_out)
+    shards, batch = Shards(data.held_out), data.rows * data.length
     if shards.meta.vocabulary.sha256 != vocabulary.sha256:
         raise ConfigError(
             f"data.held_out = {data.held_out} was tokenised with another vocabulary than "
             f"{data.train}; tokenise both with one"
         )
-    held_out = ShardBatches(shards, rows=data.rows, length=data.length, seed=data.seed)
-    there_are = held_out.batches_of_epoch
-    if there_are < 1:
+    if shards.meta.tokens <= batch:
         raise ConfigError(
             f"data.held_out = {data.held_out} has {shards.meta.tokens:,} tokens, less than one "
             f"batch of data.rows = {data.rows} of data.length = {data.length}; hold out more with "
             "`fourfold tokenize --held-out`, or lower data.rows"
         )
-    batches = min(config.run.evaluate_batches, there_are)
+    held_out = ShardBatches(shards, rows=data.rows, length=data.length, seed=data.seed)
+    batches = min(config.run.evaluate_batches, held_out.batches_of_epoch)
     run = msgspec.structs.replace(config.run, evaluate_batches=batches)
     return msgspec.structs.replace(config, run=run), held_out
 

@@ -67,7 +67,8 @@ def save(
     keep: int,
 ) -> None:
     """Writes a checkpoint below `folder` and removes all but the newest `keep`. Every process must
-    call it; the first writes."""
+    call it; the first writes. OSError or SafetensorError where that cannot be, as on a full disk;
+    the checkpoints that there are stay."""
     tensors = {}
     for name, tensor in [*optimizer.state(), *_biases(model)]:
         if parallel.rank == 0:
@@ -79,12 +80,11 @@ def save(
         shutil.rmtree(stale)
     unfinished = folder / f"{_UNFINISHED}{progress.steps:08d}"
     unfinished.mkdir()
-    save_file(tensors, unfinished / _STATE)
-    (unfinished / _PROGRESS).write_bytes(msgspec.json.encode(progress))
-    # Some versions of safetensors leave what only its owner can read.
-    shutil.copymode(unfinished / _PROGRESS, unfinished / _STATE)
-    for path in (unfinished / _STATE, unfinished / _PROGRESS, unfinished):
-        _flush(path)
+    try:
+        _write(unfinished, tensors, progress)
+    except (OSError, SafetensorError):
+        shutil.rmtree(unfinished)  # a full disk needs the room
+        raise
     final = folder / f"step-{progress.steps:08d}"
     if final.exists():
         _remove(final)
@@ -92,6 +92,15 @@ def save(
     _flush(folder)
     for old in checkpoints(folder)[:-keep]:
         _remove(old)
+
+
+def _write(folder: Path, tensors: dict[str, Tensor], progress: Progress) -> None:
+    save_file(tensors, folder / _STATE)
+    (folder / _PROGRESS).write_bytes(msgspec.json.encode(progress))
+    # Some versions of safetensors leave what only its owner can read.
+    shutil.copymode(folder / _PROGRESS, folder / _STATE)
+    for path in (folder / _STATE, folder / _PROGRESS, folder):
+        _flush(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -122,12 +131,22 @@ def load(
                 with torch.no_grad():
                     bias_E.copy_(file.get_tensor(name))
     except (OSError, msgspec.DecodeError, SafetensorError) as error:
-        within = [str(found) for found in checkpoints(path / "checkpoints")]
-        remedy = f"name {within[-1]}" if within else "name another, or take a new run.folder"
-        raise CheckpointError(f"{path} is no checkpoint of this run ({error}); {remedy}") from None
+        raise CheckpointError(
+            f"{path} is no checkpoint of this run ({error}); {_instead_of(path)}"
+        ) from None
     except RuntimeError as error:
         raise _of_another_model(path, str(error)) from None
     return progress
+
+
+def _instead_of(path: Path) -> str:
+    """What to do where a checkpoint cannot be read."""
+    if within := checkpoints(path / "checkpoints"):
+        return f"name {within[-1]}"
+    others = [found for found in checkpoints(path.parent) if found != path]
+    if path.is_dir() and others:
+        return f"delete it to go on from {others[-1]}, or take a new run.folder"
+    return "name another, or take a new run.folder"
 
 
 def _check_contents(path: Path, was: Contents | None, now: Contents | None) -> None:

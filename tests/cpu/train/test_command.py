@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -121,6 +122,20 @@ def test_a_checkpoint_that_does_not_know_its_texts_is_continued(
     assert ", from step 2; " in capsys.readouterr().err
 
 
+def test_nothing_held_out_is_told(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("the 3 cats sat on 4 mats " * 100)
+    tokenizer = str(shards / "tokenizer")
+    command = ["tokenize", str(tmp_path / "text.txt"), "--out", str(tmp_path / "other")]
+    assert run([*command, "--tokenizer", tokenizer, "--held-out", "0"]) == 0
+    empty = tmp_path / "other" / "held-out"
+    assert train(shards, tmp_path, f"data.held_out={empty}") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert f"data.held_out = {empty} has 0 tokens" in said
+    assert "--held-out" in said
+
+
 def test_an_evaluation_reads_no_text_twice(shards: Path, tmp_path: Path) -> None:
     assert train(shards, tmp_path, "schedule.steps=1", "run.evaluate_batches=100000") == 0
     records = read_records(tmp_path / "run" / "metrics.jsonl")
@@ -151,6 +166,26 @@ def test_a_folder_that_cannot_be_written_is_told(
     file.touch()
     assert train(shards, tmp_path, f"run.folder={file}") == 2
     assert f"{file} cannot be written" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_full_disk_leaves_the_checkpoint_that_there_is(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert train(shards, tmp_path, "schedule.steps=2") == 0
+    folder = tmp_path / "run" / "checkpoints"
+    half = (folder / "step-00000002" / "state.safetensors").stat().st_size // 2
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (half, before[1]))  # files grow no larger
+    try:
+        assert train(shards, tmp_path, "schedule.steps=4") == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"fourfold: {tmp_path / 'run'} cannot be written (")
+    assert said.endswith("; set run.folder, or make room")
+    assert [path.name for path in folder.iterdir()] == ["step-00000002"]
+    assert train(shards, tmp_path, "schedule.steps=4") == 0
+    assert ", from step 2; " in capsys.readouterr().err
 
 
 def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,19 @@ def test_a_checkpoint_is_named_where_a_run_was(tmp_path: Path) -> None:
     branch = {"run": {"start_from": str(tmp_path / "run")}}
     with pytest.raises(CheckpointError, match=r"; name .*run/checkpoints/step-00000002$"):
         toy.trainer(toy.config(tmp_path / "branch", last, branch))
+
+
+def test_a_damaged_checkpoint_may_be_deleted(tmp_path: Path) -> None:
+    config = toy.config(tmp_path, {"schedule": {"steps": 4, "warmup": 0}, "run": {"save_every": 2}})
+    toy.trainer(config).run()
+    older, newest = checkpoint.checkpoints(tmp_path / "checkpoints")
+    os.truncate(newest / "state.safetensors", 1000)
+    with pytest.raises(
+        CheckpointError, match=f"{newest} is no .*; delete it to go on from {older}"
+    ):
+        toy.trainer(config)
+    shutil.rmtree(newest)
+    assert toy.trainer(config).steps == 2
 
 
 @pytest.mark.parametrize(

@@ -161,7 +161,7 @@ def _read_ends(folder: Path, shard: ShardFile) -> Places:
     _check_size(path, shard.documents * 8)
     ends = np.fromfile(path, "<u8").astype(np.int64)
     if (np.diff(ends, prepend=0) < 0).any() or (len(ends) and ends[-1] != shard.tokens):
-        raise ConfigError(f"{path} does not fit its tokens; run `fourfold tokenize` again")
+        raise ConfigError(f"{path} does not fit its tokens; {_instead_of(folder)}")
     return ends
 
 
@@ -169,7 +169,12 @@ def _check_size(path: Path, expected: int) -> None:
     size = path.stat().st_size if path.is_file() else -1
     if size != expected:
         found = "is missing" if size < 0 else f"has {size} bytes instead of {expected}"
-        raise ConfigError(f"{path} {found}; run `fourfold tokenize` again")
+        raise ConfigError(f"{path} {found}; {_instead_of(path.parent)}")
+
+
+def _instead_of(folder: Path) -> str:
+    """What to do where shards that were finished are damaged."""
+    return f"copy {folder} again, or run `fourfold tokenize` with another --out"
 
 
 class SplitState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

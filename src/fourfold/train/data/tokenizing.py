@@ -25,6 +25,7 @@ from fourfold.train.data.encoding import Encoder, PlainText
 from fourfold.train.data.shards import (
     META,
     IdType,
+    Shards,
     ShardsMeta,
     ShardWriter,
     SplitState,
@@ -68,7 +69,7 @@ def tokenize(
     vocabulary = encoder.vocabulary()
     dtype = IdType.for_vocabulary(vocabulary.tokens)
     if state.done:
-        return {split: _read_meta(config.out / split) for split in (TRAIN, HELD_OUT)}
+        return {split: _finished(config.out / split) for split in (TRAIN, HELD_OUT)}
     if state.file == state.document == 0:
         save_tokenizer(encoder.backend, encoder.end_of_text, config.out / TOKENIZER)
         _write_state(config.out / _PROGRESS, state)  # it is not trained again
@@ -205,14 +206,16 @@ def _read_state(out: Path, work: str) -> _State:
     return state
 
 
-def _read_meta(folder: Path) -> ShardsMeta:
+def _finished(folder: Path) -> ShardsMeta:
+    """What shards hold of which nothing is missing."""
     try:
-        return msgspec.json.decode((folder / META).read_bytes(), type=ShardsMeta)
+        msgspec.json.decode((folder / META).read_bytes(), type=ShardsMeta)
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(
             f"{folder} was finished, but is damaged ({error}); delete {folder.parent} and begin "
             "again"
         ) from error
+    return Shards(folder).meta
 
 
 def _write_state(path: Path, value: _State) -> None:

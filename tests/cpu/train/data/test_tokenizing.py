@@ -222,6 +222,21 @@ def test_shards_that_are_lost_after_the_end_are_told(texts: tuple[Path, list[str
         tokenize(options(folder), None)
 
 
+@pytest.mark.parametrize("ending", [".tokens", ".ends"])
+def test_a_file_that_is_lost_after_the_end_is_told(
+    texts: tuple[Path, list[str]], ending: str
+) -> None:
+    folder, _ = texts
+    done = options(folder)
+    tokenize(done, None)
+    lost = done.out / "train" / f"00001{ending}"
+    lost.unlink()
+    wanted = f"{lost} is missing; copy {lost.parent} again, or run `fourfold tokenize` with another"
+    for read in (lambda: tokenize(done, None), lambda: Shards(lost.parent)):
+        with pytest.raises(ConfigError, match=wanted):
+            read()
+
+
 def test_copies_of_a_text_are_on_one_side() -> None:
     chosen = [number for number in range(20000) if is_held_out(text_of(number).encode(), 0.1)]
     assert len(chosen) == pytest.approx(2000, rel=0.1)
