@@ -107,11 +107,14 @@ def test_a_message_that_changes_on_its_way_is_not_heard(patient: Network) -> Non
     link, outcomes = sender.link(proxy.peer), {}
     for lease in (1, 3):
         arrived, sent = Outcome(), Outcome()
-        receiver.expect(lease, None, Memory(1, 2, 100), arrived)
+        target = Memory(1, 2, 100)
+        receiver.expect(lease, None, target, arrived)
         transfer = link.begin(lease, sent)
-        pieces = list(Memory(1, 2, 100).pieces(1))
+        pieces = list(Memory(1, 2, 100).fill(lease).pieces(1))
         transfer.write(pieces if lease == 3 else pieces[:1])
         outcomes[lease] = arrived, sent
+        # Before the link ends: a lease of which nothing has come belongs to none.
+        until(lambda: any(target.buffer))  # noqa: B023
     assert outcomes[3][0].wait() is None  # which the sender is told, but for one bit
     for outcome in (outcomes[1][0], outcomes[1][1], outcomes[3][1]):
         assert "link" in outcome.failure()
