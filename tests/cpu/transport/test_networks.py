@@ -4,6 +4,7 @@ and service goes on."""
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Iterator
@@ -114,7 +115,7 @@ def test_a_message_that_changes_on_its_way_is_not_heard(patient: Network) -> Non
         transfer.write(pieces if lease == 3 else pieces[:1])
         outcomes[lease] = arrived, sent
         # Before the link ends: a lease of which nothing has come belongs to none.
-        until(lambda: any(target.buffer))  # noqa: B023
+        until(functools.partial(any, target.buffer))
     assert outcomes[3][0].wait() is None  # which the sender is told, but for one bit
     for outcome in (outcomes[1][0], outcomes[1][1], outcomes[3][1]):
         assert "link" in outcome.failure()
