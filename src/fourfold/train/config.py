@@ -220,7 +220,8 @@ class RunSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     compile: bool = False
     """Compile layers with torch.compile: slow to start, then faster."""
     cuda_graph: bool | None = None
-    """Launch a step as one CUDA graph. Default: where one process trains on a GPU."""
+    """Launch a step as one CUDA graph. Default: where one process trains on a GPU, in 16
+    micro-batches a step at most."""
     save_every: int = 500
     """Steps between checkpoints; the last step always makes one."""
     keep: int = 2

@@ -33,6 +33,9 @@ from fourfold.train.schedule import bias_moves, rate_at
 from fourfold.train.step import MicroBatch, TrainStep, lay_out, moved
 from fourfold.train.step_graph import StepGraph
 
+_MOST_CAPTURED = 16
+"""Micro-batches of a step that is captured unasked: its graph holds every kernel of all of them."""
+
 
 class Trainer:
     """One run in this process, ready to go on from where its folder says."""
@@ -75,7 +78,8 @@ class Trainer:
         parallel.shard(self.model, self.dtype)
         self.optimizer = Optimizer(self.model, config.optimizer, parallel, self.dtype)
         self._objective = Objective(config.router, parallel)
-        self._step = StepGraph(self._compute) if captures(config, parallel) else self._compute
+        captured = captures(config, parallel, self._rows // self._micro)
+        self._step = StepGraph(self._compute) if captured else self._compute
         self._folder = Path(config.run.folder)
         self.steps = self.tokens = 0
         self._seconds = 0.0
@@ -319,15 +323,18 @@ class Trainer:
             export(weights, self.model.config, folder, dtype=self.dtype, tokenizer=tokenizer)
 
 
-def captures(config: TrainConfig, parallel: Parallel) -> bool:
-    """Whether steps are launched as CUDA graphs. ConfigError where they are to be and cannot."""
+def captures(config: TrainConfig, parallel: Parallel, micro_batches: int) -> bool:
+    """Whether steps of so many micro-batches are launched as CUDA graphs. ConfigError where they
+    are to be and cannot."""
     able = parallel.device.type == "cuda" and parallel.mesh is None
     if config.run.cuda_graph and not able:
         raise ConfigError(
             "run.cuda_graph = true: a step is captured where one process trains on a GPU, for "
             "several wait for each other on the host; leave it out"
         )
-    return able and config.run.cuda_graph is not False
+    if config.run.cuda_graph is None:
+        return able and micro_batches <= _MOST_CAPTURED
+    return config.run.cuda_graph
 
 
 def choose_dtype(config: TrainConfig, device: torch.device) -> torch.dtype:

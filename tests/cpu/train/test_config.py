@@ -142,9 +142,10 @@ def test_what_is_computed_in(
 def test_a_step_is_captured_where_one_process_trains_on_a_gpu(tmp_path: Path) -> None:
     gpu = Parallel(0, 1, torch.device("cuda"))
     given = {each: toy.config(tmp_path, {"run": {"cuda_graph": each}}) for each in (True, False)}
-    assert captures(toy.config(tmp_path), gpu)
-    assert captures(given[True], gpu)
-    assert not captures(given[False], gpu)
-    assert not captures(toy.config(tmp_path), toy.ALONE)
+    assert captures(toy.config(tmp_path), gpu, 16)
+    assert not captures(toy.config(tmp_path), gpu, 17)
+    assert captures(given[True], gpu, 17)
+    assert not captures(given[False], gpu, 1)
+    assert not captures(toy.config(tmp_path), toy.ALONE, 1)
     with pytest.raises(ConfigError, match="leave it out"):
-        captures(given[True], toy.ALONE)
+        captures(given[True], toy.ALONE, 1)
