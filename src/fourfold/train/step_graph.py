@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +23,15 @@ Step = Callable[[Sequence[MicroBatch], Tensor], tuple[Tensor, Tensor | None]]
 _EAGER_STEPS = 2
 
 
+class _Captured(NamedTuple):
+    """A graph, and where it reads a step and leaves what it reports."""
+
+    graph: torch.cuda.CUDAGraph
+    micros: list[MicroBatch]
+    numbers_N: Tensor
+    results: tuple[Tensor, Tensor | None]
+
+
 class StepGraph:
     """Takes steps as the function that it is made of. The results are overwritten by the next step,
     after whatever the device was given before it."""
@@ -29,10 +39,7 @@ class StepGraph:
     def __init__(self, step: Step) -> None:
         self._step = step
         self._eager = _EAGER_STEPS
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._micros: list[MicroBatch] = []
-        self._numbers_N = torch.empty(0)
-        self._results: tuple[Tensor, Tensor | None] = (self._numbers_N, None)
+        self._captured: _Captured | None = None
 
     def __call__(
         self, micros: Sequence[MicroBatch], numbers_N: Tensor
@@ -41,28 +48,24 @@ class StepGraph:
         if self._eager:
             self._eager -= 1
             return self._step(micros, numbers_N)
-        if self._graph is None or not self._has_room(micros):
-            self._capture(micros, numbers_N)
-        assert self._graph is not None
-        for mine, given in zip(self._micros, micros, strict=True):
+        captured = self._captured
+        if captured is None or _room(micros) > _room(captured.micros):
+            captured = self._captured = None  # its memory is the next one's
+            captured = self._captured = self._capture(micros, numbers_N)
+        for mine, given in zip(captured.micros, micros, strict=True):
             _fill(mine, given)
-        self._numbers_N.copy_(numbers_N)
-        self._graph.replay()
-        return self._results
+        captured.numbers_N.copy_(numbers_N)
+        captured.graph.replay()
+        return captured.results
 
-    def _has_room(self, micros: Sequence[MicroBatch]) -> bool:
-        return _room(micros) <= _room(self._micros)
-
-    def _capture(self, micros: Sequence[MicroBatch], numbers_N: Tensor) -> None:
-        """Room for the documents of these micro-batches, and a graph that reads them there."""
-        self._graph, self._results = None, (numbers_N, None)
+    def _capture(self, micros: Sequence[MicroBatch], numbers_N: Tensor) -> _Captured:
+        """A graph with room for the documents of these micro-batches."""
         room = _room(micros)
-        self._micros = [_with_room(micro, room) for micro in micros]
-        self._numbers_N = numbers_N.clone()
+        mine, numbers_N = [_with_room(micro, room) for micro in micros], numbers_N.clone()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            self._results = self._step(self._micros, self._numbers_N)
-        self._graph = graph
+            results = self._step(mine, numbers_N)
+        return _Captured(graph, mine, numbers_N, results)
 
 
 def _room(micros: Sequence[MicroBatch]) -> int:
