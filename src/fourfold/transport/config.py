@@ -50,7 +50,8 @@ class TransportConfig:
     """auto: shared memory with peers that can map it, else RDMA where both sides have a device for
     it and NIXL, else TCP."""
     streams: int | None = None
-    """TCP connections for pages to each peer. Default: 2 on up to 4 cores, else 4."""
+    """TCP connections for pages to each peer; as many threads copy pages in shared memory. Default:
+    2 on up to 4 cores, 4 on less than 16, else 8."""
     slice_bytes: int = 2 << 20
     """Of whole pages that are sent as one frame; a page of up to 1 MiB is never split. Smaller ones
     cost more of the CPU."""
@@ -95,7 +96,8 @@ class TransportConfig:
         """`streams`, or what this machine has by default."""
         if self.streams is not None:
             return self.streams
-        return 2 if (os.cpu_count() or 1) <= 4 else 4
+        cores = os.cpu_count() or 1
+        return 2 if cores <= 4 else 4 if cores < 16 else 8
 
 
 def is_loopback(host: str) -> bool:

@@ -151,9 +151,10 @@ def encode_extents(extents: Iterable[Extent]) -> bytes:
 
 def decode_extents(data: bytes | bytearray | memoryview, length: int) -> list[Extent]:
     """The pieces of a payload of `length` bytes. Raises `FrameError` where they are not that."""
-    extents = [Extent(*fields) for fields in _EXTENT.iter_unpack(data)]
-    total = sum(extent.length for extent in extents)
-    if total != length or not all(extent.length for extent in extents):
+    extents = list(map(Extent._make, _EXTENT.iter_unpack(data)))
+    lengths = [extent.length for extent in extents]
+    total = sum(lengths)
+    if total != length or not all(lengths):
         raise FrameError(f"its pieces of memory have {total} bytes, its payload {length}")
     return extents
 

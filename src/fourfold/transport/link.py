@@ -8,6 +8,7 @@ import queue
 import statistics
 import threading
 import time
+from collections.abc import Sequence
 
 from fourfold.errors import FourfoldError
 from fourfold.transport.config import TransportConfig, TransportPath
@@ -29,6 +30,7 @@ from fourfold.transport.cutting import Slice
 from fourfold.transport.frames import Extent, Header, Kind, checksum, encode_extents, encode_header
 from fourfold.transport.handshake import Handshake, Purpose, Role
 from fourfold.transport.identity import Identity
+from fourfold.transport.memory import Staging, places_of
 from fourfold.transport.notifier import Notifier
 from fourfold.transport.peer import Peer
 from fourfold.transport.rdma import Exposure
@@ -317,33 +319,37 @@ class Link:
         try:
             for _ in range(probe.frames):
                 wire.send(probe.frame(self.peer.epoch))
+            staging = Staging(self._config.stream_count)
             while (part := self._transfers.take()) is not None:
-                self._send(wire, part)
+                self._send(wire, part, staging)
         except OSError as error:
             self._break(f"a stream broke: {error.strerror or error}")
 
-    def _send(self, wire: Wire, part: Slice[Transfer]) -> None:
+    def _send(self, wire: Wire, part: Slice[Transfer], staging: Staging) -> None:
         self._counters.begin()
         sent, problem = 0, None
         try:
             readable = self._ways.readable
-            extents = self._regions.find(part.views, readable) if readable else None
-            if extents is not None:
-                head = self._head(part, Kind.DESCRIBED, len(extents))
-                wire.send([memoryview(head + encode_extents(extents))])
-            elif self._ways.may_send:
-                wire.send([memoryview(self._head(part, Kind.DATA, 0)), *part.views])
-            else:
+            places = places_of(part.views)
+            extents = self._regions.find(places, readable) if readable else None
+            if extents is None and not self._ways.may_send:
                 problem = self._ways.missing()
+            else:
+                pieces = staging.collect(part.views, places)
+                head = self._head(part, pieces, extents or ())
+                wire.send([memoryview(head), *(() if extents else pieces)])
             sent = part.length
         finally:
             self._counters.end(0 if problem else sent)
             self._transfers.gave(part, problem)
 
-    def _head(self, part: Slice[Transfer], kind: Kind, extents: int) -> bytes:
-        return encode_header(
+    def _head(
+        self, part: Slice[Transfer], pieces: Sequence[memoryview], extents: Sequence[Extent]
+    ) -> bytes:
+        """What goes before these pieces of memory, or describes them by extents."""
+        header = encode_header(
             Header(
-                kind=kind,
+                kind=Kind.DESCRIBED if extents else Kind.DATA,
                 epoch=self.peer.epoch,
                 lease=part.transfer.lease,
                 part=part.part,
@@ -353,9 +359,10 @@ class Link:
                 count=part.count,
                 length=part.length,
                 # Right before it is sent, so that it is read from memory once.
-                checksum=checksum(part.views),
+                checksum=checksum(pieces),
                 offset=part.offset,
                 size=part.size,
-                extents=extents,
+                extents=len(extents),
             )
         )
+        return header + encode_extents(extents)

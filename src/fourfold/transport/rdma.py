@@ -21,8 +21,9 @@ import xxhash
 
 from fourfold.transport.control import Exposed, ExposedRegion
 from fourfold.transport.frames import Extent, FrameError
+from fourfold.transport.memory import address_of, copy
 from fourfold.transport.nixl import NixlAgent, Piece, Request, describe
-from fourfold.transport.shared import SharedRegion, address_of, copy
+from fourfold.transport.shared import SharedRegion
 from fourfold.transport.sources import Fill, ReadError
 
 _FIRST_PAUSE, _LAST_PAUSE = 20e-6, 1e-3

@@ -40,6 +40,7 @@ from fourfold.transport.frames import (
 from fourfold.transport.handshake import Introduction
 from fourfold.transport.identity import Identity
 from fourfold.transport.leases import Claim, Leases
+from fourfold.transport.memory import Staging
 from fourfold.transport.rdma import ExposeError, RemoteMemory
 from fourfold.transport.shared import MappingError, Mappings
 from fourfold.transport.sources import Fill, ReadError, Source
@@ -256,22 +257,23 @@ class Session:
     def _receive(self, wire: Wire) -> None:
         """Deals with frames until the stream ends. Raises `FrameError`, `OSError`, `EOFError`."""
         head = memoryview(bytearray(HEADER_BYTES))
+        staging = Staging(self._config.stream_count)
         while True:
             wire.receive([head])
             header = decode_header(head, self._config.max_payload)
             self._counters.begin()
             right = 0
             try:
-                right = self._deal_with(wire, header)
+                right = self._deal_with(wire, header, staging)
             finally:
                 self._counters.end(right)
             self._grant(header.length, flush=header.kind in (Kind.PROBE, Kind.DESCRIBED_PROBE))
 
-    def _deal_with(self, wire: Wire, header: Header) -> int:
+    def _deal_with(self, wire: Wire, header: Header, staging: Staging) -> int:
         """Receives one payload; returns how many of its bytes somebody wanted and were right."""
         payload = self._payload(wire, header)
         if header.kind in (Kind.PROBE, Kind.DESCRIBED_PROBE):
-            payload.fill([memoryview(bytearray(header.length))])
+            payload.fill([staging.room(header.length)])
             return 0
         if header.epoch != self._me.epoch:
             self.count("stale")
@@ -290,8 +292,12 @@ class Session:
                 problem = f"the receiver cannot place a run: {error}"
                 payload.drop()
             else:
-                payload.fill(views)
-                problem = self._verify(views, header) or _landed(claim)
+                target = staging.target(views, header.extents)
+                payload.fill(target)
+                problem = self._verify(target, header)
+                if problem is None:
+                    staging.deliver()
+                    problem = _landed(claim)
         except (OSError, EOFError) as error:
             reads = isinstance(error, ReadError)
             self.close(str(error) if reads else "a stream ended amid a page")

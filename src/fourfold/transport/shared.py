@@ -16,16 +16,15 @@ import os
 import stat
 import threading
 import weakref
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from fourfold.transport.control import Region
 from fourfold.transport.frames import MAX_EXTENTS, Extent, FrameError
+from fourfold.transport.memory import Place, address_of, copy
 from fourfold.transport.sources import Fill
 from fourfold.transport.stats import SHARED_MEMORY
 
-_LARGE_BYTES = 256 << 10
-"""From here on other threads may run during a copy."""
 _NO_END = 1 << 64
 """Above all addresses."""
 _PROT_READ, _MAP_SHARED = 1, 1
@@ -94,28 +93,23 @@ class Regions:
     def __getitem__(self, number: int) -> SharedRegion:
         return self._regions[number]
 
-    def find(self, views: Iterable[memoryview], known: Container[int]) -> list[Extent] | None:
-        """Where views lie, if all of them are in regions that are known to the reader."""
+    def find(self, places: Sequence[Place], known: Container[int]) -> list[Extent] | None:
+        """Which parts of regions places are, if all of them are in regions that are known to the
+        reader."""
         found: list[Extent] = []
         begin = end = number = 0
-        for view in views:
-            if view.readonly:
-                return None
-            address = address_of(view)
-            if not begin <= address < end:
-                place = bisect.bisect_right(self._sorted, (address, _NO_END, 0)) - 1
-                if place < 0:
-                    return None
-                begin, end, number = self._sorted[place]
-                if number not in known:
-                    return None
-            if address + len(view) > end:
-                return None
-            last = found[-1] if found else None
-            if last and last.region == number and last.offset + last.length == address - begin:
-                found[-1] = last._replace(length=last.length + len(view))
-            else:
-                found.append(Extent(region=number, length=len(view), offset=address - begin))
+        for address, length in places:
+            while length:  # again where a place goes from one region into the next
+                if not begin <= address < end:
+                    index = bisect.bisect_right(self._sorted, (address, _NO_END, 0)) - 1
+                    if index < 0:
+                        return None
+                    begin, end, number = self._sorted[index]
+                    if address >= end or number not in known:
+                        return None
+                part = min(length, end - address)
+                found.append(Extent(number, part, address - begin))
+                address, length = address + part, length - part
         return found if len(found) <= MAX_EXTENTS else None
 
 
@@ -160,26 +154,6 @@ class Mappings:
         return functools.partial(copy, found)
 
 
-def copy(sources: Sequence[tuple[int, int]], views: Sequence[memoryview]) -> None:
-    """Copies memory, given by address and length, to views of as many bytes in all."""
-    pieces = iter(sources)
-    source, left = 0, 0
-    for view in views:
-        target, room = address_of(view), len(view)
-        while room:
-            if not left:
-                source, left = next(pieces)
-            count = min(room, left)
-            move = ctypes.memmove if count >= _LARGE_BYTES else _move_small
-            move(target, source, count)
-            source, target, left, room = source + count, target + count, left - count, room - count
-
-
-def address_of(view: memoryview) -> int:
-    """The address of the first byte of a writable, not empty view."""
-    return ctypes.addressof(ctypes.c_char.from_buffer(view))
-
-
 def _open(region: Region) -> int:
     """The descriptor of a region's memory, checked to be what its owner says."""
     path = f"/proc/{region.process}/fd/{region.descriptor}"
@@ -216,11 +190,6 @@ def _map(descriptor: int, size: int) -> int:
         raise MappingError(f"{size} bytes of another process cannot be mapped: {reason}")
     return int(address)
 
-
-# Python's lock is kept: for some microseconds of copying, to get it back costs more.
-_move_small = ctypes.PyDLL(None).memmove
-_move_small.restype = None
-_move_small.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p

@@ -140,17 +140,18 @@ class Memory:
 
 
 class Way(NamedTuple):
-    """A path, and the transports that UCX may use for it."""
+    """A path, the transports that UCX may use for it, and how many streams share the work."""
 
     path: TransportPath
     ucx: str = ""
+    streams: int = 2
 
     @property
     def described(self) -> str:
         """What figures call it."""
         if self.path is TransportPath.RDMA:
             return f"rdma (ucx, UCX_TLS={self.ucx})"
-        return "tcp x2" if self.path is TransportPath.TCP else "shared memory"
+        return f"tcp x{self.streams}" if self.path is TransportPath.TCP else "shared memory"
 
 
 needs_nixl = pytest.mark.skipif(
@@ -167,6 +168,11 @@ WAYS = [
     pytest.param(Way(TransportPath.SHARED_MEMORY), id="shared-memory"),
     *RDMA_WAYS,
 ]
+GATHERING_WAYS = [
+    # With more than two streams small pieces are brought together before they are dealt with.
+    pytest.param(Way(TransportPath.TCP, streams=4), id="tcp-gathering"),
+    pytest.param(Way(TransportPath.SHARED_MEMORY, streams=4), id="shared-memory-gathering"),
+]
 
 
 class Pair:
@@ -174,6 +180,7 @@ class Pair:
 
     def __init__(self, way: Way, **options: object) -> None:
         self.way, path = way, way.path
+        options = {"streams": way.streams, **options}
         self._environment = mock.patch.dict(os.environ, {"UCX_TLS": way.ucx} if way.ucx else {})
         self._environment.start()  # heard when nodes are made, and when they link
         self.sender = make_node("prefill", 1, path=path, **options)

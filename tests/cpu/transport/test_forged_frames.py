@@ -11,7 +11,7 @@ import pytest
 from fourfold.transport import Node, Part
 from fourfold.transport.control import Complete, Failed
 from tests.cpu.transport.forger import Forger
-from tests.cpu.transport.nodes import Memory, Outcome, until, works
+from tests.cpu.transport.nodes import Memory, Outcome, make_node, until, works
 
 
 def forged(receiver: Node) -> tuple[int, int, int]:
@@ -70,6 +70,19 @@ def test_an_altered_payload_fails_its_lease(receiver: Node, forger: Forger) -> N
     assert target.content() == good.content()
     for lease in (1, 2):
         receiver.forget(lease)
+
+
+def test_of_an_altered_payload_nothing_lands_in_scattered_pages() -> None:
+    """Where streams bring pieces together, they look at them before they write any."""
+    receiver = make_node("decode", 2, streams=4)
+    forger = Forger(receiver.peer)
+    arrived, target = Outcome(), Memory(1, 8, 4096).shuffle(1)
+    receiver.expect(1, 1, target, arrived)
+    forger.send(0, forger.frame(1, 0, 0, os.urandom(8 * 4096), count=8, checksum=5))
+    assert "checksum" in arrived.failure()
+    assert not any(target.buffer)
+    forger.close()
+    receiver.close()
 
 
 @pytest.mark.parametrize(

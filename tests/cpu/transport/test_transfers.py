@@ -13,11 +13,13 @@ from hypothesis import strategies as st
 
 from fourfold.transport import Part, Piece
 from tests.cpu.transport.nodes import (
+    GATHERING_WAYS,
     WAIT_SECONDS,
     WAYS,
     Memory,
     Outcome,
     Pair,
+    Way,
     make_node,
     send,
     until,
@@ -26,7 +28,7 @@ from tests.cpu.transport.nodes import (
 LEASES = itertools.count(1000)
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module", params=[*WAYS, *GATHERING_WAYS])
 def shared_pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
     pair = Pair(request.param, slice_bytes=4096)
     yield pair
@@ -66,6 +68,35 @@ def test_pages_and_open_rows_arrive(
     (stats,) = pair.sender.stats()
     assert stats.path == pair.way.described
     assert stats.tested > 0
+
+
+@pytest.mark.parametrize("way", [*WAYS, *GATHERING_WAYS])
+@pytest.mark.parametrize(
+    ("page_bytes", "scattered_here", "scattered_there"),
+    [
+        (16384, True, True),
+        (16384, True, False),
+        (16384, False, True),
+        (16400, True, True),
+        (1001, True, True),
+        (200_000, True, True),
+    ],
+)
+def test_frames_of_many_pages_arrive_wherever_those_lie(
+    way: Way, page_bytes: int, scattered_here: bool, scattered_there: bool
+) -> None:
+    pair = Pair(way)
+    source, target = pair.memory(2, 70, page_bytes).fill(2), Memory(2, 70, page_bytes)
+    if scattered_here:
+        source.shuffle(1)
+    if scattered_there:
+        target.shuffle(3)
+    arrived = Outcome()
+    pair.receiver.expect(1, 1, target, arrived)
+    _, sent = send(pair.sender, pair.receiver, 1, source)
+    assert sent.wait() is arrived.wait() is None
+    assert target.content() == source.content()
+    pair.close()
 
 
 @st.composite

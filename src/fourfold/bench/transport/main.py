@@ -72,7 +72,7 @@ def _baseline(near: Near, path: TransportPath) -> Baseline:
         cores = os.cpu_count() or 1
         candidates = [
             (f"memcpy, {threads} threads", functools.partial(near.memory, threads))
-            for threads in (1, 2, 4)
+            for threads in _STREAMS
             if threads <= cores
         ]
     candidates[0][1]()  # touches the memory

@@ -39,7 +39,7 @@ from fourfold.transport import (
     TransportConfig,
     TransportPath,
 )
-from fourfold.transport.shared import address_of
+from fourfold.transport.memory import address_of
 
 
 class Sample(NamedTuple):
