@@ -20,7 +20,7 @@ from fourfold.train.data.grammar_config import GrammarConfig
 from fourfold.train.law.records import read_records as read_law
 from fourfold.train.metrics import EvaluationRecord, Record, StepRecord, read_records
 from fourfold.train.parallel import Parallel
-from fourfold.train.step import TrainStep, lay_out
+from fourfold.train.step import Documents, TrainStep, _by_rows, _varlen, lay_out
 from tests.cpu.train import ranks, toy
 from tests.cpu.train.law.test_sweep import BASE
 
@@ -129,6 +129,31 @@ def test_an_expert_without_rows_has_no_gradient() -> None:
     assert not got[1][3].any()
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(8, 2, 128), (4, 4, 64), (6, 3, 32)])
+def test_rows_of_one_document_need_no_beginnings(heads: int, kv_heads: int, width: int) -> None:
+    rows, length = 3, 200
+    positions = torch.arange(length, device="cuda").repeat(rows)
+    documents = Documents(rows, length, positions)
+    starts = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device="cuda")
+    given = [random(rows * length, n, width).requires_grad_() for n in (heads, kv_heads, kv_heads)]
+    upstream = random(rows * length, heads, width)
+    outs = [_by_rows(*given, documents), _varlen(*given, starts, length)]
+    close(*outs)
+    for mine, theirs in zip(
+        *(torch.autograd.grad(out, given, upstream) for out in outs), strict=True
+    ):
+        close(mine, theirs)
+
+
+def test_gradients_are_accumulated_in_float32() -> None:
+    total, grad = random(3, 5000), random(3, 5000)
+    wanted = total.float() + grad.float()
+    got = training.accumulate(total, grad)
+    assert torch.equal(got, wanted)
+    assert training.accumulate(got, grad) is got
+    assert torch.equal(got, wanted + grad.float())
+
+
 @pytest.mark.parametrize("form", sorted(FORMS))
 def test_a_step_is_that_of_a_cpu(form: str, tmp_path: Path) -> None:
     """Loss, and every gradient up to what bfloat16 rounds, from the same weights; chosen experts
@@ -179,8 +204,10 @@ class Growing:
 
     def batch(self, index: int) -> Batch:
         batch = self._chain.batch(index)
-        place_L = torch.arange(batch.tokens.shape[1], dtype=torch.int32)
-        return Batch(batch.tokens, (place_L // max(1, 24 - 3 * index)).expand_as(batch.document))
+        length = batch.tokens.shape[1]
+        place_L = torch.arange(length, dtype=torch.int32)
+        size = length if index < 4 else 30 - 3 * index
+        return Batch(batch.tokens, (place_L // size).expand_as(batch.document))
 
 
 @pytest.mark.parametrize("form", sorted(FORMS))

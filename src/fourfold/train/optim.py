@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fourfold.kernels.training import adamw
+from fourfold.kernels.training import accumulate, adamw
 from fourfold.models.decoder import Decoder
 from fourfold.models.router import Router
 from fourfold.train.config import OptimizerSection
@@ -90,12 +90,7 @@ class Optimizer:
             if grad is None:
                 continue
             grad = local(grad)
-            if each.grad is None:
-                each.grad = grad
-            elif each.grad.dtype == torch.float32:
-                each.grad += grad
-            else:
-                each.grad = each.grad.float().add_(grad)
+            each.grad = grad if each.grad is None else accumulate(each.grad, grad)
 
     def begin_step(self, share: float) -> Tensor:
         """Counts a step that takes `share` of the peak rate. Returns what `step` wants on the

@@ -10,8 +10,12 @@ F expert width, E experts, K experts per token, R = T K routed rows.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from typing import NamedTuple
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -37,14 +41,15 @@ from fourfold.train.rows import (
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """Where documents lie in the rows of a micro-batch, on its device."""
+    """Where documents lie in the rows of a micro-batch, on its device. Where every row is of one
+    document there is neither a mask nor are there beginnings: attention is causal and no more."""
 
     rows: int
     length: int
     positions_T: Tensor
-    mask_BLL: Tensor | None
+    mask_BLL: Tensor | None = None
     """Which token [.., i, :] reads which, on a CPU."""
-    starts_N: Tensor | None
+    starts_N: Tensor | None = None
     """int32: where documents begin in T and where the last ends, padded with that, on a GPU."""
 
 
@@ -78,14 +83,7 @@ class TrainStep:
         if documents.starts_N is not None:
             out_THC = _varlen(q_THC, k_TGC, v_TGC, documents.starts_N, documents.length)
         else:
-            assert documents.mask_BLL is not None
-            q, k, v = (
-                torch.unflatten(x, 0, (documents.rows, documents.length)).transpose(1, 2)
-                for x in (q_THC, k_TGC, v_TGC)
-            )
-            mask_B1LL = documents.mask_BLL[:, None]
-            out = F.scaled_dot_product_attention(q, k, v, mask_B1LL, enable_gqa=True)
-            out_THC = out.transpose(1, 2).flatten(0, 1)
+            out_THC = _by_rows(q_THC, k_TGC, v_TGC, documents)
         return Activations(out_THC.flatten(1))
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -147,8 +145,10 @@ def lay_out(batch: Batch, device: torch.device) -> MicroBatch:
     positions_T = (place_BL - start_BL).flatten().int()
     mask_BLL: Tensor | None = None
     starts_N: Tensor | None = None
-    if device.type == "cuda":
-        found = first_BL.flatten().nonzero().flatten()
+    found = first_BL.flatten().nonzero().flatten()
+    if len(found) == rows:
+        pass  # every row is of one document
+    elif device.type == "cuda":
         # Few sizes: what is compiled for one of them serves many batches.
         room = 1 << len(found).bit_length()
         starts_N = torch.full((room + 1,), rows * length, dtype=torch.int32)
@@ -169,14 +169,41 @@ def moved(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def _by_rows(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, documents: Documents) -> Tensor:
+    """Causal attention within each row, and by its mask where there is one; [T, H, C]."""
+    q, k, v = (
+        torch.unflatten(x, 0, (documents.rows, documents.length)).transpose(1, 2)
+        for x in (q_THC, k_TGC, v_TGC)
+    )
+    mask_BLL = documents.mask_BLL
+    mask_B1LL = None if mask_BLL is None else mask_BLL[:, None]
+    with _fastest() if q.is_cuda else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(
+            q, k, v, mask_B1LL, is_causal=mask_BLL is None, enable_gqa=True
+        )
+    return out.transpose(1, 2).flatten(0, 1)
+
+
+def _fastest() -> contextlib.AbstractContextManager[None]:
+    """Has torch try cuDNN first, which takes half the time of its own kernels on Hopper."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH]
+    return sdpa_kernel(order, set_priority=True)
+
+
 def _varlen(q_THC: Tensor, k_TGC: Tensor, v_TGC: Tensor, starts_N: Tensor, length: int) -> Tensor:
-    """Flash attention over documents that begin at `starts_N`."""
+    """Flash attention over documents that begin at `starts_N`; [T, H, C]."""
     from torch.nn.attention.varlen import varlen_attn
 
-    share = q_THC.shape[1] // k_TGC.shape[1]
-    if share > 1:
-        k_TGC, v_TGC = (x.repeat_interleave(share, 1) for x in (k_TGC, v_TGC))
+    attend: Callable[..., Any] = varlen_attn
     bounds = (starts_N, starts_N, length, length)
-    out = varlen_attn(q_THC, k_TGC, v_TGC, *bounds, window_size=(-1, 0))
-    assert isinstance(out, Tensor)
-    return out
+    told = {"enable_gqa": True} if _asks_for_groups(attend) else {}
+    out_THC: Tensor = attend(q_THC, k_TGC, v_TGC, *bounds, window_size=(-1, 0), **told)
+    return out_THC
+
+
+@functools.cache
+def _asks_for_groups(attend: Callable[..., Any]) -> bool:
+    """Whether it wants to be told that query heads share KV heads; in torch 2.11 they just may."""
+    return "enable_gqa" in inspect.signature(attend).parameters

@@ -69,20 +69,15 @@ class StepGraph:
 
 
 def _room(micros: Sequence[MicroBatch]) -> int:
-    return max(len(_starts(micro)) for micro in micros)
-
-
-def _starts(micro: MicroBatch) -> Tensor:
-    assert micro.documents.starts_N is not None
-    return micro.documents.starts_N
+    """For beginnings of documents; 0 where every row is of one."""
+    given = (micro.documents.starts_N for micro in micros)
+    return max(0 if starts_N is None else len(starts_N) for starts_N in given)
 
 
 def _with_room(micro: MicroBatch, room: int) -> MicroBatch:
-    documents = dataclasses.replace(
-        micro.documents,
-        positions_T=micro.documents.positions_T.clone(),
-        starts_N=_starts(micro).new_empty(room),
-    )
+    positions_T = micro.documents.positions_T.clone()
+    starts_N = positions_T.new_empty(room, dtype=torch.int32) if room else None
+    documents = dataclasses.replace(micro.documents, positions_T=positions_T, starts_N=starts_N)
     return MicroBatch(documents, micro.tokens_T.clone(), micro.target_T.clone())
 
 
@@ -90,7 +85,12 @@ def _fill(mine: MicroBatch, given: MicroBatch) -> None:
     mine.tokens_T.copy_(given.tokens_T)
     mine.target_T.copy_(given.target_T)
     mine.documents.positions_T.copy_(given.documents.positions_T)
-    places_N, starts_N = _starts(mine), _starts(given)
+    places_N, starts_N = mine.documents.starts_N, given.documents.starts_N
+    if places_N is None:
+        return
+    tokens, length = len(given.tokens_T), given.documents.length
+    if starts_N is None:
+        starts_N = torch.arange(0, tokens, length, dtype=torch.int32, device=places_N.device)
     places_N[: len(starts_N)] = starts_N
     # Further documents begin where the last one ends.
-    places_N[len(starts_N) :] = len(given.tokens_T)
+    places_N[len(starts_N) :] = tokens

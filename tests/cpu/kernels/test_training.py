@@ -13,6 +13,7 @@ from fourfold.kernels import training
 from fourfold.kernels.rope import norm_rope
 from fourfold.kernels.training import (
     reference,
+    triton_accumulate,
     triton_adamw,
     triton_cross_entropy,
     triton_norm,
@@ -140,6 +141,18 @@ def test_the_adamw_kernel(dtype: torch.dtype) -> None:
         run_adamw(triton_adamw.launch, dtype),
         run_adamw(training.adamw, dtype),
     )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_gradients_are_accumulated_in_float32(dtype: torch.dtype) -> None:
+    first, second = torch.randn(3, 2500).to(dtype), torch.randn(3, 2500).bfloat16()
+    wanted = first.float() + second.float()
+    by_kernel = torch.empty_like(wanted)
+    triton_accumulate.launch(by_kernel, first, second)
+    got = training.accumulate(first, second)
+    assert torch.equal(got, wanted)
+    assert torch.equal(by_kernel, wanted)
+    assert (got is first) == (dtype is torch.float32)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from pathlib import Path
 from typing import Any
@@ -238,17 +239,18 @@ def by_documents(
     most_again: int,
     *,
     window_size: tuple[int, int],
+    enable_gqa: bool = True,
 ) -> Tensor:
     """What torch's `varlen_attn` computes, one document after the other."""
     assert starts is again
     assert most == most_again
     assert window_size == (-1, 0)  # causal
-    assert q.shape == k.shape == v.shape
     parts = []
     for start, end in itertools.pairwise(starts.tolist()):
         assert 0 <= end - start <= most
         mine = [x[start:end].transpose(0, 1) for x in (q, k, v)]
-        parts.append(F.scaled_dot_product_attention(*mine, is_causal=True).transpose(0, 1))
+        out = F.scaled_dot_product_attention(*mine, is_causal=True, enable_gqa=True)
+        parts.append(out.transpose(0, 1))
     return torch.cat(parts)
 
 
@@ -271,6 +273,24 @@ def test_attention_by_documents_is_attention_by_mask(
         wanted, got = (
             trainer.model(tokens_T, documents.positions_T, TrainStep(documents))
             for documents in (by_mask, by_starts)
+        )
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_rows_of_one_document_need_no_mask(tmp_path: Path) -> None:
+    trainer = toy.trainer(toy.config(tmp_path))
+    batch = toy.Chain(5, 40).batch(0)
+    batch = Batch(batch.tokens, torch.zeros_like(batch.document))
+    documents, tokens_T, _ = lay_out(batch, torch.device("cpu"))
+    assert documents.mask_BLL is None
+    assert documents.starts_N is None
+    length = documents.length
+    triangle_BLL = torch.ones(documents.rows, length, length, dtype=torch.bool).tril()
+    masked = dataclasses.replace(documents, mask_BLL=triangle_BLL)
+    with torch.no_grad():
+        got, wanted = (
+            trainer.model(tokens_T, documents.positions_T, TrainStep(each))
+            for each in (documents, masked)
         )
     torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 

@@ -16,9 +16,10 @@ TOKENS = 12
 
 
 def micro_batch(number: int, starts: list[int]) -> MicroBatch:
-    starts_N = torch.tensor([*starts, TOKENS], dtype=torch.int32)
+    """Two rows; without beginnings, each is of one document."""
+    starts_N = torch.tensor([*starts, TOKENS], dtype=torch.int32) if starts else None
     tokens_T = torch.arange(TOKENS) + 100 * number
-    documents = Documents(1, TOKENS, tokens_T.int() + 1, None, starts_N)
+    documents = Documents(2, TOKENS // 2, tokens_T.int() + 1, starts_N=starts_N)
     return MicroBatch(documents, tokens_T, tokens_T + 2)
 
 
@@ -53,13 +54,15 @@ def test_every_replay_reads_its_own_step(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("torch.cuda.CUDAGraph", Graph)
     monkeypatch.setattr("torch.cuda.graph", capture)
     graph = StepGraph(step)
+    whole: list[int] = []
     given = [
-        [[0], [0, 3]],
-        [[0], [0]],
-        [[0, 4], [0]],
-        [[0], [0, 2]],
-        [[0, 1, 2, 3], [0]],
-        [[0]] * 2,
+        [[0, 6], [0, 3, 6]],
+        [whole, whole],
+        [whole, whole],
+        [[0, 4, 6], [0, 6]],
+        [[0, 6], [0, 2, 6]],
+        [[0, 1, 2, 3, 6], whole],
+        [whole, whole],
     ]
     for number, starts in enumerate(given):
         micros = [micro_batch(10 * number + at, each) for at, each in enumerate(starts)]
@@ -71,7 +74,8 @@ def test_every_replay_reads_its_own_step(monkeypatch: pytest.MonkeyPatch) -> Non
             for tensor in (micro.tokens_T, micro.target_T, micro.documents.positions_T)
         ]
         assert all(torch.equal(*pair) for pair in zip(tensors, wanted, strict=True))
-        assert bounds == [[*each, TOKENS] for each in starts]
+        masked = len(mine) > 1
+        assert bounds == [[*(each or [0, 6]), TOKENS] if masked or each else [] for each in starts]
         assert numbered == number
-    # Once after the steps that are not captured, and once for more documents than before.
-    assert len(mine) == 2
+    # Once after the steps that are not captured, and again for more documents than before.
+    assert len(mine) == 3

@@ -1,6 +1,7 @@
 """What training computes besides products, forward and backward, in few passes over memory."""
 
 from fourfold.kernels.training.verbs import (
+    accumulate,
     adamw,
     add_norm,
     add_norm_backward,
@@ -12,6 +13,7 @@ from fourfold.kernels.training.verbs import (
 )
 
 __all__ = [
+    "accumulate",
     "adamw",
     "add_norm",
     "add_norm_backward",

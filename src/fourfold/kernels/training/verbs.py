@@ -9,6 +9,7 @@ G KV heads, C head width, A = (H + 2 G) C.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from fourfold.kernels.training import reference
@@ -116,6 +117,21 @@ def adamw(
     from fourfold.kernels.training.triton_adamw import launch
 
     launch(master, grad, mean, square, rounded, numbers_4, **constants)
+
+
+def accumulate(total: Tensor, grad: Tensor) -> Tensor:
+    """The sum of two gradients of any floating dtype, float32: in `total` if that is float32, else
+    somewhere new. Both are contiguous."""
+    for each in (total, grad):
+        assert each.shape == total.shape, (each.shape, total.shape)
+        assert each.is_contiguous(), each.stride()
+    out = total if total.dtype is torch.float32 else torch.empty_like(total, dtype=torch.float32)
+    if not total.is_cuda:
+        return torch.add(total.float(), grad, out=out)
+    from fourfold.kernels.training.triton_accumulate import launch
+
+    launch(out, total, grad)
+    return out
 
 
 def sum_rows(rows_RD: Tensor, place_TK: Tensor) -> Tensor:
