@@ -187,7 +187,7 @@ def _array(address: int, shape: tuple[int, ...]) -> _Rows:
 def _memory_at(place: Place) -> memoryview:
     """The bytes of a place, which must outlive what is returned."""
     address, length = place
-    return memoryview(_array(address, (length,)))
+    return _array(address, (length,)).data
 
 
 _byte_of = ctypes.c_char.from_buffer
