@@ -10,15 +10,17 @@ from fourfold.bench.command_line import check_distinct
 from fourfold.errors import ConfigError
 from fourfold.transport.config import MAX_STREAMS
 
-PathName = Literal["tcp", "shared-memory", "rdma"]
+PathName = Literal["tcp", "shared-memory", "rdma", "device"]
 LAYERS = 32
 """Over which the pages are spread."""
+DEVICE_ROW_BYTES = 256
+"""Pages on a GPU are made of: the keys and values of 64 tokens, in one channel of 16 bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TransportBenchConfig:
     """Measures pages between two processes of this machine, in turns with plain copies of as many
-    bytes: over TCP sockets without checksums, and in memory.
+    bytes: over TCP sockets without checksums, in memory, and on a GPU.
 
     Every figure is the median over the rounds.
     """
@@ -33,7 +35,8 @@ class TransportBenchConfig:
     streams: int | None = None
     """TCP connections for pages. Default: as when serving."""
     paths: tuple[PathName, ...] = ("tcp", "shared-memory")
-    """Which ways to measure. rdma needs NIXL, and a device or UCX_TLS."""
+    """Which ways to measure. rdma needs NIXL, and a device or UCX_TLS; device, a GPU out of whose
+    memory a second process pulls the pages into its own of the same GPU."""
     rounds: int = 7
     """Turns."""
     name: str = "transport"
@@ -52,6 +55,11 @@ class TransportBenchConfig:
             raise ConfigError(
                 f"--size {self.size} MiB is not one page of {self.page_bytes} bytes in each of "
                 f"{LAYERS} layers"
+            )
+        if "device" in self.paths and self.page_bytes % DEVICE_ROW_BYTES:
+            raise ConfigError(
+                f"--page-bytes {self.page_bytes} must be a multiple of {DEVICE_ROW_BYTES} for "
+                "--paths device"
             )
         if self.streams is not None and not 1 <= self.streams <= MAX_STREAMS:
             raise ConfigError(f"--streams {self.streams} is not within 1 to {MAX_STREAMS}")

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, BinaryIO
 from unittest import mock
 
 import msgspec
@@ -28,6 +29,9 @@ from fourfold.transport import (
     TransportPath,
 )
 from fourfold.transport.frames import checksum
+
+if TYPE_CHECKING:
+    from fourfold.bench.transport.device import FarDevice
 
 WAIT_SECONDS = 60.0
 
@@ -57,6 +61,23 @@ class Receive(msgspec.Struct, frozen=True, tag=True):
     verify: bool
 
 
+class OpenDevice(msgspec.Struct, frozen=True, tag=True):
+    """Make pages on the GPU, map those of the other side, and make a node to pull them."""
+
+    pages: int
+    page_bytes: int
+    run_pages: int
+    streams: int | None
+    node: bytes
+    """The other side's `Peer`, as JSON."""
+
+
+class Pull(msgspec.Struct, frozen=True, tag=True):
+    """Expect pages on the GPU for a lease."""
+
+    lease: int
+
+
 class Answer(msgspec.Struct, frozen=True, kw_only=True):
     """What came of a command, as far as it has a field here."""
 
@@ -68,9 +89,11 @@ class Answer(msgspec.Struct, frozen=True, kw_only=True):
     error: str | None = None
     digest: int = 0
     """Checksum of all pages in their order."""
+    moving: float = 0.0
+    """Seconds for which pages of a GPU were moved and compared."""
 
 
-Command = Copy | Open | Receive
+Command = Copy | Open | Receive | OpenDevice | Pull
 
 
 class Pages:
@@ -145,15 +168,17 @@ def without_checksums(module: str) -> Iterator[None]:
 class Far:
     """Does the commands."""
 
-    def __init__(self) -> None:
+    def __init__(self, commands: BinaryIO, answers: BinaryIO) -> None:
+        self._commands, self._answers = commands, answers
         self._memory: memoryview | None = None
         self._landing: Pages | None = None
         self._node: Node | None = None
+        self._device: FarDevice | None = None
 
     def run(self) -> None:
-        """Until the standard input ends."""
+        """Until there are no more."""
         decoder = msgspec.json.Decoder(Command)
-        for line in sys.stdin.buffer:
+        for line in self._commands:
             command = decoder.decode(line)
             match command:
                 case Copy():
@@ -162,10 +187,15 @@ class Far:
                     self._open(command)
                 case Receive():
                     self._receive(command)
+                case OpenDevice():
+                    self._open_device(command)
+                case Pull():
+                    assert self._device is not None
+                    self._device.pull(command, self._say)
 
     def _say(self, answer: Answer) -> None:
-        sys.stdout.buffer.write(msgspec.json.encode(answer) + b"\n")
-        sys.stdout.buffer.flush()
+        self._answers.write(msgspec.json.encode(answer) + b"\n")
+        self._answers.flush()
 
     def _copy(self, command: Copy) -> None:
         if self._memory is None or len(self._memory) != command.length:
@@ -198,6 +228,19 @@ class Far:
         )
         self._say(Answer(node=msgspec.json.encode(self._node.peer)))
 
+    def _open_device(self, command: OpenDevice) -> None:
+        from fourfold.bench.transport.device import open_far  # PyTorch, for this path alone
+
+        if self._device is not None:
+            self._device.close()
+        opened = open_far(command)
+        if isinstance(opened, str):
+            self._device = None
+            self._say(Answer(error=opened))
+            return
+        self._device = opened
+        self._say(Answer(node=opened.node))
+
     def _receive(self, command: Receive) -> None:
         assert self._node is not None
         assert self._landing is not None
@@ -225,4 +268,4 @@ def _take_all(connection: socket.socket, view: memoryview, chunk: int) -> None:
 
 
 if __name__ == "__main__":
-    Far().run()
+    Far(sys.stdin.buffer, sys.stdout.buffer).run()

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import msgspec
 
@@ -48,6 +48,10 @@ class Sample(NamedTuple):
     seconds: float
     near_cpu: float
     far_cpu: float
+    hashing: float = 0.0
+    """Of those seconds, for pages on a GPU: while they were hashed at the sender."""
+    moving: float = 0.0
+    """While they were moved and compared at the receiver."""
 
 
 class FarProcess:
@@ -59,26 +63,27 @@ class FarProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._commands: IO[bytes] = self._process.stdin
+        self._answers: IO[bytes] = self._process.stdout
 
     def tell(self, command: Command) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.write(msgspec.json.encode(command) + b"\n")
-        self._process.stdin.flush()
+        self._commands.write(msgspec.json.encode(command) + b"\n")
+        self._commands.flush()
 
     def hear(self) -> Answer:
         """The next answer. Raises `RuntimeError` where the process has ended, or failed."""
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             raise RuntimeError("the receiving process has ended")
         answer = msgspec.json.decode(line, type=Answer)
         if answer.error is not None:
-            raise RuntimeError(f"a transfer failed: {answer.error}")
+            raise RuntimeError(answer.error)
         return answer
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._commands.close()
         self._process.wait(WAIT_SECONDS)
 
 
@@ -107,12 +112,12 @@ class Near:
             )
             for number, each in enumerate(connections)
         ]
-        with _timed() as timed:
+        with timed() as found:
             for thread in threads:
                 thread.start()
             for thread in threads:
                 thread.join()
-        return Sample(timed.seconds, timed.cpu, self._far.hear().cpu)
+        return Sample(found.seconds, found.cpu, self._far.hear().cpu)
 
     def memory(self, threads: int) -> Sample:
         """All bytes from one place in memory to another, in one process."""
@@ -126,12 +131,12 @@ class Near:
             )
             for n in range(threads)
         ]
-        with _timed() as timed:
+        with timed() as found:
             for worker in workers:
                 worker.start()
             for worker in workers:
                 worker.join()
-        return Sample(timed.seconds, timed.cpu, 0.0)
+        return Sample(found.seconds, found.cpu, 0.0)
 
     @contextlib.contextmanager
     def link(self, path: TransportPath) -> Iterator[OurLink]:
@@ -170,7 +175,7 @@ class Near:
         with contextlib.ExitStack() as stack:
             if not verify:
                 stack.enter_context(without_checksums("fourfold.transport.link"))
-            timed = stack.enter_context(_timed())
+            found = stack.enter_context(timed())
             transfer = through.begin(lease, done.put)
             transfer.write(pieces)
             transfer.finish()
@@ -180,7 +185,7 @@ class Near:
         answer = self._far.hear()
         if answer.digest != self._digest:
             raise RuntimeError("other pages arrived than were sent")
-        return Sample(timed.seconds, timed.cpu, answer.cpu)
+        return Sample(found.seconds, found.cpu, answer.cpu)
 
     def _views(self, layer: int) -> list[memoryview]:
         return list(self._pages.views(Part.PAGES, layer, 0, self._pages.pages))
@@ -188,6 +193,9 @@ class Near:
 
 class OurLink:
     """A link of ours, to be timed."""
+
+    trusts = True
+    """Whether it can do without checksums."""
 
     def __init__(self, node: Node, peer: Peer, near: Near) -> None:
         self._node, self._near = node, near
@@ -215,12 +223,12 @@ class _Timed:
 
 
 @contextlib.contextmanager
-def _timed() -> Iterator[_Timed]:
+def timed() -> Iterator[_Timed]:
     """Yields what holds the seconds of the clock and of the CPU when it is left."""
-    timed = _Timed()
+    found = _Timed()
     start, cpu = time.perf_counter(), time.process_time()
-    yield timed
-    timed.seconds, timed.cpu = time.perf_counter() - start, time.process_time() - cpu
+    yield found
+    found.seconds, found.cpu = time.perf_counter() - start, time.process_time() - cpu
 
 
 def _fill(buffer: memoryview) -> None:
