@@ -124,6 +124,14 @@ def test_prompts_that_still_wait_at_the_end_are_measured(server: ScriptedServer)
     assert len(seen.arriving) == len(prompts) - others - warmed
 
 
+def test_answers_without_text_are_no_figures() -> None:
+    """A tokenizer that knows fewer ids than the model has no text for most that it says."""
+    silent = Outcome(due=0.0, sent=0.0, ended=1.0, first=0.5, last=0.5)
+    seen = roles.Seen(lone=[silent], quiet=[silent], streams=[silent], arriving=[silent])
+    with pytest.raises(FourfoldError, match=r"streams alone: no token .* tokenizer"):
+        list(roles._figures(RolesBenchConfig(), seen))
+
+
 def test_a_server_that_does_not_come_up_is_quoted(monkeypatch: pytest.MonkeyPatch) -> None:
     broken = (sys.executable, "-c", "import sys; sys.exit('no such model')")
     monkeypatch.setattr(serving, "_PROGRAM", broken)

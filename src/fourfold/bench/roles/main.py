@@ -143,6 +143,11 @@ def _figures(config: RolesBenchConfig, seen: Seen) -> Iterator[tuple[str, str, f
         f"{arriving} beside {streams}": ("ttft", _ttft(seen.arriving)),
     }
     for case, (metric, values) in cases.items():
+        if not values:
+            raise FourfoldError(
+                f"{case}: no token was seen by itself; is there text for every id in the model's "
+                "tokenizer?"
+            )
         percentiles = spread(values).percentiles
         for percent in _PERCENTS:
             yield case, f"{metric}_p{percent}", percentiles[percent], "s"
