@@ -330,8 +330,8 @@ class Link:
         sent, problem = 0, None
         try:
             readable = self._ways.readable
-            places = places_of(part.views)
-            extents = self._regions.find(places, readable) if readable else None
+            places = places_of(part.views) if readable else None
+            extents = self._regions.find(places, readable) if places else None
             if extents is None and not self._ways.may_send:
                 problem = self._ways.missing()
             else:

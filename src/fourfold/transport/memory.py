@@ -47,13 +47,18 @@ class Staging:
             self._memory = memoryview(mmap.mmap(-1, length))
         return self._memory[:length]
 
-    def collect(self, views: Sequence[memoryview], places: Sequence[Place]) -> Sequence[memoryview]:
-        """The bytes of views, which lie at places, in as few pieces as they are worth: where they
-        are or as a copy, which is good until the next call."""
+    def collect(
+        self, views: Sequence[memoryview], places: Sequence[Place] | None = None
+    ) -> Sequence[memoryview]:
+        """The bytes of views in as few pieces as that is worth: where they are or as a copy, which
+        is good until the next call. `places`: theirs, if they are known."""
+        if len(views) == 1 or not self._gathers:
+            return views
+        places = places or places_of(views)
         if len(places) == 1:
             return [_memory_at(places[0])]
         length = length_of(places)
-        if not self._is_worth_it(length, len(places)):
+        if length >= len(places) * _SMALL_BYTES:
             return views
         target = self.room(length)
         copy(places, [target])
@@ -61,12 +66,14 @@ class Staging:
 
     def target(self, views: Sequence[memoryview], sources: int) -> Sequence[memoryview]:
         """Where to put bytes for views that come from so many places; `deliver` follows."""
-        places = places_of(views)
         self._scattered = ()
+        if len(views) == 1 or not self._gathers:
+            return views
+        places = places_of(views)
         if len(places) == 1:
             return [_memory_at(places[0])]
         length = length_of(places)
-        if not self._is_worth_it(length, max(sources, len(places))):
+        if length >= max(sources, len(places)) * _SMALL_BYTES:
             return views
         self._scattered = places
         return [self.room(length)]
@@ -75,9 +82,6 @@ class Staging:
         """Puts what is in the last target into its views, where it is not there yet."""
         if self._scattered:
             _scatter(self.room(length_of(self._scattered)), self._scattered)
-
-    def _is_worth_it(self, length: int, pieces: int) -> bool:
-        return self._gathers and length < pieces * _SMALL_BYTES
 
 
 def address_of(view: memoryview) -> int:
