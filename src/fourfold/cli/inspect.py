@@ -57,7 +57,7 @@ def run(options: Options) -> int:
         check_widths(config, device, precision)
         if not dummy:
             check_tensors(checkpoint, config, family.place(config))
-        tokenizer = load_tokenizer(words)
+        tokenizer = load_tokenizer(words, dummy=dummy)
         if tokenizer.chat_template is not None:
             ChatTemplate(tokenizer.chat_template, tokenizer.specials)
     except CheckpointError as error:

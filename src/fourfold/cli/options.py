@@ -35,7 +35,8 @@ class ModelOptions:
     """auto: bfloat16 on a GPU; on a CPU w8a8 (8-bit weights and activations) where int8 sums are
     exact, else bfloat16 or float32."""
     load: Literal["checkpoint", "dummy"] = "checkpoint"
-    """dummy: random weights for benchmarks; only the configuration is read."""
+    """dummy: random weights for benchmarks; only the configuration is read, and where there is no
+    tokenizer each token is a word like <17>."""
     routing: Literal["router", "uniform"] = "router"
     """uniform: spread tokens evenly over the experts; only with --load dummy."""
 

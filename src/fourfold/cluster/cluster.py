@@ -65,7 +65,8 @@ def make_cluster(
         local.start()
         if listener is not None:  # others bring copies of their own
             fleet.checkpoint = checkpoint_of(setup.engine)
-        tokenizer = load_tokenizer(setup.tokenizer)  # while the model is loading there
+        # While the model is loading there.
+        tokenizer = load_tokenizer(setup.tokenizer, dummy=setup.engine.dummy)
         model = asyncio.run(_load(fleet, local, listener, progress))
         gateway = assemble(setup, fleet, tokenizer, model)
     except BaseException:

@@ -25,7 +25,7 @@ class GatewaySetup:
 def make_gateway(setup: GatewaySetup, progress: Progress = lambda done, total: None) -> Gateway:
     """Loads the model into this process and builds the gateway; `Gateway.start` on a running loop
     starts it. Raises `ConfigError` and `CheckpointError`."""
-    tokenizer = load_tokenizer(setup.tokenizer)
+    tokenizer = load_tokenizer(setup.tokenizer, dummy=setup.engine.dummy)
     engine, model = build_engine(setup.engine, progress)
     gateway = assemble(setup, engine, tokenizer, model)
     engine.on_failure = gateway.fail_soon

@@ -32,6 +32,8 @@ _LLAMA3 = (
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _CONTROL, _USER_DEFINED = 3, 4
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+"""At least one of which is where there is a tokenizer."""
 _MARK = re.compile(r"<[|\uff5c].+[|\uff5c]>", re.DOTALL)
 
 
@@ -145,11 +147,25 @@ class Tokenizer:
         return {token: entry.special for token, entry in added.items()}
 
 
-def load_tokenizer(source: Source) -> Tokenizer:
-    """The tokenizer of a checkpoint, with the ends of text that its own files name."""
-    if source.kind is SourceKind.DIRECTORY:
-        return _from_directory(source.path)
-    return _from_gguf(source.path)
+def load_tokenizer(source: Source, *, dummy: bool = False) -> Tokenizer:
+    """The tokenizer of a checkpoint, with the ends of text that its own files name. For `dummy`
+    weights, which make no sense in any language, a folder need not have one: each id is a word."""
+    if source.kind is not SourceKind.DIRECTORY:
+        return _from_gguf(source.path)
+    if dummy and not any((source.path / name).exists() for name in _FILES):
+        return _numbered(source)
+    return _from_directory(source.path)
+
+
+def _numbered(source: Source) -> Tokenizer:
+    from fourfold.models.loading import open_checkpoint, read_model_config
+
+    checkpoint = open_checkpoint(source)
+    _, config = read_model_config(checkpoint.fields(), checkpoint.where)
+    ids = {f"<{number}>": number for number in range(config.vocabulary)}
+    backend = Backend(models.WordLevel(ids, unk_token="<0>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return Tokenizer(backend, None, {}, ())
 
 
 def _from_directory(path: Path) -> Tokenizer:

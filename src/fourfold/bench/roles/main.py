@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import importlib
 import sys
 from collections import defaultdict
 from collections.abc import Iterator
@@ -54,6 +55,7 @@ def main(config: RolesBenchConfig) -> int:
     results = list(_results(config, seen))
     _show(results)
     if config.out is not None:
+        importlib.import_module("torch")  # so that the record names the GPUs that served
         write(new_record(config.name, config.command(), results), config.out)
     return 0
 
