@@ -71,7 +71,7 @@ def run(arguments: Sequence[str]) -> int:
         return 0
     # Idle OpenMP threads spin before they sleep. libgomp's default, some milliseconds, takes the
     # core from whoever else wants it (our own HTTP thread for one); this is long enough to bridge
-    # the gaps inside a step (measured, docs/experiments.md). Read when torch is imported.
+    # the gaps inside a step (docs/experiments-2026-11-24.md). Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     try:
         name, rest = _command(arguments)

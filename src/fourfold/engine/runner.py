@@ -248,7 +248,7 @@ def _keep_freed_memory() -> None:
     """Tells glibc to keep freed memory instead of returning it to the kernel.
 
     Every step frees and allocates activations of megabytes; getting them back as fresh pages costs
-    more than the arithmetic on them (measured, see docs/experiments.md). Elsewhere: nothing to do.
+    more than the arithmetic on them (docs/experiments-2026-11-24.md). Elsewhere: nothing to do.
     """
     if not sys.platform.startswith("linux"):
         return

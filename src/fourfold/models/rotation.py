@@ -6,7 +6,7 @@ once the norms' weights are folded into the matrices that read the stream, so it
 serving. Values are rotated within their heads the same way. (The idea is QuaRot's, Ashkboos et al.
 2024, with the rotations that can be folded into weights.)
 
-Measured on the default model: docs/experiments.md, 2026-11-23.
+Measured on the default model: docs/experiments-2026-11-24.md.
 
 Shapes: W width of an axis, D model width, C head width, G KV heads, H query heads.
 """

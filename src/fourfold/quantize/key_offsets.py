@@ -2,7 +2,7 @@
 
 Some channels of a key hardly change from token to token. Left in, they set the scale of a page and
 cost the other channels precision; left out, every score of a query changes by the same amount,
-which softmax does not notice. (Measured: docs/experiments.md, 2026-11-24, with what balancing keys
+which softmax does not notice. (Measured: docs/experiments-2026-11-24.md, with what balancing keys
 against queries, as SmoothAttention does, would add to it: nothing.)
 
 Shapes: T tokens, G KV heads, C head width.
