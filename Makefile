@@ -17,7 +17,7 @@ test: $(VENV)/.tested-with
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(BIN)/python -m fourfold.bench.tables README.md --check
+	$(BIN)/python -m fourfold.bench.tables README.md docs/measured.md --check
 	$(BIN)/python -m pytest tests/cpu -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 # Ten minutes of faults against a fleet of workers; SEED=... repeats a run.

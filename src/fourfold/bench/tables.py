@@ -1,11 +1,11 @@
-"""Writes the README's tables from the records under `benchmarks/results/`.
+"""Writes the tables of the README and other documents from the records under `benchmarks/results/`.
 
-    python -m fourfold.bench.tables README.md            # rewrite the tables
-    python -m fourfold.bench.tables README.md --check    # exit 1 where they are not up to date
+    python -m fourfold.bench.tables README.md docs/measured.md   # rewrite the tables
+    python -m fourfold.bench.tables README.md --check            # exit 1 if they are not up to date
 
 A table stands between two comments and shows every record of that name, or only some metrics of
 it; `across` gives every case one line, with a column for each metric. What a person writes between
-them is replaced, so a figure in the README cannot drift from the run that gave it.
+them is replaced, so a figure in a document cannot drift from the run that gave it.
 
     <!-- table:serve only: ttft_p50, output_rate -->
     <!-- /table:serve -->
@@ -43,13 +43,13 @@ _MARKER = re.compile(r"<!--\s*/?\s*table\s*:[^>]*>", re.IGNORECASE)
 """What looks like one, too: a table whose markers are misspelt would not be checked."""
 
 
-def render(readme: str, records: Sequence[Record]) -> str:
-    """The README with every table made anew from `records`.
+def render(document: str, records: Sequence[Record]) -> str:
+    """The document with every table made anew from `records`.
 
     ConfigError for a marker without its pair, or one that asks for what no record holds.
     """
     # Prose between an opening without its closing and the next table is nobody's old table.
-    if stray := _MARKER.search(_TABLE.sub(r"\g<old>", readme)):
+    if stray := _MARKER.search(_TABLE.sub(r"\g<old>", document)):
         raise ConfigError(
             f"{stray[0]} is not a pair of <!-- table:NAME --> and <!-- /table:NAME --> markers"
         )
@@ -59,7 +59,7 @@ def render(readme: str, records: Sequence[Record]) -> str:
         tables = make_tables(match["name"], metrics, records, across=match["form"] == "across")
         return f"{match['opening']}\n{tables}\n{match['closing']}"
 
-    return _TABLE.sub(fill, readme)
+    return _TABLE.sub(fill, document)
 
 
 def make_tables(
@@ -160,33 +160,44 @@ def load_records(folder: Path) -> list[Record]:
 
 
 def main(
-    readme: Annotated[Path, tyro.conf.Positional],
+    documents: Annotated[tuple[Path, ...], tyro.conf.Positional],
     check: bool = False,
     results: Path | None = None,
 ) -> int:
-    """Rewrites the tables of a README from its benchmark records.
+    """Rewrites the tables of documents from benchmark records.
 
     Args:
-        readme: The Markdown file.
-        check: Write nothing; exit 1 where the file is not what the records say.
-        results: The folder of records; by default benchmarks/results beside the README.
+        documents: Markdown files.
+        check: Write nothing; exit 1 where one is not what the records say.
+        results: The folder of records; by default the nearest benchmarks/results beside a
+            document, or beside a folder that it is in.
     """
-    try:
-        before = readme.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{readme} cannot be read: {error}") from error
-    after = render(before, load_records(results or readme.parent / "benchmarks" / "results"))
-    if before == after:
-        return 0
-    if check:
-        print(
-            f"{readme} is not what its benchmark records say; "
-            f"run python -m fourfold.bench.tables {readme}",
-            file=sys.stderr,
-        )
-        return 1
-    write_atomically(readme, after.encode())
-    return 0
+    stale = False
+    for document in documents:
+        try:
+            before = document.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{document} cannot be read: {error}") from error
+        after = render(before, load_records(results or _nearest_results(document)))
+        if before == after:
+            continue
+        if check:
+            stale = True
+            print(
+                f"{document} is not what its benchmark records say; "
+                f"run python -m fourfold.bench.tables {document}",
+                file=sys.stderr,
+            )
+        else:
+            write_atomically(document, after.encode())
+    return int(stale)
+
+
+def _nearest_results(document: Path) -> Path:
+    for folder in document.resolve().parents:
+        if (found := folder / "benchmarks" / "results").is_dir():
+            return found
+    raise ConfigError(f"no folder above {document} has benchmarks/results; give --results")
 
 
 if __name__ == "__main__":

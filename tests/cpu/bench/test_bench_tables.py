@@ -176,23 +176,35 @@ def test_no_direction_no_ratio(value: float, unit: str) -> None:
 def test_check_finds_drift_and_rewrite_mends_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    readme = tmp_path / "README.md"
-    readme.write_text(README)
+    readme, deeper = documents = tmp_path / "README.md", tmp_path / "docs" / "measured.md"
+    deeper.parent.mkdir()
+    for document in documents:
+        document.write_text(README)
     write(RECORD, tmp_path / "benchmarks" / "results" / "decode.json")
-    assert main(readme, check=True) == 1
-    assert "python -m fourfold.bench.tables" in capsys.readouterr().err
+    assert main(documents, check=True) == 1
+    assert capsys.readouterr().err.count("python -m fourfold.bench.tables") == 2
     assert readme.read_text() == README
-    assert main(readme) == 0
+    assert main(documents) == 0
     assert TABLE in readme.read_text()
-    assert main(readme, check=True) == 0
-    readme.write_text(readme.read_text().replace("2.40 ms", "1.40 ms"))
-    assert main(readme, check=True) == 1
+    assert readme.read_text() == deeper.read_text()
+    assert main(documents, check=True) == 0
+    deeper.write_text(deeper.read_text().replace("2.40 ms", "1.40 ms"))
+    assert main(documents, check=True) == 1
+    assert main((readme,), check=True) == 0
 
 
 def test_the_command_answers_errors_in_one_line(tmp_path: Path) -> None:
     readme = tmp_path / "README.md"
     readme.write_text(README)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
     command = [sys.executable, "-m", "fourfold.bench.tables", str(readme), "--check"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "error: no benchmark record is called 'decode' (there are: none)\n"
+
+
+def test_a_document_far_from_records_says_so(tmp_path: Path) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text(README)
+    with pytest.raises(ConfigError, match="give --results"):
+        main((readme,))
