@@ -90,6 +90,10 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
         runner = Runner(model, setup.config, shape, share_pages=setup.share_pages)
     with phases("graphs"):
         runner.warm()
+    if device.type == "cuda":
+        from fourfold.kernels.compiling import tell_of_late_kernels
+
+        tell_of_late_kernels(lambda name: logger.info("%s was compiled while serving", name))
     logger.info("weights: %s", told(weight_bytes(model)))
     logger.info("engine %s", phases.ready())
     checkpoint = checkpoint_of(setup)

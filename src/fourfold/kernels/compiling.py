@@ -95,6 +95,18 @@ class _Zeros(TorchFunctionMode):
         return made.zero_() if func in self._FRESH else made
 
 
+def tell_of_late_kernels(tell: Callable[[str], None]) -> None:
+    """From now on calls `tell` with the name of each kernel that a launch had to wait for, because
+    it was not compiled or loaded before."""
+    from triton import knobs
+
+    def compiled(*, fn: Any, is_manual_warmup: bool, **_: object) -> None:
+        if not is_manual_warmup:
+            tell(fn.name)
+
+    knobs.runtime.jit_post_compile_hook = compiled
+
+
 @contextlib.contextmanager
 def noted_launches() -> Iterator[_Noted]:
     """Launches of this thread are noted, those of other threads are made as always. Forms that were

@@ -3,6 +3,7 @@ GPU, and that the compiler makes just that of it. Prints what it found as JSON."
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 from typing import Any
@@ -66,7 +67,20 @@ def main() -> None:
         thread = threading.Thread(target=elsewhere)
         thread.start()
         thread.join()
-    print(json.dumps({"first": first, "again": again, "other": other, "made": len(errors)}))
+    late: list[str] = []
+    compiling.tell_of_late_kernels(late.append)
+    with compiling.noted_launches() as noted:
+        launch(32, "third")
+    for form in noted.values():
+        form.compiled()
+    assert not late
+    with contextlib.suppress(Exception):  # as above
+        launch(32, "fourth")
+    print(
+        json.dumps(
+            {"first": first, "again": again, "other": other, "made": len(errors), "late": late}
+        )
+    )
 
 
 if __name__ == "__main__":

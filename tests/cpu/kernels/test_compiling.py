@@ -25,4 +25,5 @@ def test_noted_launches_are_what_is_compiled_and_nothing_runs(tmp_path: Path) ->
         "again": 0,
         "other": 1,
         "made": 1,
+        "late": ["scale"],
     }
