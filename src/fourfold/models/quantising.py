@@ -55,7 +55,7 @@ def replace_weights(
             module.weight = attention(_values(module.weight))
         elif isinstance(module, Linear):
             weight = _values(module.weight)
-            module.weight = ffn(weight, turn_of(weight) if name.endswith("ffn.down") else None)
+            module.weight = ffn(weight, turn_of(weight) if name.endswith(".down") else None)
         elif isinstance(module, ExpertWeights):
             down = _values(module.down)
             module.gate_up = ffn(_values(module.gate_up), None)

@@ -30,7 +30,7 @@ from tests.cpu.models.computing import PROMPT, logits
 from tests.cpu.models.gguf_writing import write_gguf
 
 Find = Callable[[str], Path]
-FAMILIES = ["llama", "llama-bias-rope3", "qwen3-moe", "olmoe", "mixtral"]
+FAMILIES = ["llama", "llama-bias-rope3", "qwen3-moe", "olmoe", "mixtral", "glm4-moe"]
 CPU = torch.device("cpu")
 
 

@@ -15,6 +15,7 @@ from fourfold.models.layers import DenseFFN, SparseFFN
 from fourfold.models.loading import LoadOptions, load_model
 from fourfold.models.precision import Precision
 from fourfold.models.router import UniformRouter
+from fourfold.quantize.weights import W8A8Weight
 from tests.cpu import tiny
 from tests.cpu.models.computing import PROMPT, logits
 
@@ -35,6 +36,25 @@ def test_random_codes_answer_and_repeat(
     assert torch.equal(wanted, logits(second, PROMPT))
     assert wanted.isfinite().all()
     assert 0.01 < wanted.std().item() < 10
+
+
+@pytest.mark.parametrize("dummy", [False, True])
+def test_every_last_product_of_an_ffn_reads_turned_activations(
+    dummy: bool, checkpoint: Find
+) -> None:
+    """That of shared experts too, as `fourfold quantize` writes it."""
+    options = LoadOptions(precision=Precision.W8A8, dummy=dummy)
+    model = load_model(find_source(str(checkpoint("glm4-moe"))), options)
+    dense, sparse = model.blocks[0].ffn, model.blocks[1].ffn
+    assert isinstance(dense, DenseFFN)
+    assert isinstance(sparse, SparseFFN)
+    assert sparse.shared is not None
+    for weight in (dense.down.weight, sparse.shared.down.weight):
+        assert isinstance(weight, W8A8Weight)
+        assert weight.turn is not None
+    for reader in (dense.gate_up.weight, sparse.shared.gate_up.weight):
+        assert isinstance(reader, W8A8Weight)
+        assert reader.turn is None
 
 
 def load(path: Path, **options: bool) -> tuple[Decoder, list[Decoder]]:
