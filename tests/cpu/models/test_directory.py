@@ -86,7 +86,7 @@ def test_shards(
     assert shards[1].name in refusal(tmp_path)
 
 
-@pytest.mark.parametrize("index", ["{", "{}", '{"weight_map": 3}'])
+@pytest.mark.parametrize("index", ["{", "{}", '{"weight_map": 3}', "[" * 100_000])
 def test_a_broken_index_is_named(index: str, edited: Callable[..., Path]) -> None:
     path = edited("llama", lambda tensors: None)
     (path / f"{WEIGHTS}.index.json").write_text(index)
@@ -189,7 +189,9 @@ def test_a_folder_of_another_format_says_what_to_do(edited: Callable[..., Path])
     assert "safetensors" in refusal(path)
 
 
-@pytest.mark.parametrize("config", ["", "{", "[1, 2]", "null", '{"model_type": "llama"}'])
+@pytest.mark.parametrize(
+    "config", ["", "{", "[1, 2]", "null", '{"model_type": "llama"}', "[" * 100_000]
+)
 def test_a_broken_configuration_is_named(config: str, edited: Callable[..., Path]) -> None:
     path = edited("llama", lambda tensors: None)
     (path / "config.json").write_text(config)

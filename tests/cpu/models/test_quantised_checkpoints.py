@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fourfold.errors import CheckpointError
 from fourfold.models.checkpoint.directory import DirectoryCheckpoint
+from fourfold.models.checkpoint.streaming import StreamingReader
 from tests.cpu.driving import load_tiny
 
 Find = Callable[[str], Path]
@@ -108,6 +109,14 @@ def fp8_blocks(block: int, name: str = "weight_scale_inv") -> Callable[[Tensor],
     return code
 
 
+def fp8_powers_of_two(weight: Tensor) -> Coded:
+    """Scales that have no mantissa, as DeepSeek stores them in float8_e8m0fnu."""
+    scale = torch.exp2((weight.abs().amax(-1, keepdim=True) / 448).log2().ceil())
+    codes = (weight / scale).to(FP8)
+    parts = {"weight": codes, "weight_scale": scale.to(torch.float8_e8m0fnu)}
+    return parts, codes.float() * scale
+
+
 def compressed(kind: str, weights: dict[str, Any], **fields: Any) -> dict[str, Any]:
     defaults = {"actorder": None, "dynamic": False, "observer": "minmax", "observer_kwargs": {}}
     group = {
@@ -168,6 +177,7 @@ FORMATS: dict[str, tuple[dict[str, Any], Callable[[Tensor], Coded]]] = {
         BLOCKS | {"weight_block_size": [40, 40], "scale_fmt": "ue8m0"},
         fp8_blocks(40),
     ),
+    "powers of two": (BLOCKS | {"scale_fmt": "ue8m0"}, fp8_powers_of_two),
     "fbgemm": (
         {"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0},
         fp8_per_channel,
@@ -206,9 +216,13 @@ def test_weights_are_what_their_codes_stand_for(
     reader = DirectoryCheckpoint(path)
     assert "quantization_config" not in reader.fields()
     assert dict(reader.shapes()) == {name: tuple(tensor.shape) for name, tensor in plain.items()}
-    read = dict(reader.tensors(set(plain)))
-    for tensor_name, wanted in plain.items():
-        torch.testing.assert_close(read[tensor_name].float(), wanted, rtol=1e-6, atol=1e-7)
+    streamed = StreamingReader(torch.device("cpu"))
+    for read in (reader.tensors(set(plain)), reader.tensors(set(plain), streamed)):
+        left = dict(plain)
+        for tensor_name, tensor in read:
+            wanted = left.pop(tensor_name)
+            torch.testing.assert_close(tensor.float(), wanted, rtol=1e-6, atol=1e-7)
+        assert not left
     original = load_file(checkpoint(FAMILY) / "model.safetensors")
     name = "model.layers.0.self_attn.q_proj.weight"
     assert not torch.equal(plain[name], original[name])
@@ -284,6 +298,29 @@ def test_codes_without_a_scale_are_refused(
 
     path, _ = published(FORMATS["qwen"][0], code)
     with pytest.raises(CheckpointError, match="has no weight_scale"):
+        load_tiny(path)
+
+
+@pytest.mark.parametrize(
+    ("part", "stored_as"),
+    [
+        ("weight_scale", torch.uint8),  # exponents of two, perhaps
+        ("weight_scale", torch.int32),
+        ("weight_zero_point", torch.uint8),
+        ("weight_shape", torch.float32),
+    ],
+)
+def test_numbers_in_a_dtype_that_could_mean_others_are_refused(
+    part: str, stored_as: torch.dtype, published: Callable[..., tuple[Path, dict[str, Tensor]]]
+) -> None:
+    config, code = FORMATS["w4-zero"]
+
+    def other(weight: Tensor) -> Coded:
+        parts, whole = code(weight)
+        return parts | {part: parts[part].to(stored_as)}, whole
+
+    path, _ = published(config, other)
+    with pytest.raises(CheckpointError, match=rf"{part} is .*; (use|fetch)"):
         load_tiny(path)
 
 

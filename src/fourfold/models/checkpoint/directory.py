@@ -25,6 +25,7 @@ from fourfold.models.checkpoint.streaming import FilePart, StreamingReader
 
 _QUANTISATION = "quantization_config"
 _CONTENTS = "weight_shape"
+_INTEGERS = ("I64", "I32")
 # What weights may be stored in; anything else holds the codes of some quantisation.
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 _DTYPES = {
@@ -34,6 +35,7 @@ _DTYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
@@ -134,7 +136,7 @@ class DirectoryCheckpoint:
         file = self._path / "config.json"
         try:
             fields = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise CheckpointError(f"{file} is not readable JSON ({error})") from error
         if not isinstance(fields, dict):
             raise CheckpointError(f"{file} is not a JSON object")
@@ -191,6 +193,10 @@ class DirectoryCheckpoint:
                     for name, part, shape, dtype in _read_header(file):
                         held = shape
                         if name.rpartition(".")[2] == _CONTENTS:
+                            if dtype not in _INTEGERS:
+                                raise CheckpointError(
+                                    f"{file}: {name} is {dtype}, not integers; fetch it again"
+                                )
                             held = tuple(opened.get_tensor(name).flatten().tolist())
                         if name in index:
                             raise CheckpointError(
@@ -209,7 +215,14 @@ class DirectoryCheckpoint:
                 fields = json.loads(index.read_text(encoding="utf-8"))
                 names = sorted(set(fields["weight_map"].values()))
                 missing = [name for name in names if not (self._path / name).is_file()]
-            except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                RecursionError,
+            ) as error:
                 raise CheckpointError(
                     f"{index} does not map tensors to files ({error}); fetch it again"
                 ) from error

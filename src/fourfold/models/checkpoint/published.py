@@ -24,11 +24,13 @@ from torch import Tensor
 from fourfold.errors import CheckpointError
 
 _REMEDY = "use the original checkpoint; `fourfold quantize` makes 4-bit weights of it"
-_CODES = ("weight_packed", "weight")
+# What codes may be stored in, and what goes with them.
+_CODES = {"weight_packed": ("I32",), "weight": ("F8_E4M3", "I8")}
+_SCALES = ("F64", "F32", "F16", "BF16", "F8_E8M0")
+_ZERO_POINTS = (*_SCALES, "F8_E4M3", "I32", "I8")
 _COMPANIONS = ("weight_scale", "weight_scale_inv", "weight_shape", "weight_zero_point")
 _ACTIVATIONS = ("input_scale", "input_zero_point", "input_scale_ub")
 Blocks = frozenset[tuple[int, int]]
-CODE_DTYPES = {"F8_E4M3": torch.float8_e4m3fn, "I8": torch.int8, "I32": torch.int32}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +57,7 @@ class PublishedFormat:
         found = {}
         for name, dtype in dtypes.items():
             module, _, kind = name.rpartition(".")
-            if kind not in _CODES or dtype not in CODE_DTYPES:
+            if dtype not in _CODES.get(kind, ()):
                 continue
             parts = {part: f"{module}.{part}" for part in (kind, *_COMPANIONS)}
             parts = {part: stored for part, stored in parts.items() if stored in dtypes}
@@ -63,6 +65,14 @@ class PublishedFormat:
                 raise CheckpointError(f"{self.where}: {name} has no weight_scale; fetch it again")
             if kind == "weight_packed" and "weight_shape" not in parts:
                 raise CheckpointError(f"{self.where}: {name} has no weight_shape; fetch it again")
+            for part, stored in parts.items():
+                known = _ZERO_POINTS if part == "weight_zero_point" else _SCALES
+                if part not in (kind, "weight_shape") and dtypes[stored] not in known:
+                    # Numbers in other clothes: exponents in uint8, say.
+                    raise CheckpointError(
+                        f"{self.where}: {stored} is stored as {dtypes[stored]}, of which the "
+                        f"numbers meant are not known; {_REMEDY}"
+                    )
             shape = shapes[parts.get("weight_shape", name)]
             scales = shapes[parts.get("weight_scale", f"{module}.weight_scale_inv")]
             self._block(name, scales, shape)
