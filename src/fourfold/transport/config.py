@@ -53,8 +53,9 @@ class TransportConfig:
     """TCP connections for pages to each peer; as many threads copy pages in shared memory. Default:
     2 on up to 4 cores, 4 on less than 16, else 8."""
     slice_bytes: int = 2 << 20
-    """Of whole pages that are sent as one frame; a page of up to 1 MiB is never split. Smaller ones
-    cost more of the CPU."""
+    """Of whole pages that are sent as one frame, and twice as many by a link that was fast in its
+    test; a page of up to 1 MiB is never split. Smaller ones cost more of the CPU, larger ones take
+    a slow link long enough to look stalled."""
     max_payload: int = 8 << 20
     """A frame that claims more closes its connection."""
     window_bytes: int = 64 << 20

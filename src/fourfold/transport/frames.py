@@ -7,6 +7,7 @@ cannot be told apart any more.
 from __future__ import annotations
 
 import enum
+import itertools
 import struct
 import zlib
 from collections.abc import Iterable
@@ -77,6 +78,10 @@ class Extent(NamedTuple):
     offset: int
 
 
+Fields = tuple[int, int, int]
+"""Those of an `Extent`: there are many, and a tuple is made in a third of the time."""
+
+
 def encode_header(header: Header) -> bytes:
     """The 64 bytes of a header."""
     body = _BODY.pack(
@@ -144,15 +149,15 @@ def decode_header(data: bytes | bytearray | memoryview, max_payload: int) -> Hea
     )
 
 
-def encode_extents(extents: Iterable[Extent]) -> bytes:
+def encode_extents(extents: Iterable[Fields]) -> bytes:
     """What follows the header of a described payload."""
-    return b"".join(_EXTENT.pack(*extent) for extent in extents)
+    return b"".join(itertools.starmap(_EXTENT.pack, extents))
 
 
-def decode_extents(data: bytes | bytearray | memoryview, length: int) -> list[Extent]:
+def decode_extents(data: bytes | bytearray | memoryview, length: int) -> list[Fields]:
     """The pieces of a payload of `length` bytes. Raises `FrameError` where they are not that."""
-    extents = list(map(Extent._make, _EXTENT.iter_unpack(data)))
-    lengths = [extent.length for extent in extents]
+    extents: list[Fields] = list(_EXTENT.iter_unpack(data))
+    lengths = [size for _, size, _ in extents]
     total = sum(lengths)
     if total != length or not all(lengths):
         raise FrameError(f"its pieces of memory have {total} bytes, its payload {length}")

@@ -27,7 +27,15 @@ from fourfold.transport.control import (
     Welcome,
 )
 from fourfold.transport.cutting import Slice
-from fourfold.transport.frames import Extent, Header, Kind, checksum, encode_extents, encode_header
+from fourfold.transport.frames import (
+    Extent,
+    Fields,
+    Header,
+    Kind,
+    checksum,
+    encode_extents,
+    encode_header,
+)
 from fourfold.transport.handshake import Handshake, Purpose, Role
 from fourfold.transport.identity import Identity
 from fourfold.transport.memory import Staging, places_of
@@ -45,6 +53,9 @@ from fourfold.transport.wire import Wire, dial
 __all__ = ["Link", "Transfer"]
 
 logger = logging.getLogger(__name__)
+
+_FAST = 1e9
+"""Bytes a second."""
 
 
 class Link:
@@ -78,7 +89,7 @@ class Link:
         self._senders: list[threading.Thread] = []
         self._opened = False
         self._stood = False
-        self._window = 0
+        self._window = self._max_payload = 0
         self._slice_bytes = config.slice_bytes
         self._round_trips: RoundTrips | None = None
         self._probe: Probe | None = None
@@ -209,6 +220,7 @@ class Link:
                     return
                 self._window = window
                 self._slice_bytes = min(self._slice_bytes, max_payload)
+                self._max_payload = max_payload
                 self._choose()
             case Mapped(regions, refusal):
                 self._answered(TransportPath.SHARED_MEMORY, regions, refusal)
@@ -312,7 +324,10 @@ class Link:
             rate / 1e9,
             1e6 * probe.round_trip,
         )
-        self._transfers.open(self._window, self._slice_bytes)
+        slice_bytes = self._slice_bytes
+        if rate > _FAST:
+            slice_bytes = min(2 * slice_bytes, self._max_payload)
+        self._transfers.open(self._window, slice_bytes)
 
     def _serve(self, wire: Wire, probe: Probe) -> None:
         """Sends frames on one stream until the link breaks."""
@@ -344,7 +359,7 @@ class Link:
             self._transfers.gave(part, problem)
 
     def _head(
-        self, part: Slice[Transfer], pieces: Sequence[memoryview], extents: Sequence[Extent]
+        self, part: Slice[Transfer], pieces: Sequence[memoryview], extents: Sequence[Fields]
     ) -> bytes:
         """What goes before these pieces of memory, or describes them by extents."""
         header = encode_header(

@@ -88,7 +88,7 @@ def address_of(view: memoryview) -> int:
     """The address of the first byte of a view that is not empty."""
     if view.readonly:
         return int(np.frombuffer(view, np.uint8).ctypes.data)
-    return ctypes.addressof(_byte_of(view))
+    return _address_of(_byte_of(view))
 
 
 def places_of(views: Iterable[memoryview]) -> list[Place]:
@@ -99,7 +99,7 @@ def places_of(views: Iterable[memoryview]) -> list[Place]:
         length = len(view)
         if not length:
             continue
-        address = address_of(view)
+        address = address_of(view) if view.readonly else _address_of(_byte_of(view))
         if address != end:
             if end:
                 found.append((begin, end - begin))
@@ -112,7 +112,7 @@ def places_of(views: Iterable[memoryview]) -> list[Place]:
 
 def length_of(places: Iterable[Place]) -> int:
     """Bytes of places in all."""
-    return sum(length for _, length in places)
+    return sum([length for _, length in places])
 
 
 def copy(sources: Sequence[Place], views: Sequence[memoryview]) -> None:
@@ -194,7 +194,7 @@ def _memory_at(place: Place) -> memoryview:
     return _array(address, (length,)).data
 
 
-_byte_of = ctypes.c_char.from_buffer
+_byte_of, _address_of = ctypes.c_char.from_buffer, ctypes.addressof
 
 _move_small = ctypes.PyDLL(None).memmove
 _move_small.restype = None

@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import xxhash
 
 from fourfold.transport.control import Exposed, ExposedRegion
-from fourfold.transport.frames import Extent, FrameError
+from fourfold.transport.frames import Fields, FrameError
 from fourfold.transport.memory import address_of, copy
 from fourfold.transport.nixl import NixlAgent, Piece, Request, describe
 from fourfold.transport.shared import SharedRegion
@@ -140,14 +140,14 @@ class RemoteMemory:
         self._regions = {region.number: region for region in exposed.regions}
         return list(self._regions)
 
-    def find(self, extents: Sequence[Extent]) -> Fill:
+    def find(self, extents: Sequence[Fields]) -> Fill:
         """See `Source`."""
         pieces = []
-        for extent in extents:
-            region = self._regions.get(extent.region)
-            if region is None or extent.offset + extent.length > region.size:
-                raise FrameError(f"its pages lie outside of the exposed region {extent.region}")
-            pieces.append((region.address + extent.offset, extent.length))
+        for number, length, offset in extents:
+            region = self._regions.get(number)
+            if region is None or offset + length > region.size:
+                raise FrameError(f"its pages lie outside of the exposed region {number}")
+            pieces.append((region.address + offset, length))
         return functools.partial(self._fill, pieces)
 
     def close(self) -> None:

@@ -259,7 +259,7 @@ class Session:
         head = memoryview(bytearray(HEADER_BYTES))
         staging = Staging(self._config.stream_count)
         while True:
-            wire.receive([head])
+            wire.receive([head], ahead=self._memory is not None)
             header = decode_header(head, self._config.max_payload)
             self._counters.begin()
             right = 0

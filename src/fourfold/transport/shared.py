@@ -20,7 +20,7 @@ from collections.abc import Container, Sequence
 from typing import NamedTuple
 
 from fourfold.transport.control import Region
-from fourfold.transport.frames import MAX_EXTENTS, Extent, FrameError
+from fourfold.transport.frames import MAX_EXTENTS, Fields, FrameError
 from fourfold.transport.memory import Place, address_of, copy
 from fourfold.transport.sources import Fill
 from fourfold.transport.stats import SHARED_MEMORY
@@ -93,10 +93,10 @@ class Regions:
     def __getitem__(self, number: int) -> SharedRegion:
         return self._regions[number]
 
-    def find(self, places: Sequence[Place], known: Container[int]) -> list[Extent] | None:
+    def find(self, places: Sequence[Place], known: Container[int]) -> list[Fields] | None:
         """Which parts of regions places are, if all of them are in regions that are known to the
         reader."""
-        found: list[Extent] = []
+        found: list[Fields] = []
         begin = end = number = 0
         for address, length in places:
             while length:  # again where a place goes from one region into the next
@@ -107,8 +107,8 @@ class Regions:
                     begin, end, number = self._sorted[index]
                     if address >= end or number not in known:
                         return None
-                part = min(length, end - address)
-                found.append(Extent(number, part, address - begin))
+                part = length if address + length <= end else end - address
+                found.append((number, part, address - begin))
                 address, length = address + part, length - part
         return found if len(found) <= MAX_EXTENTS else None
 
@@ -116,6 +116,9 @@ class Regions:
 class _Mapping(NamedTuple):
     address: int
     size: int
+
+
+_NOTHING = _Mapping(0, 0)
 
 
 class Mappings:
@@ -143,14 +146,14 @@ class Mappings:
             _libc.munmap(mapping.address, mapping.size)
         self._mappings.clear()
 
-    def find(self, extents: Sequence[Extent]) -> Fill:
+    def find(self, extents: Sequence[Fields]) -> Fill:
         """See `Source`."""
         found = []
-        for extent in extents:
-            mapping = self._mappings.get(extent.region)
-            if mapping is None or extent.offset + extent.length > mapping.size:
-                raise FrameError(f"its pages lie outside of the shared region {extent.region}")
-            found.append((mapping.address + extent.offset, extent.length))
+        for number, length, offset in extents:
+            begin, size = self._mappings.get(number, _NOTHING)
+            if offset + length > size:
+                raise FrameError(f"its pages lie outside of the shared region {number}")
+            found.append((begin + offset, length))
         return functools.partial(copy, found)
 
 

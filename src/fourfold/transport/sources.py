@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from fourfold.transport.frames import Extent
+from fourfold.transport.frames import Fields
 
 Fill = Callable[[Sequence[memoryview]], None]
 """Puts a payload into views of as many bytes. Raises `ReadError` where it cannot be had."""
@@ -23,7 +23,7 @@ class Source(Protocol):
         """What this way is called in figures."""
         ...
 
-    def find(self, extents: Sequence[Extent]) -> Fill:
+    def find(self, extents: Sequence[Fields]) -> Fill:
         """What reads these pieces. Raises `FrameError` for one outside of the regions."""
         ...
 

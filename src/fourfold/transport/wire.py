@@ -15,6 +15,7 @@ from fourfold.transport.tls import Tls, hash_certificate
 
 _MAX_VIEWS = 1024
 """Pieces of memory that one system call takes."""
+_AHEAD_BYTES = 1 << 13
 _LONGEST_IDLE = 32_767
 """Seconds; Linux takes no longer time before a keepalive."""
 _WAIT_ALL = getattr(socket, "MSG_WAITALL", 0)
@@ -29,6 +30,9 @@ class Wire:
     def __init__(self, connection: socket.socket) -> None:
         self._socket = connection
         self._tls = connection if isinstance(connection, ssl.SSLSocket) else None
+        self._buffer = memoryview(bytearray(_AHEAD_BYTES))
+        self._ahead = self._buffer[:0]
+        """Read, and not asked for yet."""
         self.address = _address(connection)
 
     def fileno(self) -> int:
@@ -53,10 +57,20 @@ class Wire:
             sent = self._socket.sendmsg(views[:_MAX_VIEWS])
             views = remaining(views, sent)
 
-    def receive(self, views: Sequence[memoryview]) -> None:
-        """Fills several pieces of memory. Raises `EOFError` where the connection ends before."""
+    def receive(self, views: Sequence[memoryview], *, ahead: bool = False) -> None:
+        """Fills several pieces of memory. Raises `EOFError` where the connection ends before.
+        `ahead`: little follows, which may be read with it and kept for the next call."""
         while views:
-            if self._tls is not None:
+            if not self._ahead and ahead:
+                count = self._socket.recv_into(self._buffer)
+                self._ahead = self._buffer[:count]
+            if self._ahead:
+                count = min(len(self._ahead), len(views[0]))
+                views[0][:count] = self._ahead[:count]
+                self._ahead = self._ahead[count:]
+            elif ahead:
+                count = 0  # it has ended
+            elif self._tls is not None:
                 count = self._tls.recv_into(views[0])
             elif len(views) == 1:
                 count = self._socket.recv_into(views[0], 0, _WAIT_ALL)
