@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
+from fourfold.errors import CheckpointError
 from fourfold.models.checkpoint.streaming import StreamingReader
 from fourfold.models.checkpoint.tensors import Checkpoint
 from fourfold.models.decoder import Decoder
-from fourfold.models.families.family import Placements
+from fourfold.models.families.family import Placement, Placements
 from fourfold.models.router import Router
 from fourfold.quantize.weights import DenseWeight
 
@@ -48,18 +49,16 @@ class Filler(abc.ABC):
     def _tensors(self, placements: Placements) -> Iterator[tuple[str, Tensor]]:
         """The tensors to place, by their names in the checkpoint."""
 
-    def fill(self, prefix: str) -> None:
-        """Gives every parameter whose name begins so its storage and its values."""
+    def fill(self, prefix: str) -> Mapping[str, Tensor]:
+        """Gives every parameter whose name begins so its storage and its values; returns them."""
         part = {n: place for n, place in self._left.items() if place.parameter.startswith(prefix)}
         self._left = {n: place for n, place in self._left.items() if n not in part}
         storage = {place.parameter: None for place in part.values()}
         data = {parameter: self._allocate(parameter) for parameter in storage}
         for name, tensor in self._tensors(part):
             place = part[name]
-            target = data[place.parameter]
-            if place.expert is not None:
-                target = target[place.expert]
-            target[place.start : place.start + place.shape[0]].copy_(tensor)
+            _rows_of(place, data).copy_(tensor)
+        return data
 
     def _allocate(self, parameter: str) -> Tensor:
         path, attribute = parameter.rsplit(".", 1)
@@ -86,6 +85,7 @@ class CheckpointFiller(Filler):
         progress: Progress,
     ) -> None:
         super().__init__(model, placements, device, dtype)
+        self._placements = placements
         self._checkpoint = checkpoint
         self._progress = progress
         self.reader = StreamingReader(device) if device.type == "cuda" else None
@@ -97,6 +97,28 @@ class CheckpointFiller(Filler):
             yield name, tensor
             self._done += self._checkpoint.nbytes(name)
             self._progress(self._done, self._total)
+
+    def fill(self, prefix: str) -> Mapping[str, Tensor]:
+        """Raises `CheckpointError` naming a tensor that holds infinities or NaN: with one of them
+        some answers are nonsense, and codes have a scale that says nothing."""
+        data = super().fill(prefix)
+        # One pass, no copies, and the device is waited for once.
+        ends = [end.float() for values in data.values() for end in values.aminmax()]
+        if ends and not bool(torch.stack(ends).isfinite().all()):
+            filled = ((n, p) for n, p in self._placements.items() if p.parameter in data)
+            name = next(n for n, p in filled if not _rows_of(p, data).isfinite().all())
+            raise CheckpointError(
+                f"{self._checkpoint.where}: {name} holds numbers that are not finite; "
+                "fetch the checkpoint again"
+            )
+        return data
+
+
+def _rows_of(place: Placement, data: Mapping[str, Tensor]) -> Tensor:
+    """The part of its parameter where a tensor belongs."""
+    whole = data[place.parameter]
+    stacked = whole if place.expert is None else whole[place.expert]
+    return stacked[place.start : place.start + place.shape[0]]
 
 
 class RandomFiller(Filler):

@@ -266,16 +266,29 @@ def test_a_changed_configuration_starts_anew(checkpoint: Find, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("method", list(Method))
-def test_weights_that_are_no_numbers_are_named(
+def test_what_grows_beyond_all_numbers_is_named(
     method: Method, checkpoint: Find, tmp_path: Path
 ) -> None:
     path = tmp_path / "broken"
     shutil.copytree(checkpoint("llama"), path)
     tensors = load_file(path / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e37
+    tensors["model.layers.1.mlp.down_proj.weight"] *= 1e37
     save_file(tensors, path / "model.safetensors", {"format": "pt"})
     with pytest.raises(CheckpointError, match=r"layer 1 .* not finite"):
         convert(path, tmp_path / "out", ConversionOptions(method=method))
+
+
+@pytest.mark.parametrize("name", ["lm_head", "model.embed_tokens"])
+def test_ends_that_are_no_numbers_are_named(name: str, checkpoint: Find, tmp_path: Path) -> None:
+    """Also where no token of the text meets them."""
+    path = tmp_path / "broken"
+    shutil.copytree(checkpoint("qwen3"), path)
+    tensors = load_file(path / "model.safetensors")
+    tensors[f"{name}.weight"][0, 5] = torch.nan
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name}.* not finite"):
+        convert(path, tmp_path / "out")
 
 
 def test_a_model_that_knows_nothing_is_converted(checkpoint: Find, tmp_path: Path) -> None:

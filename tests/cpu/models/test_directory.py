@@ -142,6 +142,22 @@ def test_weights_in_integers_are_not_taken_for_numbers(edited: Callable[..., Pat
     assert "up_proj" in refusal(edited("llama", edit))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("precision", [Precision.FLOAT32, Precision.BFLOAT16, Precision.W8A8])
+def test_weights_that_are_no_numbers_are_named(
+    value: float, precision: Precision, edited: Callable[..., Path]
+) -> None:
+    """Even of an expert that few tokens meet."""
+    name = "model.layers.1.block_sparse_moe.experts.2.w3.weight"
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors[name][3, 5] = value
+
+    source = find_source(str(edited("mixtral", edit)))
+    with pytest.raises(CheckpointError, match=rf"{name} .* not finite"):
+        load_model(source, LoadOptions(precision=precision))
+
+
 def test_what_needs_no_place_is_passed_over(checkpoint: Find, edited: Callable[..., Path]) -> None:
     def edit(tensors: dict[str, Tensor]) -> None:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
