@@ -36,6 +36,7 @@ from fourfold.quantize.weights import DenseWeight
 KERNEL_HEAD_WIDTHS = (64, 128)
 KERNEL_MOST_SHARED = 64
 """Query heads of a KV head: a tile of decode attention has a row for each."""
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,11 +203,12 @@ def read_model_config(fields: Mapping[str, Any], where: str) -> tuple[Family, Mo
 
 
 def check_tensors(checkpoint: Checkpoint, config: ModelConfig, placements: Placements) -> None:
-    """Raises `CheckpointError` naming tensors that are missing, left over or misshapen."""
+    """Raises `CheckpointError` naming tensors that are missing, left over or misshapen, or a head
+    that is not the embedding that the configuration says it is."""
     shapes = checkpoint.shapes()
     unneeded = {name for name in shapes if name.endswith("rotary_emb.inv_freq")}
     if config.tied_embeddings:
-        unneeded.add("lm_head.weight")
+        unneeded.add(_HEAD)
     missing = sorted(set(placements) - set(shapes))
     extra = sorted(set(shapes) - set(placements) - unneeded)
     misshapen = [
@@ -221,6 +223,17 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, placements: Place
     ]
     if problems:
         raise CheckpointError(f"{checkpoint.where}: {'; '.join(problems)}")
+    if config.tied_embeddings and _HEAD in shapes and not _same(checkpoint, _EMBEDDING, _HEAD):
+        raise CheckpointError(
+            f"{checkpoint.where} has another {_HEAD} than {_EMBEDDING}, though config.json ties "
+            "them; set its tie_word_embeddings to false if the head is meant"
+        )
+
+
+def _same(checkpoint: Checkpoint, one: str, other: str) -> bool:
+    """Whether two tensors hold the same numbers."""
+    tensors = dict(checkpoint.tensors({one, other}))
+    return torch.equal(tensors[one], tensors[other].to(tensors[one].dtype))
 
 
 def check_widths(config: ModelConfig, device: torch.device, precision: Precision) -> None:

@@ -166,6 +166,20 @@ def test_what_needs_no_place_is_passed_over(checkpoint: Find, edited: Callable[.
     assert_same(load_tiny(edited("llama", edit)), load_tiny(checkpoint("llama")))
 
 
+@pytest.mark.parametrize("rows", [320, 300])
+def test_a_head_of_its_own_beside_tied_embeddings_is_named(
+    rows: int, edited: Callable[..., Path]
+) -> None:
+    """Which of the two is meant nobody can tell, and both are in use."""
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"][:rows] * 1.01
+
+    said = refusal(edited("llama", edit))
+    assert "lm_head.weight" in said
+    assert "tie_word_embeddings" in said
+
+
 def test_a_head_beside_untied_embeddings_is_needed(edited: Callable[..., Path]) -> None:
     assert "lm_head.weight" in refusal(
         edited("qwen3", lambda tensors: tensors.pop("lm_head.weight"))
