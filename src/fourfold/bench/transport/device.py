@@ -15,7 +15,7 @@ import torch
 import xxhash
 
 from fourfold.bench.transport.config import DEVICE_ROW_BYTES, LAYERS, TransportBenchConfig
-from fourfold.bench.transport.far import WAIT_SECONDS, Answer, OpenDevice, Pull
+from fourfold.bench.transport.messages import WAIT_SECONDS, Answer, OpenDevice, Pull
 from fourfold.bench.transport.near import FarProcess, Sample, timed
 from fourfold.engine.handover.pages import Prompt, page_format, side_stream, view
 from fourfold.engine.handover.pulling import PagedMemory, PullLanding, Tickets, may_pull

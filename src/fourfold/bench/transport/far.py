@@ -1,168 +1,35 @@
-"""The receiving process: `python -m fourfold.bench.transport.far`, which does what it reads.
-
-Commands come as lines of JSON on the standard input; answers go to the standard output.
+"""The receiving process: `python -m fourfold.bench.transport.far`, which does what it reads on the
+standard input and answers on the standard output.
 """
 
 from __future__ import annotations
 
 import contextlib
-import mmap
 import queue
-import random
 import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, BinaryIO
-from unittest import mock
 
 import msgspec
 
 from fourfold.bench.transport.config import LAYERS
-from fourfold.transport import (
-    Identity,
-    Node,
-    PageFormat,
-    Part,
-    TransportConfig,
-    TransportPath,
+from fourfold.bench.transport.host_pages import Pages, identity, private_memory, without_checksums
+from fourfold.bench.transport.messages import (
+    WAIT_SECONDS,
+    Answer,
+    Command,
+    Copy,
+    Open,
+    OpenDevice,
+    Pull,
+    Receive,
 )
-from fourfold.transport.frames import checksum
+from fourfold.transport import Node, TransportConfig
 
 if TYPE_CHECKING:
     from fourfold.bench.transport.device import FarDevice
-
-WAIT_SECONDS = 60.0
-
-
-class Copy(msgspec.Struct, frozen=True, tag=True):
-    """Receive `length` bytes over so many plain sockets, `chunk` at a time."""
-
-    streams: int
-    chunk: int
-    length: int
-
-
-class Open(msgspec.Struct, frozen=True, tag=True):
-    """Make memory and a node that takes pages by a path."""
-
-    path: TransportPath
-    streams: int | None
-    pages: int
-    page_bytes: int
-    run_pages: int
-
-
-class Receive(msgspec.Struct, frozen=True, tag=True):
-    """Expect pages for a lease, with or without looking at their checksums."""
-
-    lease: int
-    verify: bool
-
-
-class OpenDevice(msgspec.Struct, frozen=True, tag=True):
-    """Make pages on the GPU, map those of the other side, and make a node to pull them."""
-
-    pages: int
-    page_bytes: int
-    run_pages: int
-    streams: int | None
-    node: bytes
-    """The other side's `Peer`, as JSON."""
-
-
-class Pull(msgspec.Struct, frozen=True, tag=True):
-    """Expect pages on the GPU for a lease."""
-
-    lease: int
-
-
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What came of a command, as far as it has a field here."""
-
-    port: int = 0
-    node: bytes = b""
-    """The node's `Peer`, as JSON."""
-    cpu: float = 0.0
-    """Seconds of this process."""
-    error: str | None = None
-    digest: int = 0
-    """Checksum of all pages in their order."""
-    moving: float = 0.0
-    """Seconds for which pages of a GPU were moved and compared."""
-
-
-Command = Copy | Open | Receive | OpenDevice | Pull
-
-
-class Pages:
-    """Pages of all layers: what is sent, and where it lands. Runs of `run_pages` pages lie one
-    after the other, the runs in random order."""
-
-    layers = LAYERS
-    open = False
-
-    def __init__(
-        self, pages: int, page_bytes: int, run_pages: int, buffer: memoryview, seed: int
-    ) -> None:
-        self.pages = pages
-        self._buffer, self._page_bytes = buffer, page_bytes
-        count = len(buffer) // page_bytes
-        runs = [range(at, min(at + run_pages, count)) for at in range(0, count, run_pages)]
-        random.Random(seed).shuffle(runs)
-        self._order = [page for run in runs for page in run]
-
-    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
-        """Nothing more is to be done with a run."""
-
-    def views(self, part: Part, layer: int, first: int, count: int) -> Sequence[memoryview]:
-        """See `Landing`. Neighbours in memory are one piece, as in an engine."""
-        start = layer * self.pages + first
-        return self._pieces(self._order[start : start + count])
-
-    def digest(self) -> int:
-        """Checksum of all pages in their order."""
-        return checksum(self._pieces(self._order))
-
-    def _pieces(self, order: Sequence[int]) -> list[memoryview]:
-        found, size = [], self._page_bytes
-        begin = end = order[0]
-        for page in [*order, -1]:
-            if page != end:
-                found.append(self._buffer[begin * size : end * size])
-                begin = page
-            end = page + 1
-        return found
-
-
-def identity(name: str, epoch: int, page_bytes: int) -> Identity:
-    """Who a side of the benchmark says it is."""
-    pages = PageFormat(
-        layers=LAYERS,
-        kv_heads=1,
-        head_width=1,
-        page_tokens=64,
-        code="int8",
-        open_code="bfloat16",
-        record_bytes=page_bytes,
-    )
-    return Identity(name=name, epoch=epoch, model="benchmark", pages=pages)
-
-
-def private_memory(size: int) -> memoryview:
-    """Memory of this process that has been touched."""
-    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    for at in range(0, size, mmap.PAGESIZE):
-        memory[at] = 1
-    return memoryview(memory)
-
-
-@contextlib.contextmanager
-def without_checksums(module: str) -> Iterator[None]:
-    """A module of the transport takes every checksum for 0: only to see what they cost."""
-    with mock.patch(f"{module}.checksum", return_value=0):
-        yield
 
 
 class Far:

@@ -17,17 +17,14 @@ from typing import IO, NamedTuple
 import msgspec
 
 from fourfold.bench.transport.config import LAYERS, TransportBenchConfig
-from fourfold.bench.transport.far import (
+from fourfold.bench.transport.host_pages import Pages, identity, private_memory, without_checksums
+from fourfold.bench.transport.messages import (
     WAIT_SECONDS,
     Answer,
     Command,
     Copy,
     Open,
-    Pages,
     Receive,
-    identity,
-    private_memory,
-    without_checksums,
 )
 from fourfold.transport import (
     Link,
