@@ -205,7 +205,7 @@ class Conversion:
         }
         directory = self._source.kind is SourceKind.DIRECTORY
         original = self._source.path if directory else None
-        self._output.finish(tensors, config, original, write_tokenizer)
+        self._output.finish(self.config.layers, tensors, config, original, write_tokenizer)
 
     def _placed(self, prefix: str) -> Placements:
         """Where the parameters of a part are stored; the head is always a tensor of its own."""
@@ -229,11 +229,17 @@ class Conversion:
     def _asked(self) -> dict[str, Any]:
         """Everything that the result depends on."""
         texts = {
-            name: None if ids is None else hashlib.sha256(ids.numpy().tobytes()).hexdigest()
+            name: None if ids is None else _digest(ids)
             for name, ids in dataclasses.asdict(self._texts).items()
         }
         options = {name: str(value) for name, value in dataclasses.asdict(self._options).items()}
         return {"model": fingerprint(self._source), **options, **texts}
+
+
+def _digest(ids_NL: Tensor) -> str:
+    """Of windows of tokens: the same text cut otherwise is another."""
+    windows = f"{list(ids_NL.shape)}".encode() + ids_NL.numpy().tobytes()
+    return hashlib.sha256(windows).hexdigest()
 
 
 def _turned_modules(placements: Placements) -> tuple[str, ...]:

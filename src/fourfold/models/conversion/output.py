@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -30,6 +31,7 @@ from fourfold.models.families.family import Placements
 _ASKED = "conversion.json"
 _STATE = "conversion.safetensors"
 _INDEX = "model.safetensors.index.json"
+_PART = ".part"
 _COPIED = ("*.json", "*.jinja", "*.model", "*.txt", "tokenizer*")
 _ENDS = "model-ends.safetensors"
 _PARTS = ("weight_packed", "weight_group", "weight_codes", "weight_scale")
@@ -45,8 +47,12 @@ class Output:
         self._asked = dict(asked)
         try:
             if (path / "config.json").exists():
+                if (path / _ASKED).is_file():
+                    self._forget()
                 raise ConfigError(f"{path} holds a finished checkpoint; name another --out")
-            if path.is_dir() and any(path.iterdir()) and not (path / _ASKED).is_file():
+            held = {file.name for file in path.iterdir()} if path.is_dir() else set()
+            # A kill before anything was asked leaves the part of a file.
+            if not held <= {f"{_ASKED}{_PART}"} and not (path / _ASKED).is_file():
                 raise ConfigError(
                     f"{path} is not empty and no conversion of ours; name another --out"
                 )
@@ -56,6 +62,8 @@ class Output:
             raise ConfigError(f"{path} cannot be written ({error}); name another --out") from error
 
     def _resume(self) -> None:
+        for left in self.path.glob(f"*{_PART}"):
+            left.unlink()
         file = self.path / _ASKED
         if file.is_file():
             try:
@@ -65,17 +73,35 @@ class Output:
             if before == self._asked:
                 return
             self.restarted = True
-            for left in (*self.path.glob("*.safetensors"), *self.path.glob("*.part")):
+            # First what counts the layers, or a kill would leave a count of layers that are gone.
+            (self.path / _STATE).unlink(missing_ok=True)
+            for left in self.path.glob("model-*.safetensors"):
                 left.unlink()
         _write_json(file, self._asked)
 
     def finished_layers(self) -> int:
-        """How many layers need not be converted again."""
+        """How many layers need not be converted again: none where not all that were finished, and
+        the text's state after them, can be read."""
         state = self.path / _STATE
         if not state.is_file():
             return 0
-        with safe_open(state, framework="pt") as opened:
-            return int(opened.get_tensor("layers"))
+        try:
+            with safe_open(state, framework="pt") as opened:
+                layers = int(opened.get_tensor("layers"))
+            for file in self._layer_files(layers):
+                with safe_open(file, framework="pt"):
+                    pass
+        except (SafetensorError, OSError):
+            return 0
+        return layers
+
+    def _layer_files(self, layers: int) -> list[Path]:
+        return [self.path / f"model-layer-{layer:05}.safetensors" for layer in range(layers)]
+
+    def _forget(self) -> None:
+        """Removes what only an unfinished conversion needs."""
+        for left in (_STATE, _ASKED):
+            (self.path / left).unlink(missing_ok=True)
 
     def state(self, device: torch.device) -> dict[str, Tensor]:
         """What `write_layer` kept last."""
@@ -86,22 +112,24 @@ class Output:
         self, layer: int, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
     ) -> None:
         """Keeps a layer's tensors, then what the next layer needs."""
-        _write_tensors(self.path / f"model-layer-{layer:05}.safetensors", tensors)
+        _write_tensors(self._layer_files(layer + 1)[-1], tensors)
         kept = dict(state) | {"layers": torch.tensor(layer + 1)}
         _write_tensors(self.path / _STATE, kept)
 
     def finish(
         self,
+        layers: int,
         tensors: Mapping[str, Tensor],
         config: Mapping[str, Any],
         original: Path | None,
         write_tokenizer: Callable[[Path], None],
     ) -> None:
-        """Writes embedding and head, the index, what serving needs besides weights, and, last,
-        config.json. `original` is a folder whose tokenizer and generation settings are copied."""
+        """Writes embedding and head (`tensors`) beside so many layers, the index, what serving
+        needs besides weights, and, last, config.json. `original` is a folder whose tokenizer and
+        generation settings are copied."""
         _write_tensors(self.path / _ENDS, tensors)
         places, total = {}, 0
-        for file in sorted(self.path.glob("model-*.safetensors")):
+        for file in (*self._layer_files(layers), self.path / _ENDS):
             total += file.stat().st_size
             with safe_open(file, framework="pt") as opened:
                 places.update(dict.fromkeys(opened.keys(), file.name))
@@ -117,8 +145,7 @@ class Output:
         except OSError as error:
             raise _unwritten(self.path, error) from error
         _write_json(self.path / "config.json", config)
-        for left in (_STATE, _ASKED):
-            (self.path / left).unlink(missing_ok=True)
+        self._forget()
 
     def bits_per_weight(self) -> float:
         """What quantised weights take with their scales, of the files that are there."""
@@ -130,8 +157,8 @@ class Output:
                     if kind == "weight_shape":
                         weights += int(opened.get_tensor(name).prod())
                     elif kind in _PARTS:
-                        part = opened.get_tensor(name)
-                        bits += 8 * part.numel() * part.element_size()
+                        part = opened.get_slice(name)
+                        bits += 8 * math.prod(part.get_shape()) * part[:0].element_size()
         return bits / max(weights, 1)
 
 
@@ -181,7 +208,7 @@ def _replacing(file: Path) -> Iterator[Path]:
     """Where to write what replaces a file once it is whole; nothing of it is left otherwise.
     `ConfigError` where it cannot be written."""
     # The same name each time, so that what a kill leaves of a layer is written over.
-    beside = file.with_name(f"{file.name}.part")
+    beside = file.with_name(f"{file.name}{_PART}")
     try:
         yield beside
         os.replace(beside, file)
