@@ -15,11 +15,13 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 
 from fourfold.errors import CheckpointError
+from fourfold.models.checkpoint.gguf import GGUFCheckpoint
 from fourfold.models.checkpoint.source import find_source
 from fourfold.models.loading import LoadOptions, load_model
 from fourfold.models.precision import Precision
 from tests.cpu import tiny
 from tests.cpu.driving import load_tiny
+from tests.cpu.models import gguf_writing
 from tests.cpu.models.computing import PROMPT, logits
 from tests.cpu.models.gguf_writing import write_dequantised, write_gguf
 
@@ -199,6 +201,34 @@ def test_fewer_experts_than_promised(made: Made, tmp_path: Path) -> None:
         )
         write_gguf(made("mixtral"), path)
     refusal(path)
+
+
+@pytest.mark.parametrize("cut", ["w3", "w2"])
+def test_one_stack_of_fewer_experts(
+    cut: str, made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the router has as many as promised."""
+    stacked = gguf_writing._stacked
+
+    def fewer(tensors: dict[str, torch.Tensor]) -> dict[str, np.ndarray]:
+        whole = stacked(tensors)
+        return {n: v[:-1] if n.endswith(f"experts.{cut}.weight") else v for n, v in whole.items()}
+
+    monkeypatch.setattr(gguf_writing, "_stacked", fewer)
+    assert "3 matrices, not of 4" in refusal(write_gguf(made("mixtral"), tmp_path / "few.gguf"))
+
+
+def test_names_are_made_once(made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stack has one for each expert: made for each of them it would be very many."""
+    name, asked = GGUFCheckpoint._name, []
+
+    def counted(checkpoint: GGUFCheckpoint, entry: gguf.ReaderTensor) -> list[str]:
+        asked.append(entry.name)
+        return name(checkpoint, entry)
+
+    monkeypatch.setattr(GGUFCheckpoint, "_name", counted)
+    load_tiny(write_gguf(made("mixtral"), tmp_path / "counted.gguf"))
+    assert len(asked) == len(set(asked)) > 0
 
 
 def test_a_file_cut_short_is_refused_wherever_it_is_cut(made: Made, tmp_path: Path) -> None:

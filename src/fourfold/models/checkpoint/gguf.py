@@ -106,8 +106,17 @@ class GGUFCheckpoint:
         self._experts = int(read_value(self._reader, f"{architecture}.expert_count") or 0)
         if architecture == "llama" and self._experts:
             self._model_type = "mixtral"
+        # Made once: a stack of experts has a name for each, and is asked for by every one of them.
+        self._names = {entry.name: self._name(entry) for entry in self._reader.tensors}
+        for entry in self._reader.tensors:
+            promised = len(self._names[entry.name])
+            if _is_stack(entry) and entry.shape[-1] != promised:
+                raise CheckpointError(
+                    f"{path}: {entry.name} is a stack of {entry.shape[-1]} matrices, not of "
+                    f"{promised}; fetch the file again"
+                )
         self._tensors = {
-            name: entry for entry in self._reader.tensors for name in self._name(entry)
+            name: entry for entry in self._reader.tensors for name in self._names[entry.name]
         }
 
     def fields(self) -> Mapping[str, Any]:
@@ -167,13 +176,13 @@ class GGUFCheckpoint:
 
     def nbytes(self, name: str) -> int:
         entry = self._tensors[name]
-        return int(entry.n_bytes) // len(self._name(entry))
+        return int(entry.n_bytes) // len(self._names[entry.name])
 
     def tensors(
         self, names: set[str], reader: StreamingReader | None = None
     ) -> Iterator[tuple[str, Tensor]]:
         for entry in self._reader.tensors:
-            wanted = [(i, name) for i, name in enumerate(self._name(entry)) if name in names]
+            wanted = [(i, name) for i, name in enumerate(self._names[entry.name]) if name in names]
             if not wanted:
                 continue
             whole = self._dequantize(entry)
