@@ -386,6 +386,42 @@ def test_a_part_that_is_missing_is_named(written: Path, tmp_path: Path) -> None:
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("part", "change"),
+    [
+        ("weight_group", lambda t: t[:1]),
+        ("weight_packed", lambda t: t[:, :-1]),
+        ("weight_packed", lambda t: t.view(torch.int8)),
+        ("weight_scale", lambda t: t.double()),
+        ("weight_shape", lambda t: t + 1),
+        ("weight_shape", lambda t: t[:1]),
+    ],
+)
+def test_a_part_that_does_not_fit_is_named(
+    part: str, change: Callable[[Tensor], Tensor], written: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "broken"
+    shutil.copytree(written, path)
+    file = path / "model-layer-00002.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.2.mlp.gate_proj"
+    tensors[f"{name}.{part}"] = change(tensors[f"{name}.{part}"]).contiguous()
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match=rf"{name}\.weight_.* quantise the model again"):
+        load(path)
+
+
+def test_parts_of_another_recipe_are_named(written: Path, tmp_path: Path) -> None:
+    """A configuration that was copied from another conversion."""
+    path = tmp_path / "mixed"
+    shutil.copytree(written, path)
+    config = json.loads((path / "config.json").read_text())
+    config["quantization_config"]["recipe"] = "int8-g128"
+    (path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"weight_group .* int8-g128"):
+        load(path)
+
+
 def test_shapes_are_those_of_the_original(written: Path, checkpoint: Find) -> None:
     ours = dict(DirectoryCheckpoint(written).shapes())
     head = ours.pop("lm_head.weight")

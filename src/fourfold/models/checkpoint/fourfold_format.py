@@ -24,7 +24,14 @@ import torch
 from torch import Tensor
 
 from fourfold.errors import CheckpointError
-from fourfold.kernels.w4a8_gemm.packing import PackedW4A8, W4A8Recipe, dequantize
+from fourfold.kernels.w4a8_gemm.packing import (
+    BLOCK,
+    HALF,
+    PackedW4A8,
+    W4A8Recipe,
+    dequantize,
+    padded,
+)
 from fourfold.models.checkpoint.published import Stored
 from fourfold.models.rotation import input_turn
 from fourfold.quantize.weights import turned
@@ -78,8 +85,33 @@ class FourfoldFormat:
                 raise CheckpointError(
                     f"{self.where}: {name} has no {missing[0]}; quantise the model again"
                 )
-            found[f"{module}.weight"] = Stored(parts, shapes[parts["weight_shape"]])
+            stored = Stored(parts, shapes[parts["weight_shape"]])
+            expected = self._expected(stored.shape) if len(stored.shape) == 2 else {}
+            for part, tensor in parts.items():
+                if part != "weight_shape" and expected.get(part) != (
+                    dtypes[tensor],
+                    shapes[tensor],
+                ):
+                    raise CheckpointError(
+                        f"{self.where}: {tensor} is {dtypes[tensor]} {list(shapes[tensor])}, which "
+                        f"is no part of {list(stored.shape)} weights in {self.recipe}; "
+                        "quantise the model again"
+                    )
+            found[f"{module}.weight"] = stored
         return found
+
+    def _expected(self, shape: tuple[int, ...]) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """The dtype and shape of each part that a weight [O, K] may have."""
+        outputs, inputs = shape
+        parts: dict[str, tuple[str, tuple[int, ...]]] = {
+            "weight_packed": ("U8", (padded(inputs) // BLOCK, outputs, HALF)),
+            "weight_codes": ("I8", (outputs, inputs)),
+            "weight_scale": ("F32", (outputs,)),
+        }
+        if self.recipe.group is not None:
+            dtype = "I16" if self.recipe.activations == torch.int8 else "U8"
+            parts["weight_group"] = dtype, (padded(inputs) // self.recipe.group, outputs)
+        return parts
 
     def is_companion(self, name: str, weights: Mapping[str, Stored]) -> bool:
         """Whether a tensor is part of a quantised weight, or helps 8-bit pages only."""
