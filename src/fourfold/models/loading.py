@@ -15,6 +15,7 @@ from torch import nn
 from fourfold.errors import CheckpointError, ConfigError
 from fourfold.kernels.cpu_w8a8_gemm import exact_on_cpu
 from fourfold.kernels.pages.layout import PageCodes
+from fourfold.kernels.rows.quantize import WIDEST
 from fourfold.models.checkpoint.fourfold_format import FourfoldFormat
 from fourfold.models.checkpoint.source import Source, SourceKind
 from fourfold.models.checkpoint.tensors import Checkpoint
@@ -237,8 +238,16 @@ def _same(checkpoint: Checkpoint, one: str, other: str) -> bool:
 
 
 def check_widths(config: ModelConfig, device: torch.device, precision: Precision) -> None:
-    """Raises `CheckpointError` where a GPU could not multiply the experts' matrices."""
-    if device.type != "cuda" or config.moe is None:
+    """Raises `CheckpointError` where a GPU could not multiply the model's matrices."""
+    if device.type != "cuda":
+        return
+    widest = max(_widths_read(config))
+    if precision.quantised and widest > WIDEST:
+        raise CheckpointError(
+            f"rows of {widest} numbers cannot be rounded to 8 bits on a GPU, which does {WIDEST} "
+            "at most; use --precision bfloat16"
+        )
+    if config.moe is None:
         return
     # torch's grouped product wants rows of whole 16 bytes; the W4A8 kernels write tiles of 16.
     step = 16 if precision.quantised else 16 // activation_dtype(precision, device).itemsize
@@ -247,6 +256,16 @@ def check_widths(config: ModelConfig, device: torch.device, precision: Precision
             f"experts of {config.width} x {config.moe.expert_width} cannot be multiplied on a GPU, "
             f"which needs multiples of {step} in {precision}; use --device cpu"
         )
+
+
+def _widths_read(config: ModelConfig) -> set[int]:
+    """How wide the rows are that the matrices of layers are multiplied with."""
+    widths = {config.width, config.query_heads * config.head_width}
+    if config.moe is not None:
+        widths |= {config.moe.expert_width, config.moe.shared_width}
+    if not all(config.is_sparse(layer) for layer in range(config.layers)):
+        widths.add(config.ffn_width)
+    return widths
 
 
 def load_model(

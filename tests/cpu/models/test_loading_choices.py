@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import pytest
 import torch
 
-from fourfold.errors import ConfigError
+from fourfold.errors import CheckpointError, ConfigError
 from fourfold.kernels.decode_attention.plan import TILES
-from fourfold.models.config import ModelConfig
+from fourfold.models.config import ModelConfig, MoEConfig
 from fourfold.models.footprint import EXPERTS, bytes_per_parameter
-from fourfold.models.loading import KERNEL_MOST_SHARED, page_shape
+from fourfold.models.loading import KERNEL_MOST_SHARED, check_widths, page_shape
 from fourfold.models.precision import PageFormat, Precision
 from fourfold.models.quantising import RECIPES
 from fourfold.quadrants.costs import weight_bits
@@ -72,3 +75,29 @@ def test_inspect_counts_the_bits_of_the_recipe(precision: Precision) -> None:
     inputs = 1 << 20  # so that a channel's own scale does not show
     bits = weight_bits(RECIPES[precision], inputs)
     assert 8 * bytes_per_parameter(EXPERTS, precision, on_gpu=True) == pytest.approx(bits, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("changed", "widest"),
+    [
+        ({"ffn_width": 28672}, 28672),
+        ({"query_heads": 256, "head_width": 128}, 32768),
+        (
+            {"ffn_width": 28672, "moe": MoEConfig(experts=4, experts_per_token=2, expert_width=64)},
+            0,
+        ),
+        ({"moe": MoEConfig(experts=4, experts_per_token=2, expert_width=16512)}, 16512),
+    ],
+)
+def test_rows_too_wide_for_the_kernels_are_refused_before_loading(
+    changed: dict[str, Any], widest: int
+) -> None:
+    """As those of a dense model of 70 billion parameters are."""
+    model = dataclasses.replace(config(), **changed)
+    check_widths(model, GPU, Precision.BFLOAT16)
+    check_widths(model, CPU, Precision.W4A8)
+    if not widest:
+        check_widths(model, GPU, Precision.W4A8)
+        return
+    with pytest.raises(CheckpointError, match=rf"{widest} .* --precision bfloat16"):
+        check_widths(model, GPU, Precision.W4A8)
