@@ -122,6 +122,39 @@ def test_after_the_last_file_was_written(
     assert_same(out, whole)
 
 
+def test_two_at_once(model: Path, whole: Path, tmp_path: Path) -> None:
+    """They would write the same files into each other."""
+    out = tmp_path / "out"
+    second = begin(model, out)
+
+    def try_too(layer: LayerReport) -> None:
+        for write in (
+            lambda: begin(model, out),
+            lambda: second.run(lambda _: None, lambda _: None),
+        ):
+            with pytest.raises(ConfigError, match="another conversion"):
+                write()
+
+    convert(model, out, RTN, texts=TEXTS, heard=try_too)
+    assert_same(out, whole)
+
+
+def test_one_after_another(model: Path, whole: Path, tmp_path: Path) -> None:
+    """One that looked at the folder before another went on there and was killed."""
+
+    def stop(layer: LayerReport) -> None:
+        raise KillError
+
+    out = tmp_path / "out"
+    early = begin(model, out)
+    with pytest.raises(KillError):
+        convert(model, out, RTN, texts=TEXTS, heard=stop)
+    heard: list[int] = []
+    early.run(lambda _: None, lambda layer: heard.append(layer.layer))
+    assert heard == [1, 2]
+    assert_same(out, whole)
+
+
 def test_the_same_text_cut_otherwise_is_another(model: Path, tmp_path: Path) -> None:
     texts = Texts(TEXTS.held_out_NL, TEXTS.held_out_NL)
     cut = Texts(TEXTS.held_out_NL.view(4, 16), TEXTS.held_out_NL)

@@ -112,7 +112,16 @@ class Conversion:
     def run(
         self, write_tokenizer: Callable[[Path], None], heard: Callable[[LayerReport], None]
     ) -> Report:
-        """Converts what is left and finishes the folder; `heard` is told of each layer."""
+        """Converts what is left and finishes the folder; `heard` is told of each layer. Raises
+        `ConfigError` where another process writes the folder."""
+        with self._output.alone():
+            # Another may have gone on since.
+            self.finished = self._output.finished_layers()
+            return self._convert(write_tokenizer, heard)
+
+    def _convert(
+        self, write_tokenizer: Callable[[Path], None], heard: Callable[[LayerReport], None]
+    ) -> Report:
         model, converter = self._model, LayerConverter(self.config, self._options, self._device)
         for part in ("embedding.", "norm.", "head."):
             self._filler.fill(part)

@@ -9,6 +9,7 @@ fails, however late, costs no finished layer.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -57,9 +58,29 @@ class Output:
                     f"{path} is not empty and no conversion of ours; name another --out"
                 )
             path.mkdir(parents=True, exist_ok=True)
-            self._resume()
+            with self.alone():
+                self._resume()
         except OSError as error:
             raise ConfigError(f"{path} cannot be written ({error}); name another --out") from error
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keeps other processes from writing the folder meanwhile. `ConfigError` where one does."""
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(folder)
+            raise ConfigError(
+                f"{self.path} is being written by another conversion; wait for its end, or name "
+                "another --out"
+            ) from None
+        except OSError:
+            pass  # Some network file systems lock no folders.
+        try:
+            yield
+        finally:
+            os.close(folder)
 
     def _resume(self) -> None:
         for left in self.path.glob(f"*{_PART}"):
