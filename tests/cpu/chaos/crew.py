@@ -168,7 +168,9 @@ class Crew:
                 continue
             code = os.waitstatus_to_exitcode(born.status)
             self._story.tell(f"{born.name} ended with {code}")
-            expected = joiner.killed or (joiner.leaving and code == 0)
+            # Just born, it has not told the system yet what SIGTERM is to do.
+            left = joiner.leaving and code in (0, -signal.SIGTERM)
+            expected = joiner.killed or left
             if not expected and not self._ending:
                 log = self.log_of(born.name, 30)
                 self._story.violate("crashed", f"{born.name} ended with {code}: {log}")
