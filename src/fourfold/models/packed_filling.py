@@ -16,10 +16,8 @@ from fourfold.models.checkpoint.fourfold_format import K_OFFSET, FourfoldFormat
 from fourfold.models.decoder import Decoder
 from fourfold.models.families.family import Placement, Placements
 from fourfold.models.filling import CheckpointFiller, Progress
-from fourfold.models.rotation import input_turn
+from fourfold.models.rotation import TURNED, input_turn
 from fourfold.quantize.weights import Weight, from_int8, from_packed
-
-_TURNED = (".ffn.down.weight", ".ffn.shared.down.weight", ".experts.down")
 
 
 class PackedFiller:
@@ -87,7 +85,7 @@ class PackedFiller:
         parts = whole.parts
         if "weight_codes" in parts:
             return from_int8(parts["weight_codes"], parts["weight_scale"])
-        turn = input_turn(whole.inputs) if parameter.endswith(_TURNED) else None
+        turn = input_turn(whole.inputs) if parameter.endswith(TURNED) else None
         packed = PackedW4A8(
             self._format.recipe,
             whole.inputs,

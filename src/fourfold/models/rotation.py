@@ -22,6 +22,8 @@ from fourfold.models.layers import DenseFFN, Linear, RMSNorm
 from fourfold.quantize.weights import DenseWeight
 
 _BLOCK = 32
+TURNED = (".ffn.down.weight", ".ffn.shared.down.weight", ".experts.down")
+"""How the names of parameters end whose inputs are turned while serving, by `input_turn`."""
 _LARGEST_FACTOR = 128
 """A Hadamard matrix wider than this is applied as two."""
 

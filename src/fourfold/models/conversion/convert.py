@@ -37,6 +37,7 @@ from fourfold.models.loading import (
     packed_format,
     read_model_config,
 )
+from fourfold.models.rotation import TURNED
 from fourfold.quantize.calibration import Calibration
 from fourfold.quantize.weights import DenseWeight
 
@@ -253,13 +254,12 @@ def _digest(ids_NL: Tensor) -> str:
 
 def _turned_modules(placements: Placements) -> tuple[str, ...]:
     """The last names of modules whose input is turned while serving."""
-    downs = (".ffn.down.weight", ".ffn.shared.down.weight", ".experts.down")
     return tuple(
         sorted(
             {
                 name.split(".")[-2]
                 for name, place in placements.items()
-                if place.parameter.endswith(downs)
+                if place.parameter.endswith(TURNED)
             }
         )
     )
