@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import shutil
@@ -306,6 +307,19 @@ def test_gptq_needs_a_text(checkpoint: Find, tmp_path: Path) -> None:
     texts = Texts(None, tokens(1, 2))
     with pytest.raises(ConfigError, match="needs a text"):
         convert(checkpoint("llama"), tmp_path / "out", texts=texts)
+
+
+@pytest.mark.parametrize("place", ["calibration_NL", "held_out_NL"])
+def test_tokens_that_the_model_does_not_have_are_named(
+    place: str, checkpoint: Find, tmp_path: Path
+) -> None:
+    """Of a tokenizer that belongs to another model."""
+    ids = tokens(2, 1)
+    ids[1, 3] = 320
+    texts = dataclasses.replace(TEXTS, **{place: ids})
+    with pytest.raises(ConfigError, match=r"token 320 .* has 320 tokens"):
+        convert(checkpoint("llama"), tmp_path / "out", texts=texts)
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_that_hold_something_are_left_alone(checkpoint: Find, tmp_path: Path) -> None:

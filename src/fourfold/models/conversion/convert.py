@@ -23,6 +23,7 @@ from fourfold.kernels.w4a8_gemm.packing import W4A8Recipe
 from fourfold.models.checkpoint.fingerprint import fingerprint
 from fourfold.models.checkpoint.fourfold_format import FourfoldFormat
 from fourfold.models.checkpoint.source import Source, SourceKind
+from fourfold.models.config import ModelConfig
 from fourfold.models.conversion.layer import LayerConverter, Text
 from fourfold.models.conversion.options import ConversionOptions, Method
 from fourfold.models.conversion.output import Output, coded_tensors
@@ -92,12 +93,9 @@ class Conversion:
         self._family, self.config = read_model_config(self._fields, self._checkpoint.where)
         if packed_format(self._checkpoint) is not None:
             raise ConfigError(f"{source.path} was quantised by this program; give its original")
-        length, positions = texts.held_out_NL.shape[1], self.config.max_positions
-        if length > positions:
-            raise ConfigError(
-                f"windows of {length} tokens are longer than the {positions} positions that the "
-                "model has; use a smaller --window-tokens"
-            )
+        for ids_NL in (calibration_NL, texts.held_out_NL):
+            if ids_NL is not None:
+                _check_text(ids_NL, self.config)
         placements = self._family.place(self.config)
         check_tensors(self._checkpoint, self.config, placements)
         self._output = Output(out, self._asked())
@@ -244,6 +242,21 @@ class Conversion:
         }
         options = {name: str(value) for name, value in dataclasses.asdict(self._options).items()}
         return {"model": fingerprint(self._source), **options, **texts}
+
+
+def _check_text(ids_NL: Tensor, config: ModelConfig) -> None:
+    """Raises `ConfigError` where a model cannot read windows of tokens."""
+    length, largest = ids_NL.shape[1], int(ids_NL.max())
+    if length > config.max_positions:
+        raise ConfigError(
+            f"windows of {length} tokens are longer than the {config.max_positions} positions that "
+            "the model has; use a smaller --window-tokens"
+        )
+    if largest >= config.vocabulary:
+        raise ConfigError(
+            f"the tokenizer made token {largest} of the text, but the model has "
+            f"{config.vocabulary} tokens; put the tokenizer files that belong to it into its folder"
+        )
 
 
 def _digest(ids_NL: Tensor) -> str:
