@@ -11,6 +11,9 @@ import tyro
 from fourfold.errors import ConfigError
 from fourfold.models.precision import PageFormat
 
+# Beyond all reason: memory is taken for each sample and token, and each thread is started.
+_MOST = {"max_running": 1 << 16, "step_tokens": 1 << 22, "decode_threads": 1 << 10}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -30,7 +33,7 @@ class EngineConfig:
     """Memory for KV pages in GiB. Default: 2 on a CPU; on a GPU what weights and a step leave."""
     kv_pages: Annotated[PageFormat, tyro.conf.EnumChoicesFromValues] = PageFormat.AUTO
     """What keys and values are kept in. auto: int8 on a GPU whose model has quantised weights, else
-    float; fp8 needs a GPU that multiplies e4m3."""
+    float; of GPUs, fp8 needs one that multiplies e4m3 (Ada, Hopper and later)."""
     max_context: int | None = None
     """Prompt plus answer at most, in tokens. Default: what the model and the KV pages allow."""
     prefix_cache: bool = True
@@ -43,9 +46,14 @@ class EngineConfig:
     by one. The answers are the same."""
     decode_threads: int | None = None
     """CPU threads of a step without prompts; prompts use all cores. Default: all cores, but when
-    serving one less, so that HTTP does not stop the others at every barrier."""
+    serving one less, which is left to HTTP: all threads of a step wait for the slowest."""
 
     def __post_init__(self) -> None:
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            if value is not None and value > most:
+                option = f"--{name}".replace("_", "-")
+                raise ConfigError(f"{option} {value} must be at most {most}")
         if self.running < 1:
             raise ConfigError(f"--max-running {self.running} must be at least 1")
         if self.tokens <= self.running:

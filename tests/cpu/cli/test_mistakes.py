@@ -39,6 +39,14 @@ def assert_one_line(result: tuple[int, str, str], *fragments: str) -> None:
         ("serve --port 99999", ["--port 99999", "65535"]),
         ("serve --port", ["--port"]),
         ("serve --max-running 0", ["--max-running 0"]),
+        ("serve --max-running 99999999", ["--max-running 99999999", "65536"]),
+        ("serve --step-tokens 99999999", ["--step-tokens 99999999", "4194304"]),
+        ("serve --decode-threads 100000", ["--decode-threads 100000", "1024"]),
+        ("serve --model gpt", ["--model", "without an option", "serve --help"]),
+        ("serve --max-running None", ["--max-running", "INT"]),
+        ("cluster role", ["NAME", "ROLE", "cluster role --help"]),
+        ("chat --max-tokens 0", ["--max-tokens", "0 must be at least 1"]),
+        ("chat --top-p 2", ["--top-p", "between 0.0 and 1.0"]),
         ("serve --max-running 600 --step-tokens 512", ["--step-tokens 512"]),
         ("serve --step-tokens 64", ["--step-tokens 64"]),
         ("serve --kv-memory-gib -1", ["--kv-memory-gib"]),
@@ -192,6 +200,14 @@ def test_files_that_may_not_be_read_or_written(tmp_path: Path, command: Command)
     path.write_text('{"prompt": "x"}\n')
     path.chmod(0)
     assert_one_line(command("generate", path), str(path))
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="/dev/full is Linux's")
+def test_a_full_disk(prompts: Path, command: Command, small: Sequence[str]) -> None:
+    code, _, err = command("generate", prompts, "/dev/full", *small)
+    assert code == 2
+    assert err.splitlines()[-1].startswith("fourfold: nothing more can be written"), err
+    assert "make room" in err
 
 
 def test_an_output_that_cannot_be_written(
