@@ -31,7 +31,7 @@ from concurrent.futures import Future
 from numbers import Integral
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TypedDict, TypeVar, Unpack
+from typing import Any, Self, TypedDict, TypeVar, Unpack, cast
 
 import msgspec
 
@@ -180,13 +180,13 @@ class LLM:
         self, prompts: str | TokenIds | Sequence[str] | Sequence[TokenIds], **asked: Unpack[Asked]
     ) -> list[Result]:
         """Continues one prompt or many; the results are in the order of the prompts."""
-        return self._wait(self._answer_all(self._gateway.complete, prompts, asked))
+        return self._wait(self._answer_all(self._gateway.complete, _prompts(prompts), asked))
 
     def chat(
         self, messages: Conversation | Sequence[Conversation], **asked: Unpack[Asked]
     ) -> list[Result]:
         """Answers one conversation or many; the results are in their order."""
-        return self._wait(self._answer_all(self._gateway.chat, messages, asked))
+        return self._wait(self._answer_all(self._gateway.chat, _conversations(messages), asked))
 
     def stream(
         self, prompt: str | TokenIds | Conversation, **asked: Unpack[Asked]
@@ -206,14 +206,16 @@ class LLM:
         self, prompts: str | TokenIds | Sequence[str] | Sequence[TokenIds], **asked: Unpack[Asked]
     ) -> list[Result]:
         """As `generate`."""
-        answering = self._begin(self._answer_all(self._gateway.complete, prompts, asked))
+        answering = self._begin(self._answer_all(self._gateway.complete, _prompts(prompts), asked))
         return await asyncio.wrap_future(answering)
 
     async def achat(
         self, messages: Conversation | Sequence[Conversation], **asked: Unpack[Asked]
     ) -> list[Result]:
         """As `chat`."""
-        answering = self._begin(self._answer_all(self._gateway.chat, messages, asked))
+        answering = self._begin(
+            self._answer_all(self._gateway.chat, _conversations(messages), asked)
+        )
         return await asyncio.wrap_future(answering)
 
     async def astream(
@@ -269,17 +271,16 @@ class LLM:
     async def _answer_all(
         self,
         admit: Callable[[Any, GenerationOptions], Awaitable[Generation]],
-        prompts: Any,
+        prompts: Sequence[Any],
         asked: Asked,
     ) -> list[Result]:
         options = options_of(asked)
-        one = isinstance(prompts, str) or _first_is(prompts, Integral | Mapping)
 
         async def answer(prompt: Any) -> Result:
             async with self._places:
                 return await _whole(await admit(prompt, options), options)
 
-        tasks = [asyncio.create_task(answer(prompt)) for prompt in ([prompts] if one else prompts)]
+        tasks = [asyncio.create_task(answer(prompt)) for prompt in prompts]
         try:
             return list(await asyncio.gather(*tasks))
         finally:
@@ -297,9 +298,10 @@ class LLM:
                 )
             if options.sampling.logprobs is not None or options.sampling.prompt_logprobs:
                 raise RequestError("a stream is text alone; leave logprobs out", param="logprobs")
-            talk = not isinstance(prompt, str) and _first_is(prompt, Mapping)
-            admit = self._gateway.chat if talk else self._gateway.complete
-            generation = await admit(prompt, options)
+            if _is_conversation(prompt):
+                generation = await self._gateway.chat(prompt, options)
+            else:
+                generation = await self._gateway.complete(_prompt(prompt), options)
             try:
                 async for delta in generation:
                     if delta.text:
@@ -356,6 +358,55 @@ async def _whole(generation: Generation, options: GenerationOptions) -> Result:
         usage=generation.usage,
         prompt_tokens=generation.prompt_tokens if options.sampling.prompt_logprobs else (),
     )
+
+
+def _prompts(given: Any) -> list[str | TokenIds]:
+    """The texts and token ids of one prompt or many. Raises `RequestError`."""
+    if isinstance(given, str) or (_is_list(given) and _first_is(given, Integral)):
+        return [_prompt(given)]
+    if not _is_list(given):
+        raise _no_prompt(given)
+    return [_prompt(prompt) for prompt in given]
+
+
+def _prompt(given: Any) -> str | TokenIds:
+    if isinstance(given, str):
+        return given
+    if _is_list(given) and all(isinstance(token, Integral) for token in given):
+        return cast(TokenIds, given)
+    raise _no_prompt(given)
+
+
+def _no_prompt(given: Any) -> RequestError:
+    return RequestError(
+        f"a prompt is a text or a list of token ids, and not {given!r:.80}", param="prompt"
+    )
+
+
+def _conversations(given: Any) -> list[Conversation]:
+    """One conversation or many. Raises `RequestError`."""
+    many = [given] if _is_conversation(given) else given
+    if not _is_list(many):
+        many = [given]
+    for talk in many:
+        if not _is_conversation(talk):
+            raise RequestError(
+                "a conversation is a list of messages such as "
+                f'{{"role": "user", "content": "Hi"}}, and not {talk!r:.80}',
+                param="messages",
+            )
+    return list(many)
+
+
+def _is_conversation(given: Any) -> bool:
+    return _is_list(given) and len(given) > 0 and all(isinstance(each, Mapping) for each in given)
+
+
+def _is_list(given: Any) -> bool:
+    """Whether it has items in an order, and is no text: arrays have them, too."""
+    if isinstance(given, str | bytes | bytearray | Mapping):
+        return False
+    return hasattr(given, "__len__") and hasattr(given, "__getitem__")
 
 
 def _first_is(items: Sequence[Any], kind: Any) -> bool:

@@ -348,3 +348,26 @@ from fourfold import LLM
 assert not {"torch", "transformers", "gguf", "fastapi"} & set(sys.modules)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize(
+    "prompts",
+    [None, 5, b"x", {"prompt": "x"}, {"a"}, [None], [1.5], ["a", None], [["a"]], [[1], "a", 2]],
+)
+def test_what_is_no_prompt_is_refused(llm: LLM, prompts: Any) -> None:
+    with pytest.raises(RequestError, match="a prompt is a text or a list of token ids"):
+        llm.generate(prompts, **GREEDY)
+
+
+@pytest.mark.parametrize("prompt", [None, 5, b"x", ["a", "b"], {"role": "user", "content": "x"}])
+def test_what_is_no_prompt_is_not_streamed(llm: LLM, prompt: Any) -> None:
+    with pytest.raises(RequestError, match="a prompt is a text or a list of token ids"):
+        list(llm.stream(prompt, **GREEDY))
+
+
+@pytest.mark.parametrize(
+    "messages", [None, "hello", ["hello"], TALK[0], [[]], [TALK, "hello"], [1]]
+)
+def test_what_is_no_conversation_is_refused(llm: LLM, messages: Any) -> None:
+    with pytest.raises(RequestError, match="a conversation is a list of messages"):
+        llm.chat(messages, **GREEDY)
