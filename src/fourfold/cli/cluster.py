@@ -15,9 +15,9 @@ class ServerOptions:
     """Which server, and what lets us in."""
 
     url: str = "http://127.0.0.1:8000"
-    """Where it listens."""
+    """Address of the server; a trailing /v1 may be given."""
     api_key: str | None = None
-    """Sent as a bearer token."""
+    """Key of the server, if it asks for one (`fourfold serve --api-key`)."""
 
     def ask(self, method: str, path: str, body: dict[str, str] | None = None) -> Any:
         """The JSON that a server answers. Raises `ConfigError` where it answers something else."""
@@ -29,7 +29,9 @@ class ServerOptions:
             answer = httpx.request(method, where, json=body, headers=headers, timeout=_SECONDS)
             content = answer.json()
         except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
-            raise ConfigError(f"no Fourfold server answers at {self.url}: {error}") from None
+            raise ConfigError(
+                f"no Fourfold server answers at {self.url}: {error}; give its address with --url"
+            ) from None
         if answer.is_error:
             raise ConfigError(f"the server at {self.url} refuses: {_message(content)}")
         return content

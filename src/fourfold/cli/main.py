@@ -7,6 +7,7 @@ wrong arguments are answered at once. An error meant for a user is one line on s
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import io
 import itertools
@@ -49,7 +50,14 @@ COMMANDS = {
     "bench layers": "what each layer of a quantised model is off by",
 }
 _HELP = ("-h", "--help")
+_WRONG = 2
 _INTERRUPTED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk that takes no more."""
+_GAP = r"(?:[^\S\n]|\u2502|\x1b\[[\d;]*m)*"
+"""Blanks, frames and colours in a row of a panel."""
+_NO_DEFAULT = re.compile(rf"\(default:({_GAP})(None)?\)")
+_NO_DEFAULT_IN_TWO_ROWS = re.compile(rf"\(default:({_GAP}\n){_GAP}None\){_GAP}\n")
 
 
 def main() -> None:
@@ -59,9 +67,36 @@ def main() -> None:
 
 def run(arguments: Sequence[str]) -> int:
     """Runs one command line; returns its exit code."""
+    try:
+        code = _run(arguments)
+        sys.stdout.flush()  # what cannot be written is known here, not while Python ends
+    except FourfoldError as error:
+        print(f"fourfold: {error}", file=sys.stderr)
+        return _WRONG
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, for instance `| head`
+        _drop_output()
+        return 0
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        _drop_output()
+        print(f"fourfold: nothing more can be written ({error}); make room", file=sys.stderr)
+        return _WRONG
+    return code
+
+
+def _drop_output() -> None:
+    """Sends what standard output still holds nowhere, so that Python can end."""
+    with contextlib.suppress(io.UnsupportedOperation):  # what a program put there is its own affair
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _run(arguments: Sequence[str]) -> int:
     if not arguments or arguments[0] in (*_HELP, "help"):
         print(_usage("COMMAND", COMMANDS))
-        return 0 if arguments else 2
+        return 0 if arguments else _WRONG
     group = [] if arguments[0] in COMMANDS else _group(arguments[0])
     if group and len(arguments) > 1 and arguments[1] in _HELP:
         print(_usage(f"{arguments[0]} COMMAND", group))
@@ -73,19 +108,10 @@ def run(arguments: Sequence[str]) -> int:
     # core from whoever else wants it (our own HTTP thread for one); this is long enough to bridge
     # the gaps inside a step (docs/experiments-2026-11-24.md). Read when torch is imported.
     os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    try:
-        name, rest = _command(arguments)
-        module = importlib.import_module(f"fourfold.cli.{name.replace(' ', '_')}")
-        options = _parse(module.Options, f"fourfold {name}", rest)
-        return int(module.run(options))
-    except FourfoldError as error:
-        print(f"fourfold: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return _INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, for instance `| head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    name, rest = _command(arguments)
+    module = importlib.import_module(f"fourfold.cli.{name.replace(' ', '_')}")
+    options = _parse(module.Options, f"fourfold {name}", rest)
+    return int(module.run(options))
 
 
 def _usage(shape: str, names: Iterable[str]) -> str:
@@ -122,16 +148,44 @@ def _command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
 def _parse(kind: type[Any], program: str, arguments: Sequence[str]) -> Any:
     import tyro
 
-    style = (tyro.conf.OmitArgPrefixes,)
+    style = (
+        tyro.conf.OmitArgPrefixes,
+        tyro.conf.DisallowNone,  # leaving an option out says the same
+        tyro.conf.PositionalMetavarFromFieldName,
+    )
     if any(argument in _HELP for argument in arguments):
-        return tyro.cli(kind, args=list(arguments), prog=program, config=style)
+        page = _Page()
+        try:
+            with contextlib.redirect_stdout(page):
+                return tyro.cli(kind, args=list(arguments), prog=program, config=style)
+        finally:
+            sys.stdout.write(_without_empty_defaults(page.getvalue()))
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint), contextlib.redirect_stdout(complaint):
             return tyro.cli(kind, args=list(arguments), prog=program, config=style)
     except SystemExit:
-        problem = _first_sentence(complaint.getvalue())
+        problem = _first_sentence(complaint.getvalue()).removesuffix(".")
+        if re.match("Unrecognized options:.* --model\\b", problem):
+            problem += " (a model is named without an option)"
         raise ConfigError(f"{problem}; see `{program} --help`") from None
+
+
+class _Page(io.StringIO):
+    """Takes what is meant for standard output, in its characters and colours."""
+
+    @property
+    def encoding(self) -> str:  # type: ignore[override]
+        return getattr(sys.__stdout__, "encoding", None) or "ascii"
+
+    def isatty(self) -> bool:
+        return sys.__stdout__ is not None and sys.__stdout__.isatty()
+
+
+def _without_empty_defaults(page: str) -> str:
+    """Help without `(default: None)`: an option's text says what happens without it."""
+    page = _NO_DEFAULT_IN_TWO_ROWS.sub(lambda hint: " " * 9 + hint[1], page)
+    return _NO_DEFAULT.sub(lambda hint: " " * 9 + hint[1] + " " * (len(hint[2] or "") + 1), page)
 
 
 def _first_sentence(panel: str) -> str:

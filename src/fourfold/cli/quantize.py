@@ -51,9 +51,9 @@ class Options:
     windows: int = 64
     """How many pieces of the text are read, evenly spread over it."""
     held_out_windows: int = 16
-    """The same of the text to test on."""
+    """How many pieces of the text to test on are read."""
     window_tokens: int = 512
-    """Their length."""
+    """Tokens of such a piece."""
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes the first GPU there is."""
 

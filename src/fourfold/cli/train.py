@@ -35,9 +35,9 @@ class Options:
 
     config: Annotated[Path, tyro.conf.Positional]
     """A TOML file with the sections [model], [data], [schedule] and [run], and where their defaults
-    do not suit also [router], [optimizer] and [parallel]."""
+    do not suit also [router], [optimizer] and [parallel]; docs/training.md has an example."""
     set: tuple[str, ...] = ()
-    """section.field=value, instead of what the file says."""
+    """Fields that differ from the file, as section.field=value."""
 
 
 def run(options: Options) -> int:

@@ -44,7 +44,7 @@ class Options:
     role: Annotated[Role, tyro.conf.EnumChoicesFromValues] = Role.BOTH
     """What it is given to compute; every worker can compute everything."""
     name: str | None = None
-    """What it is called. Default: this machine's name and the process's number."""
+    """The name it is listed by. Default: this machine's name and the process's number."""
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     device: str = "auto"

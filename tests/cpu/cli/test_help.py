@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,6 +45,35 @@ def test_no_command_shows_the_same_help_and_fails(capsys: pytest.CaptureFixture[
 def test_version(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run([word]) == 0
     assert capsys.readouterr().out == f"fourfold {fourfold.__version__}\n"
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_calls_things_by_their_names(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """No types for names, no `None` that stands for what the text says, no option without one."""
+    with pytest.raises(SystemExit) as end:
+        run([*name.split(), "--help"])
+    page = capsys.readouterr().out
+    assert not end.value.code
+    assert page.startswith(f"usage: fourfold {name} [-h]")
+    assert "None" not in page
+    assert not re.search(r"\(default:[\s\u2502]*\)", page)
+    assert not re.search(r"(STR|INT|FLOAT|PATH)[\s\u2502]*\((default|required)", page)
+
+
+def test_help_names_what_has_a_place(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run(["generate", "--help"])
+    assert "[OPTIONS] INPUT [OUTPUT] [MODEL]\n" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+@pytest.mark.parametrize("line", ["--help", "serve --help"])
+def test_help_that_finds_no_room(line: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([*PROGRAM, *line.split()], stdout=full, stderr=subprocess.PIPE)
+    assert done.returncode == 2
+    assert done.stderr.startswith(b"fourfold: nothing more can be written")
+    assert done.stderr.count(b"\n") == 1
 
 
 def test_nothing_heavy_is_loaded_for_help_and_for_mistakes(tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ class OfflineBenchConfig:
     model: Annotated[str | None, tyro.conf.Positional] = None
     """A directory, a .gguf file or a hub id; without it, the embedded default. Peers need GGUF."""
     precision: Annotated[Precision, tyro.conf.EnumChoicesFromValues] = Precision.AUTO
-    """What we compute in."""
+    """What our engine computes in, as for `fourfold serve`."""
     kv_pages: Annotated[PageFormat, tyro.conf.EnumChoicesFromValues] = PageFormat.AUTO
-    """What we keep keys and values in."""
+    """What our engine keeps keys and values in, as for `fourfold serve`."""
     load: Literal["checkpoint", "dummy"] = "checkpoint"
     """dummy: random weights; only the configuration is read. Peers then have nothing to load."""
     routing: Literal["router", "uniform"] = "router"

@@ -23,7 +23,7 @@ class QualityBenchConfig:
     model: Annotated[str | None, tyro.conf.Positional] = None
     """A directory, a .gguf file or a hub id; without it, the embedded default."""
     reference: str | None = None
-    """The model that `model` was quantised from, read in float32; without it, `model` itself."""
+    """The model that MODEL was quantised from, read in float32; without it, MODEL itself."""
     precision: Annotated[Precision, tyro.conf.EnumChoicesFromValues] = Precision.AUTO
     """What is compared with float32."""
     kv_pages: Annotated[PageFormat, tyro.conf.EnumChoicesFromValues] = PageFormat.AUTO
@@ -33,11 +33,11 @@ class QualityBenchConfig:
     windows: int = 32
     """How many pieces of the text are read, evenly spread over it."""
     window_tokens: int = 512
-    """Their length."""
+    """Tokens of such a piece."""
     needles: int = 0
     """Facts to be found again, each hidden at another depth of a piece of the text."""
     needle_tokens: int = 2048
-    """Length of those pieces."""
+    """Tokens of a piece that hides a fact."""
     name: str = "quality"
     """The record's name."""
     out: Path | None = None

@@ -32,13 +32,13 @@ class LayersBenchConfig:
     device: str = "auto"
     """cpu, cuda, cuda:1, ...; auto takes the first GPU there is."""
     precision: Annotated[Precision, tyro.conf.EnumChoicesFromValues] = Precision.W4A8
-    """Of the served model; one with quantised weights."""
+    """Precision of the served model; one with quantised weights."""
     kv_pages: Annotated[PageFormat, tyro.conf.EnumChoicesFromValues] = PageFormat.AUTO
-    """What it keeps keys and values in."""
+    """What the served model keeps keys and values in."""
     prompts: int = 4
     """How many prompts are computed together."""
     prompt_tokens: int = 1000
-    """Their length."""
+    """Tokens of a prompt."""
     name: str = "layers"
     """The record's name."""
     out: Path | None = None

@@ -35,22 +35,22 @@ class RolesBenchConfig:
     """Further options of `fourfold serve`: --server="--precision w4a8 --device cuda"."""
 
     prompt_tokens: int = 4096
-    """Of the prompts that come one by one."""
+    """Tokens of the prompts that come one by one."""
 
     prompts: int = 8
-    """How many of them."""
+    """How many prompts come one by one."""
 
     streams: int = 8
     """Answers that are streamed at a time."""
 
     stream_tokens: int = 256
-    """Tokens of each."""
+    """Tokens of each streamed answer."""
 
     arriving_tokens: int = 1024
-    """Of the prompts that arrive meanwhile."""
+    """Tokens of the prompts that arrive while answers are streamed."""
 
     arriving_rate: float = 2.0
-    """Of those a second."""
+    """Prompts a second that arrive while answers are streamed."""
 
     turns: int = 2
     """How often each layout is started and measured; the figures are over all turns."""

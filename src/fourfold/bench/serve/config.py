@@ -19,8 +19,8 @@ _JSONL = "jsonl:"
 class ServeBenchConfig:
     """Loads an OpenAI-compatible server and reports TTFT, TPOT, ITL, throughput and goodput.
 
-    Requests arrive at `request_rate`, whether or not the server keeps up (open loop), or
-    `concurrency` clients each send their next request when the last is answered (closed loop).
+    Requests arrive at --request-rate, whether or not the server keeps up (open loop), or
+    --concurrency clients each send their next request when the last is answered (closed loop).
     Only an open loop shows how a server queues. Several rates are run one after the other, each
     with prompts of its own: a curve of latency over load. Prompts are synthetic unless read from a
     file, whose prompts are the same at each rate.
@@ -42,7 +42,7 @@ class ServeBenchConfig:
     """How many requests are measured, at each rate."""
 
     seconds: float | None = None
-    """For how long requests arrive at each rate, instead of num_requests."""
+    """For how long requests arrive at each rate, instead of --num-requests."""
 
     request_rate: tuple[float, ...] = (math.inf,)
     """Mean arrivals per second, one or several rates; inf sends all at once."""
@@ -59,22 +59,22 @@ class ServeBenchConfig:
     a {"prompt": ...} or {"messages": ...} a line, and optionally "max_tokens"."""
 
     output_tokens: str = "128"
-    """Most tokens to generate, a length like those of prompt_tokens. Without ignore_eos an answer
-    may be shorter."""
+    """Most tokens to generate, a length like those of --prompt-tokens. Without --ignore-eos an
+    answer may be shorter."""
 
     prompt_form: Literal["auto", "tokens", "text"] = "auto"
     """Completions only: send prompts as token ids (exact lengths) or as text. auto sends ids where
     the server takes them."""
 
     shared_prefix_tokens: int = 0
-    """Tokens at the head of every prompt that are the same in all, beside prompt_tokens."""
+    """Tokens at the head of every prompt that are the same in all, beside --prompt-tokens."""
 
     seed: int = 0
     """Seeds prompts, lengths and arrival times. A second run with the same seed against the same
     server finds its prompts in the prefix cache: restart the server, or change the seed."""
 
     ignore_eos: bool = False
-    """Ask the server to generate all output_tokens; not every server knows the field."""
+    """Ask the server to generate all --output-tokens; not every server knows the field."""
 
     temperature: float = 0.0
     """Sampling temperature; 0 is greedy."""

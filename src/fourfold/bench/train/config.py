@@ -36,11 +36,11 @@ class TrainBenchConfig:
     not fit the device takes smaller micro-batches; one that fails, or fits with none, is left out,
     and why is said."""
     vocabulary: int = 32768
-    """Where the configuration names none."""
+    """Tokens of the vocabulary, where the configuration has no model.vocabulary."""
     warmup: int = 3
     """Steps before the first round."""
     steps: int = 4
-    """Of a round."""
+    """Steps of a round."""
     rounds: int = 3
     """Turns of each."""
     name: str = "train"

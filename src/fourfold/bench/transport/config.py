@@ -28,7 +28,7 @@ class TransportBenchConfig:
     size: int = 512
     """MiB in one transfer."""
     page_bytes: int = 64 << 10
-    """Of one page in one layer."""
+    """Bytes of one page in one layer."""
     run_pages: tuple[int, ...] = (32, 1)
     """Pages that lie one after the other in memory, as a fresh pool gives them to a prompt; runs
     lie in random order on both sides. 1: every page somewhere else. Each is measured."""

@@ -27,15 +27,15 @@ class TokenizeConfig:
     tokenizer: str | None = None
     """Whose tokenizer is taken: a directory, a .gguf file, a hub id, or `default`."""
     train_bpe: int | None = None
-    """Train a tokenizer of so many ids on the texts instead."""
+    """Train a tokenizer of so many ids on the texts, instead of --tokenizer."""
     bpe_megabytes: int = 64
-    """How much text it is trained on, taken evenly from all of it."""
+    """Megabytes of text that a tokenizer is trained on, taken evenly from all of it."""
     field: str = "text"
-    """Where lines and rows have their text."""
+    """The field of JSON lines, and the column of .parquet files, that has the text."""
     held_out: float = 0.01
     """Share of the documents that are kept from training, by a hash of their text."""
     shard_tokens: int = 1 << 26
-    """A shard that has so many tokens is followed by the next."""
+    """Tokens after which a shard is full and the next begins."""
 
     def __post_init__(self) -> None:
         if not self.inputs:
@@ -84,7 +84,7 @@ class SampleConfig:
     documents: int = 1000
     """How many texts."""
     tokens: int = 512
-    """Of a text at most."""
+    """Tokens of a text at most."""
     temperature: float = 1.0
     """1 draws from the model's own distribution."""
     top_p: float = 1.0

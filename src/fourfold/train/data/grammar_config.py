@@ -12,18 +12,19 @@ class GrammarConfig:
     """The size of a grammar. ConfigError for one that cannot be."""
 
     levels: int = 4
-    """Of rules above the words: a sentence has 2 ** levels words, and a mark behind them."""
+    """Levels of rules above the words: a sentence has 2 ** levels words, and a mark behind them."""
     symbols: int = 32
-    """Of every level."""
+    """Symbols of every level."""
     rules: int = 8
-    """Of a symbol."""
+    """Rules of a symbol: pairs of symbols of the level below that it may become."""
     words: int = 64
-    """Of a lowest symbol."""
+    """Words that a symbol of the lowest level may become."""
     topics: int = 8
+    """A document has one of so many topics, which says how likely each kind of sentence is."""
     sentences: float = 8.0
-    """Of a document, on average."""
+    """Sentences of a document, on average."""
     exponent: float = 1.0
-    """Of Zipf's law, for rules and words."""
+    """How unequal the odds of rules and words are: the exponent of Zipf's law, 0 for equal odds."""
     seed: int = 0
     """Which grammar of this size."""
 

@@ -41,12 +41,13 @@ class FitConfig:
     """Where the fit goes, for `fourfold law plot` and `advise`. Default: fit.json beside the
     folder of records."""
     starts: int = 512
-    """Places that the search begins from."""
+    """How many places the search for the best coefficients begins from."""
     resamplings: int = 1000
-    """For the intervals."""
+    """How often the fit is repeated on records drawn anew, for the intervals."""
     seed: int = 0
+    """Seeds the beginnings of the search and the drawing of records."""
     least_tokens: float = 0.0
-    """Leaves out runs on fewer: what took too few steps follows no power law."""
+    """Leaves out runs on fewer tokens: what took too few steps follows no power law."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.least_tokens < float("inf"):
@@ -82,16 +83,16 @@ class AdviseConfig:
     fit: Annotated[Path, tyro.conf.Positional]
     """What `fourfold law fit` wrote."""
     flops: float
-    """Of training."""
+    """FLOPs that training may take."""
     records: Path | None = None
     """The folder of records. Default: `records` beside the fit."""
     memory_gib: float | None = None
-    """That served weights may take."""
+    """Memory that the served weights may take, in GiB. Default: no limit."""
     weight_bits: float = 4.25
-    """Of a served weight."""
+    """Bits that a served weight takes, its share of scales included."""
     step_ms: float | None = None
-    """That decoding one token of each sequence may take; attention's reading of keys and values,
-    which all models of a size share, is not counted."""
+    """Milliseconds that decoding one token of each sequence may take; attention's reading of keys
+    and values, which all models of a size share, is not counted. Default: no limit."""
     batch: int = 32
     """Sequences that are decoded together."""
     hardware: str = "NVIDIA H100 80GB HBM3"
