@@ -10,10 +10,9 @@ import dataclasses
 import sys
 from typing import TYPE_CHECKING
 
-from fourfold.cli.options import ModelOptions, load_llm
+from fourfold.cli.options import ModelOptions, check_asked, load_llm
 from fourfold.engine.config import EngineConfig
 from fourfold.errors import ConfigError, RequestError, RequestFailedError
-from fourfold.gateway.config import GatewayLimits
 
 if TYPE_CHECKING:
     from fourfold.llm import LLM, Asked
@@ -42,10 +41,7 @@ class Options:
 
 
 def run(options: Options) -> int:
-    from fourfold.gateway.budget import check_options
-    from fourfold.llm import options_of
-
-    check_options(options_of(_asked(options)), GatewayLimits(), sys.maxsize)  # before loading
+    check_asked(_asked(options))
     with load_llm(options.model, options.model.source(), options.engine) as llm:
         print(f"{llm.name}. {_HELP}", file=sys.stderr)
         _converse(llm, options)

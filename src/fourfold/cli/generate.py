@@ -21,10 +21,9 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 import msgspec
 import tyro
 
-from fourfold.cli.options import ModelOptions, load_llm
+from fourfold.cli.options import ModelOptions, check_asked, load_llm
 from fourfold.engine.config import EngineConfig
 from fourfold.errors import ConfigError, FourfoldError
-from fourfold.gateway.config import GatewayLimits
 
 if TYPE_CHECKING:
     from fourfold.llm import LLM, Asked
@@ -71,12 +70,11 @@ class Line(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
 
 
 def run(options: Options) -> int:
-    from fourfold.gateway.budget import check_options
-    from fourfold.llm import options_of
-
     lines = _read(options.input)
-    limits = GatewayLimits()
-    check_options(options_of(_asked(options, Line())), limits, sys.maxsize)  # before loading
+    check_asked(_asked(options, Line()))
+    if not lines:
+        print(f"{options.input} holds no prompts, so there is nothing to answer", file=sys.stderr)
+        return 0
     done = _count_done(options.input, options.output, lines)
     if done == len(lines):
         print(f"{options.output} already holds all {done} answers", file=sys.stderr)

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
 from fourfold.engine.config import EngineConfig
+from fourfold.errors import ConfigError, RequestError
 from fourfold.gateway.config import GatewayLimits
 from fourfold.models.checkpoint.source import Source, find_source
 from fourfold.models.precision import Precision
 
 if TYPE_CHECKING:
     from fourfold.gateway.local import GatewaySetup
-    from fourfold.llm import LLM
+    from fourfold.llm import LLM, Asked
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,6 +71,19 @@ class ModelOptions:
         )
         words = self.words(source)
         return GatewaySetup(engine=engine, tokenizer=words, limits=limits, names=names)
+
+
+def check_asked(asked: Asked) -> None:
+    """Refuses, by the names of the options and before anything is loaded, what no request may ask
+    for. Raises `ConfigError`."""
+    from fourfold.gateway.budget import check_options
+    from fourfold.llm import options_of
+
+    try:
+        check_options(options_of(asked), GatewayLimits(), sys.maxsize)
+    except RequestError as error:
+        option = f"--{error.param}".replace("_", "-")
+        raise ConfigError(f"{option}: {error}") from error
 
 
 def load_llm(options: ModelOptions, source: Source, config: EngineConfig) -> LLM:

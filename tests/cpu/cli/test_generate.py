@@ -225,5 +225,6 @@ def test_an_empty_file_has_no_answers(
     tmp_path: Path, command: Command, small: Sequence[str]
 ) -> None:
     prompts = write(tmp_path / "in.jsonl", [])
-    code, out, _ = command("generate", prompts, "-", *small)
+    code, out, err = command("generate", prompts, "-", *small)
     assert (code, out) == (0, "")
+    assert err == f"{prompts} holds no prompts, so there is nothing to answer\n"
