@@ -425,6 +425,21 @@ def test_a_part_that_does_not_fit_is_named(
         load(path)
 
 
+@pytest.mark.parametrize(
+    ("part", "values"),
+    [("weight", torch.randn(96, 64)), ("weight_codes", torch.ones(96, 64, dtype=torch.int8))],
+)
+def test_a_weight_in_two_forms_is_refused(
+    part: str, values: Tensor, written: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "twice"
+    shutil.copytree(written, path)
+    file, name = path / "model-layer-00002.safetensors", "model.layers.2.mlp.gate_proj"
+    save_file(load_file(file) | {f"{name}.{part}": values}, file)
+    with pytest.raises(CheckpointError, match=rf"{name} is stored in two forms"):
+        load(path)
+
+
 def test_parts_of_another_recipe_are_named(written: Path, tmp_path: Path) -> None:
     """A configuration that was copied from another conversion."""
     path = tmp_path / "mixed"

@@ -302,6 +302,28 @@ def test_codes_without_a_scale_are_refused(
 
 
 @pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("w4a16", {"weight": torch.randn(64, 64)}),
+        ("w4a16", {"weight": torch.ones(64, 64, dtype=torch.int8)}),
+        ("qwen", {"weight_scale": torch.ones(2, 2)}),
+    ],
+)
+def test_a_weight_in_two_forms_is_refused(
+    name: str,
+    more: dict[str, Tensor],
+    published: Callable[..., tuple[Path, dict[str, Tensor]]],
+) -> None:
+    path, _ = published(*FORMATS[name])
+    module = "model.layers.1.self_attn.q_proj"
+    tensors = load_file(path / "model.safetensors")
+    tensors |= {f"{module}.{part}": tensor for part, tensor in more.items()}
+    save_file(tensors, path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{module} is stored in two forms"):
+        load_tiny(path)
+
+
+@pytest.mark.parametrize(
     ("part", "stored_as"),
     [
         ("weight_scale", torch.uint8),  # exponents of two, perhaps

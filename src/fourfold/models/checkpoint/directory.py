@@ -20,7 +20,12 @@ from torch import Tensor
 
 from fourfold.errors import CheckpointError
 from fourfold.models.checkpoint.fourfold_format import FourfoldFormat, read_fourfold
-from fourfold.models.checkpoint.published import PublishedFormat, Stored, read_published
+from fourfold.models.checkpoint.published import (
+    PublishedFormat,
+    Stored,
+    read_published,
+    stored_twice,
+)
 from fourfold.models.checkpoint.streaming import FilePart, StreamingReader
 
 _QUANTISATION = "quantization_config"
@@ -156,10 +161,14 @@ class DirectoryCheckpoint:
         """The weights that are stored as codes, by their plain names."""
         if self._format is None:
             return {}
-        return self._format.weights(
+        coded = self._format.weights(
             {name: entry.shape for name, entry in self._index.items()},
             {name: entry.dtype for name, entry in self._index.items()},
         )
+        for name, stored in coded.items():
+            if name in self._index and name not in stored.names.values():
+                raise stored_twice(self.where, name.removesuffix(".weight"))
+        return coded
 
     @functools.cached_property
     def _plain(self) -> list[str]:

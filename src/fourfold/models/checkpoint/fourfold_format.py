@@ -32,7 +32,7 @@ from fourfold.kernels.w4a8_gemm.packing import (
     dequantize,
     padded,
 )
-from fourfold.models.checkpoint.published import Stored
+from fourfold.models.checkpoint.published import Stored, stored_twice
 from fourfold.models.rotation import input_turn
 from fourfold.quantize.weights import turned
 
@@ -97,6 +97,8 @@ class FourfoldFormat:
                         f"is no part of {list(stored.shape)} weights in {self.recipe}; "
                         "quantise the model again"
                     )
+            if f"{module}.weight" in found:
+                raise stored_twice(self.where, module)
             found[f"{module}.weight"] = stored
         return found
 

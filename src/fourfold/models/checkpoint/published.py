@@ -76,6 +76,8 @@ class PublishedFormat:
             shape = shapes[parts.get("weight_shape", name)]
             scales = shapes[parts.get("weight_scale", f"{module}.weight_scale_inv")]
             self._block(name, scales, shape)
+            if f"{module}.weight" in found or {"weight_scale", "weight_scale_inv"} <= set(parts):
+                raise stored_twice(self.where, module)
             found[f"{module}.weight"] = Stored(parts, shape)
         return found
 
@@ -130,6 +132,14 @@ class PublishedFormat:
             f"{self.where}: scales {list(scales)} do not fit {name} {list(shape)} in "
             f"blocks of {sorted(self.blocks)}; {_REMEDY}"
         )
+
+
+def stored_twice(where: str, module: str) -> CheckpointError:
+    """Of a weight that comes in two forms, which need not be the same."""
+    return CheckpointError(
+        f"{where}: the weight of {module} is stored in two forms, and which is meant nobody can "
+        "tell; fetch it again"
+    )
 
 
 def unpack_int32(packed: Tensor, bits: int) -> Tensor:
