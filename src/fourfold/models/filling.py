@@ -20,6 +20,8 @@ from fourfold.quantize.weights import DenseWeight
 
 DEVIATION = 0.02
 """Of random weights."""
+_PIECE = 1 << 30
+"""Numbers that are looked through at once: a layer can have more than 32 bits count."""
 
 Progress = Callable[[int, int], None]
 """Called with (bytes read so far, bytes in all)."""
@@ -103,7 +105,8 @@ class CheckpointFiller(Filler):
         some answers are nonsense, and codes have a scale that says nothing."""
         data = super().fill(prefix)
         # One pass, no copies, and the device is waited for once.
-        ends = [end.float() for values in data.values() for end in values.aminmax()]
+        pieces = [piece for values in data.values() for piece in values.flatten().split(_PIECE)]
+        ends = [end.float() for piece in pieces for end in piece.aminmax()]
         if ends and not bool(torch.stack(ends).isfinite().all()):
             filled = ((n, p) for n, p in self._placements.items() if p.parameter in data)
             name = next(n for n, p in filled if not _rows_of(p, data).isfinite().all())
