@@ -105,7 +105,9 @@ class CheckpointFiller(Filler):
         some answers are nonsense, and codes have a scale that says nothing."""
         data = super().fill(prefix)
         # One pass, no copies, and the device is waited for once.
-        pieces = [piece for values in data.values() for piece in values.flatten().split(_PIECE)]
+        pieces = [
+            piece for values in data.values() for piece in torch.split(values.view(-1), _PIECE)
+        ]
         ends = [end.float() for piece in pieces for end in piece.aminmax()]
         if ends and not bool(torch.stack(ends).isfinite().all()):
             filled = ((n, p) for n, p in self._placements.items() if p.parameter in data)
