@@ -223,7 +223,10 @@ def check_tensors(checkpoint: Checkpoint, config: ModelConfig, placements: Place
         if names
     ]
     if problems:
-        raise CheckpointError(f"{checkpoint.where}: {'; '.join(problems)}")
+        raise CheckpointError(
+            f"{checkpoint.where}: {'; '.join(problems)}; fetch it again if files are missing or "
+            "mixed, or use another checkpoint of the model"
+        )
     if config.tied_embeddings and _HEAD in shapes and not _same(checkpoint, _EMBEDDING, _HEAD):
         raise CheckpointError(
             f"{checkpoint.where} has another {_HEAD} than {_EMBEDDING}, though config.json ties "

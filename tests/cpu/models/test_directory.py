@@ -103,6 +103,7 @@ def test_tensors_that_do_not_fit_are_named(edited: Callable[..., Path]) -> None:
     assert "1 tensors missing: model.layers.1.self_attn.q_proj.weight" in said
     assert "1 tensors not used: model.layers.0.mlp.extra.weight" in said
     assert "model.norm.weight is [63], not [64]" in said
+    assert "fetch it again" in said
 
 
 def test_many_missing_tensors_stay_one_line(edited: Callable[..., Path]) -> None:
