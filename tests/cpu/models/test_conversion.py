@@ -19,13 +19,15 @@ from fourfold.errors import CheckpointError, ConfigError
 from fourfold.kernels.cpu_w8a8_gemm import exact_on_cpu
 from fourfold.models.checkpoint.directory import DirectoryCheckpoint
 from fourfold.models.checkpoint.source import Source, SourceKind, find_source
-from fourfold.models.conversion import output
+from fourfold.models.conversion import layer, output
 from fourfold.models.conversion.convert import Conversion, LayerReport, Report, Texts
 from fourfold.models.conversion.options import Bits, ConversionOptions, Method
 from fourfold.models.decoder import Decoder
 from fourfold.models.layers import SparseFFN
 from fourfold.models.loading import LoadOptions, load_model
 from fourfold.models.precision import Precision
+from fourfold.models.router import Router
+from fourfold.quadrants.experts import Routing
 from fourfold.quantize import weights
 from tests.cpu.models.computing import PROMPT, logits
 from tests.cpu.models.gguf_writing import write_gguf
@@ -112,6 +114,27 @@ def test_calibration_loses_less_than_rounding(checkpoint: Find, tmp_path: Path) 
     for calibrated, rounded in zip(lost[Method.GPTQ], lost[Method.RTN], strict=True):
         for name in ("experts.gate_up", "experts.down"):
             assert calibrated.errors[name] < 0.9 * rounded.errors[name]
+
+
+def test_experts_are_calibrated_alike_however_few_at_once(
+    checkpoint: Find, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And their router is not asked again for each few of them."""
+    asked: list[int] = []
+    forward = Router.forward
+
+    def counted(router: Router, x_TD: Tensor) -> Routing:
+        asked[-1] += 1
+        return forward(router, x_TD)
+
+    monkeypatch.setattr(Router, "forward", counted)
+    for few in (8, 1):
+        asked.append(0)
+        monkeypatch.setattr(layer, "_EXPERTS_AT_ONCE", few)
+        convert(checkpoint("qwen3-moe"), tmp_path / f"{few}")
+    assert asked[0] == asked[1] > 0
+    models = [load(tmp_path / f"{few}") for few in (8, 1)]
+    torch.testing.assert_close(logits(models[0], PROMPT), logits(models[1], PROMPT))
 
 
 @pytest.fixture

@@ -26,6 +26,7 @@ from fourfold.models.conversion.windows import Stream, WindowStep
 from fourfold.models.decoder import Block
 from fourfold.models.layers import Attention, DenseFFN, Linear, SparseFFN
 from fourfold.models.rotation import Rotation, input_turn
+from fourfold.models.router import Router
 from fourfold.quadrants.experts import ExpertWeights, swiglu
 from fourfold.quantize.calibration import Calibration
 from fourfold.quantize.gptq import gptq
@@ -144,11 +145,12 @@ class LayerConverter:
         """Each expert on its own rows, a few experts at a time."""
         experts, turn = ffn.experts, _turn_of(ffn.experts.down)
         dense = _dense(experts.gate_up), _dense(experts.down)
+        chosen_TK = ffn.router(x_TD).experts_TK
         gate_up: list[_Weighed] = []
         down: list[_Weighed] = []
         for first in range(0, experts.slots, _EXPERTS_AT_ONCE):
             some = slice(first, min(first + _EXPERTS_AT_ONCE, experts.slots))
-            rows = _rows_of(ffn, x_TD, some)
+            rows = _rows_of(ffn.router, x_TD, chosen_TK, some)
             inputs = [Calibration() for _ in rows]
             for each, own in zip(inputs, rows, strict=True):
                 each.add(x_TD[own], exact_TD[own])
@@ -251,14 +253,14 @@ def _through(ffn: DenseFFN | SparseFFN, x_TD: Tensor, stream: Stream) -> Tensor:
     return torch.cat([ffn(Activations(x_TD[rows]), step) for rows, _ in stream.chunks()])
 
 
-def _rows_of(ffn: SparseFFN, x_TD: Tensor, some: slice) -> list[Tensor]:
-    """Which rows each of some experts is calibrated on, bool [T]."""
-    experts_TK = ffn.router(x_TD).experts_TK
-    scores_ET = F.linear(ffn.router.weight[some], x_TD.float())
+def _rows_of(router: Router, x_TD: Tensor, chosen_TK: Tensor, some: slice) -> list[Tensor]:
+    """Which rows each of some experts is calibrated on, bool [T]; `chosen_TK` are the experts that
+    the router chose for each row."""
+    scores_ET = F.linear(router.weight[some], x_TD.float())
     likeliest = scores_ET.topk(min(_ROWS_PER_EXPERT, x_TD.shape[0]), dim=-1).indices
     rows = []
     for place, expert in enumerate(range(some.start, some.stop)):
-        own = (experts_TK == expert).any(-1)
+        own = (chosen_TK == expert).any(-1)
         if int(own.sum()) < _ROWS_PER_EXPERT:
             own[likeliest[place]] = True
         rows.append(own)
