@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import os
@@ -25,10 +24,6 @@ if TYPE_CHECKING:
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _AT_ONCE = 130
 """Exit code after a second signal."""
-
-
-class _LeaveAtOnce(BaseException):
-    """Nobody has given this worker anything yet."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,14 +80,15 @@ def run(options: Options) -> int:
     def on_signal(number: int, frame: object) -> None:
         if joining.leaving:
             os._exit(_AT_ONCE)
-        if not worker.ready:  # loading may take minutes more
-            raise _LeaveAtOnce
+        if not worker.ready:
+            # Nobody has given it anything yet, and loading may take minutes more. An exception
+            # would come out of whatever runs just now, as another one or not at all.
+            os._exit(0)
         joining.leave()
 
     before = {number: signal.signal(number, on_signal) for number in _SIGNALS}
     try:
-        with contextlib.suppress(_LeaveAtOnce):
-            joining.run()
+        joining.run()
     finally:
         worker.close()
         for number, handler in before.items():
