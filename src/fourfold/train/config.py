@@ -16,6 +16,7 @@ from typing import Any, Literal
 import msgspec
 
 from fourfold.errors import ConfigError
+from fourfold.models.config import MOST_HEADS, MOST_LAYERS, MOST_WIDTH
 
 # torch's grouped product takes rows of whole 16 bytes, of bfloat16.
 _GROUPED_STEP = 8
@@ -30,6 +31,14 @@ def _positive(section: str, fields: msgspec.Struct, *names: str) -> None:
         value = getattr(fields, name)
         if value is not None and not 0 < value < math.inf:
             raise ConfigError(f"{section}.{name} = {value} must be more than zero, and finite")
+
+
+def _at_most(section: str, fields: msgspec.Struct, **most: int) -> None:
+    """Refuses sizes that no model comes near, and that would never be built."""
+    for name, bound in most.items():
+        value = getattr(fields, name)
+        if value > bound:
+            raise ConfigError(f"{section}.{name} = {value} is more than {bound}; lower it")
 
 
 def _share(section: str, fields: msgspec.Struct, *names: str) -> None:
@@ -75,6 +84,8 @@ class ModelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
         names = ("layers", "width", "heads", "kv_heads", "head_width", "experts", "expert_width")
         _positive("model", self, *names, "experts_per_token", "vocabulary", "max_positions")
         _positive("model", self, "rope_theta", "norm_eps", "deviation")
+        _at_most("model", self, layers=MOST_LAYERS, width=MOST_WIDTH, heads=MOST_HEADS)
+        _at_most("model", self, shared_experts=_MOST_EXPERTS, expert_width=MOST_WIDTH)
         _at_least_zero("model", self, "shared_experts", "dense_layers")
         if self.experts_per_token > self.experts:
             raise ConfigError(

@@ -53,6 +53,9 @@ def test_a_file_and_what_overrides_it(file: Path) -> None:
     [
         ("model.layers=two", r"model\.layers = 'two'"),
         ("model.layers=0", r"run\.toml: model\.layers = 0"),
+        ("model.layers=100000000000", r"model\.layers = 100000000000 is more than 1024"),
+        ("model.width=100000000000", r"model\.width = 100000000000 is more than"),
+        ("model.shared_experts=100000000", r"model\.shared_experts = 100000000 is more than"),
         ("model.depth=2", r"`depth` in \[model\]; its fields are layers, width"),
         ("modle.layers=2", "`modle`; the sections are model, data"),
         ("layers=2", "section.field=value"),

@@ -6,6 +6,17 @@ import dataclasses
 
 from fourfold.errors import ConfigError
 
+# What is written and drawn from is held in memory: a sentence, the pairs of symbols, a document.
+_BOUNDS = {
+    "levels": (1, 16),
+    "symbols": (1, 1 << 12),
+    "rules": (1, 1 << 12),
+    "words": (1, 1 << 12),
+    "topics": (1, 1 << 12),
+    "sentences": (1, 1 << 16),
+    "exponent": (0, 16),
+}
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GrammarConfig:
@@ -29,9 +40,12 @@ class GrammarConfig:
     """Which grammar of this size."""
 
     def __post_init__(self) -> None:
-        sizes = (self.levels, self.symbols, self.rules, self.words, self.topics)
-        if min(sizes) < 1 or self.sentences < 1 or self.exponent < 0 or self.seed < 0:
-            raise ConfigError("the sizes of a grammar are at least 1, its exponent and seed 0")
+        for name, (least, most) in _BOUNDS.items():
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise ConfigError(f"--{name} {value} must be between {least} and {most}")
+        if self.seed < 0:
+            raise ConfigError(f"--seed {self.seed} must be at least 0")
         if self.rules > self.symbols:
             raise ConfigError(
                 f"{self.symbols} symbols have {self.symbols**2} pairs, too few for {self.rules} "

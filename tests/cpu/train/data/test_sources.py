@@ -9,6 +9,7 @@ import itertools
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -167,6 +168,26 @@ def test_a_source_s_batch_is_a_function_of_its_number(name: str) -> None:
 def test_more_rules_than_pairs_are_refused() -> None:
     with pytest.raises(ConfigError, match="9 pairs, too few for 4 rules each"):
         GrammarConfig(symbols=3, rules=4)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"levels": 0},
+        {"levels": 60},
+        {"symbols": 10**7},
+        {"words": 10**9},
+        {"topics": 10**9},
+        {"sentences": math.inf},
+        {"sentences": math.nan},
+        {"exponent": math.nan},
+        {"exponent": -1.0},
+        {"seed": -1},
+    ],
+)
+def test_a_size_beyond_all_reason_is_named(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"--{next(iter(wrong))} .*must be"):
+        GrammarConfig(**wrong)
 
 
 def test_a_grammar_is_written_as_shards(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
