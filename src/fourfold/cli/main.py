@@ -190,7 +190,8 @@ def _without_empty_defaults(page: str) -> str:
 
 def _first_sentence(panel: str) -> str:
     """What a complaint's panel says below its title, and the option it suggests."""
-    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500-") for line in panel.splitlines()]
+    lines = [line.strip(" \u2502\u256d\u256e\u2570\u256f\u2500") for line in panel.splitlines()]
+    lines = ["" if set(line) <= {"-"} else line for line in lines]
     paragraphs = [" ".join(group) for full, group in itertools.groupby(lines, bool) if full]
     sentence = paragraphs[0] if paragraphs else "wrong arguments"
     if len(paragraphs) > 1 and "\u256d" not in panel:  # an unframed title stands alone

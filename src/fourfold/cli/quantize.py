@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 class Options:
     """Converts a model to 4-bit weights with 8-bit activations, one layer at a time.
 
-    A conversion that was interrupted goes on where it stopped. `fourfold serve DIR` serves what it
-    wrote, without the original."""
+    Each layer that is done is reported: by how much rounding changes the products of its weights,
+    and by how much the text that reaches the next layer. A conversion that was interrupted goes on
+    where it stopped. `fourfold serve DIR` serves what it wrote, without the original."""
 
     model: Annotated[str | None, tyro.conf.Positional] = None
     """A Hugging Face directory, a .gguf file or a hub id; without it, the embedded default."""

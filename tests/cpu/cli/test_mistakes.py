@@ -45,6 +45,7 @@ def assert_one_line(result: tuple[int, str, str], *fragments: str) -> None:
         ("serve --model gpt", ["--model", "without an option", "serve --help"]),
         ("serve --max-running None", ["--max-running", "INT"]),
         ("cluster role", ["NAME", "ROLE", "cluster role --help"]),
+        ("quantize", ["--out PATH", "quantize --help"]),
         ("chat --max-tokens 0", ["--max-tokens", "0 must be at least 1"]),
         ("chat --top-p 2", ["--top-p", "between 0.0 and 1.0"]),
         ("serve --max-running 600 --step-tokens 512", ["--step-tokens 512"]),
