@@ -54,6 +54,8 @@ _WRONG = 2
 _INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk that takes no more."""
+_NO_MEMORY = re.compile("can't allocate memory|out of memory")
+"""How torch says that a CPU or a GPU has no more memory."""
 _GAP = r"(?:[^\S\n]|\u2502|\x1b\[[\d;]*m)*"
 """Blanks, frames and colours in a row of a panel."""
 _NO_DEFAULT = re.compile(rf"\(default:({_GAP})(None)?\)")
@@ -78,13 +80,25 @@ def run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:  # the reader of our output has gone, for instance `| head`
         _drop_output()
         return 0
-    except OSError as error:
-        if error.errno not in _FULL:
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (remedy := _remedy(error)) is None:
             raise
-        _drop_output()
-        print(f"fourfold: nothing more can be written ({error}); make room", file=sys.stderr)
+        print(f"fourfold: {remedy}", file=sys.stderr)
         return _WRONG
     return code
+
+
+def _remedy(error: Exception) -> str | None:
+    """What helps where the machine is too small for what was asked; None for other errors."""
+    number = error.errno if isinstance(error, OSError) else None
+    if number in _FULL:
+        _drop_output()
+        return f"nothing more can be written ({error}); make room"
+    said = str(error).split("\n", 1)[0]
+    torch_has_none = isinstance(error, RuntimeError) and _NO_MEMORY.search(said)
+    if isinstance(error, MemoryError) or number == errno.ENOMEM or torch_has_none:
+        return f"there is not enough memory ({said}); ask for less, or free some"
+    return None
 
 
 def _drop_output() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -75,6 +76,36 @@ def assert_one_line(result: tuple[int, str, str], *fragments: str) -> None:
 )
 def test_before_anything_is_loaded(line: str, fragments: Sequence[str], command: Command) -> None:
     assert_one_line(command(*line.split()), *fragments)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 728. TiB"),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 8 bytes\nframes"),
+        RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore"),
+    ],
+)
+def test_too_little_memory(
+    error: Exception, command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(options: object) -> int:
+        raise error
+
+    monkeypatch.setattr("fourfold.cli.law_fit.run", run)
+    assert_one_line(command("law", "fit", "x"), "not enough memory", "ask for less")
+
+
+def test_a_bug_is_not_taken_for_a_mistake(
+    command: Command, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(options: object) -> int:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr("fourfold.cli.law_fit.run", run)
+    with pytest.raises(RuntimeError, match="ours"):
+        command("law", "fit", "x")
 
 
 @pytest.fixture
