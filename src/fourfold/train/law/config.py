@@ -16,8 +16,9 @@ class SweepConfig:
     """Trains every model of a grid that has no record yet; run it again to resume."""
 
     grid: Annotated[Path, tyro.conf.Positional]
-    """A TOML file: `base` (a configuration of `fourfold train`), `out`, `tokens`, `ratios`,
-    `seeds`, and a [[model]] for each size."""
+    """A TOML file: `base` (a configuration of `fourfold train`), `out`, `tokens`, `ratios` (of
+    experts to those a token takes), `seeds`, and a [[model]] for each size with its `name` and the
+    fields that it `set`s. docs/training.md has an example."""
     only: str = ""
     """Train only those whose name holds this."""
     list: bool = False

@@ -151,7 +151,10 @@ def read_grid(path: Path) -> Grid:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} cannot be read as a grid: {error}") from error
     except msgspec.ValidationError as error:
-        raise ConfigError(f"{path}: {error}; correct that field") from error
+        raise ConfigError(
+            f"{path}: {error}; a grid has {', '.join(GridFile.__struct_fields__)}, and each "
+            f"[[model]] has {', '.join(SizeSection.__struct_fields__)}"
+        ) from error
     base, out = path.parent / file.base, path.parent / file.out
     names = [size.name for size in file.model]
     if len(set(names)) < len(names) or not names:
