@@ -41,8 +41,17 @@ class Options:
 
 
 def run(options: Options) -> int:
+    from fourfold.gateway.tokenizer import load_tokenizer
+
     check_asked(_asked(options))
-    with load_llm(options.model, options.model.source(), options.engine) as llm:
+    source = options.model.source()
+    words = load_tokenizer(options.model.words(source), dummy=options.model.load == "dummy")
+    if words.chat_template is None:  # known before the weights are loaded
+        raise ConfigError(
+            f"{source.model_id} has no chat template, so it cannot be talked to; give "
+            "`fourfold generate` lines with `prompt`, which it continues"
+        )
+    with load_llm(options.model, source, options.engine) as llm:
         print(f"{llm.name}. {_HELP}", file=sys.stderr)
         _converse(llm, options)
     return 0

@@ -188,7 +188,8 @@ class Gateway:
         """Admits a conversation. Raises `RequestError`, `OverloadedError` or `DrainingError`."""
         if self._chat is None:
             raise RequestError(
-                f"{self.model_names[0]} has no chat template; use /v1/completions",
+                f"{self.model_names[0]} has no chat template; send a prompt to "
+                "be continued instead of messages (/v1/completions)",
                 param="messages",
             )
         began = time.perf_counter()

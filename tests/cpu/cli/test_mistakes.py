@@ -165,6 +165,27 @@ def test_a_tokenizer_from_a_folder_of_its_own(
     assert json.loads(out)["completion_tokens"] == 2
 
 
+def test_a_model_without_a_chat_template_is_not_talked_to(
+    prompts: Path, served: Path, command: Command
+) -> None:
+    plain = prompts.parent / "plain"
+    shutil.copytree(served, plain, ignore=shutil.ignore_patterns("chat_template*", "*.safetensors"))
+    path = plain / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings.pop("chat_template", None)
+    path.write_text(json.dumps(settings))
+    (plain / "model.safetensors").touch()  # what it holds is not looked at
+    assert_one_line(command("chat", plain), "no chat template", "fourfold generate")
+
+
+def test_a_grid_with_a_field_that_is_not_known(tmp_path: Path, command: Command) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(
+        'base = "b"\nout = "o"\ntokens = [1]\nratios = [1]\n[[model]]\nname = "a"\nlayers = 2\n'
+    )
+    assert_one_line(command("law", "sweep", path), "`layers`", "[[model]] has name, set, ratios")
+
+
 def test_a_chat_template_that_cannot_be_compiled(
     prompts: Path, served: Path, command: Command
 ) -> None:
