@@ -25,8 +25,9 @@ ENGINE = EngineConfig(
 """Of every worker. A page is keys and values of 3 layers, 2 heads and 64 tokens, 16 wide."""
 _CLEAR = 2e-3
 """By which the likeliest token leads, in logprob; closer, its lead could be one of rounding."""
-_WARMER = 1.0005
-"""A temperature so little higher changes a sampled answer only where two tokens were as close."""
+_OTHERWISE = (1.0005, 1 / 1.0005)
+"""Temperatures so little higher or lower change a sampled answer only where two tokens were as
+close. One alone may move the border between two tokens away from what was drawn."""
 _AT_ONCE = 64
 
 
@@ -51,9 +52,12 @@ def make_questions(
     for start in range(0, len(drawn), _AT_ONCE):
         some = drawn[start : start + _AT_ONCE]
         answers = _answers(engine, some)
-        again = _answers(engine, [_warmer(question) for question in reversed(some)])[::-1]
-        for question, tokens, others in zip(some, answers, again, strict=True):
-            if tokens is not None and tokens == others:
+        others = [
+            _answers(engine, [_at(question, factor) for question in reversed(some)])[::-1]
+            for factor in _OTHERWISE
+        ]
+        for question, tokens, *again in zip(some, answers, *others, strict=True):
+            if tokens is not None and all(tokens == each for each in again):
                 texts = tuple(_text(tokenizer, each) for each in tokens)
                 questions.append(msgspec.structs.replace(question, tokens=tokens, texts=texts))
     assert len(questions) > count // 2, "too many answers hang on the last bit"
@@ -83,10 +87,11 @@ def _words(rng: random.Random, length: int) -> tuple[int, ...]:
     return tuple(rng.randint(3, 319) for _ in range(length))
 
 
-def _warmer(question: Question) -> Question:
+def _at(question: Question, factor: float) -> Question:
+    """The question at another temperature."""
     sampling = question.sampling
-    warmer = msgspec.structs.replace(sampling, temperature=sampling.temperature * _WARMER)
-    return msgspec.structs.replace(question, sampling=warmer)
+    other = msgspec.structs.replace(sampling, temperature=sampling.temperature * factor)
+    return msgspec.structs.replace(question, sampling=other)
 
 
 def _answers(
