@@ -100,12 +100,7 @@ def run(options: Options) -> int:
     ):
         if read_NL is not None and len(read_NL) < wanted:
             console.print(f"{name} is enough for {len(read_NL)} of the {wanted} windows only.")
-    if conversion.restarted:
-        console.print(
-            f"{options.out} held a conversion of another model or with other options; "
-            "it starts anew."
-        )
-    elif conversion.finished:
+    if conversion.finished:
         console.print(f"{conversion.finished} layers were finished before.")
     report = _convert(conversion, console, lambda path: _write_tokenizer(source, tokenizer, path))
     _tell(report, options.out)

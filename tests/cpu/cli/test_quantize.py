@@ -107,17 +107,6 @@ def test_the_folder_is_needed(served: Path, command: Command) -> None:
     assert "out PATH" in log
 
 
-def test_a_conversion_with_other_options_says_that_it_starts_anew(
-    served: Path, tmp_path: Path, texts: tuple[str, ...], command: Command
-) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "conversion.json").write_text("{}")
-    code, _, log = command("quantize", served, "--out", out, *SMALL, *texts)
-    assert code == 0, log
-    assert "other options; it starts anew" in log
-
-
 def test_the_default_texts_are_long_and_different() -> None:
     calibration, held_out = calibration_text(), held_out_text()
     assert min(len(calibration), len(held_out)) > 300_000

@@ -217,20 +217,29 @@ def test_an_interrupted_conversion_goes_on(checkpoint: Find, tmp_path: Path) -> 
         assert (broken / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_other_options_start_anew(checkpoint: Find, tmp_path: Path) -> None:
+def test_layers_of_other_options_are_kept(checkpoint: Find, tmp_path: Path) -> None:
     def stop(layer: LayerReport) -> None:
         raise StopError
 
     out, source = tmp_path / "out", find_source(str(checkpoint("llama")))
     with pytest.raises(StopError):
         convert(checkpoint("llama"), out, heard=stop)
-    same = Conversion(source, ConversionOptions(), TEXTS, out, CPU)
-    assert (same.finished, same.restarted) == (1, False)
-    other = Conversion(source, ConversionOptions(recipe="int8-g128"), TEXTS, out, CPU)
-    assert (other.finished, other.restarted) == (0, True)
-    assert not list(out.glob("model-*"))
     text = Texts(tokens(8, 9), TEXTS.held_out_NL)
-    assert Conversion(source, ConversionOptions(recipe="int8-g128"), text, out, CPU).restarted
+    for options, asked in (
+        (ConversionOptions(recipe="int8-g128"), TEXTS),
+        (ConversionOptions(), text),
+    ):
+        with pytest.raises(ConfigError, match=r"1 finished layers .* give those to go on, remove"):
+            Conversion(source, options, asked, out, CPU)
+    assert Conversion(source, ConversionOptions(), TEXTS, out, CPU).finished == 1
+
+
+def test_what_has_no_finished_layer_starts_anew(checkpoint: Find, tmp_path: Path) -> None:
+    out, source = tmp_path / "out", find_source(str(checkpoint("llama")))
+    Conversion(source, ConversionOptions(), TEXTS, out, CPU)
+    other = ConversionOptions(recipe="int8-g128")
+    assert Conversion(source, other, TEXTS, out, CPU).finished == 0
+    convert(checkpoint("llama"), out, other)
 
 
 def test_what_fails_at_the_end_costs_no_layer(checkpoint: Find, tmp_path: Path) -> None:
@@ -273,7 +282,7 @@ def test_a_full_disk_is_named_and_costs_no_layer(
     assert [layer.layer for layer in heard] == [1, 2]
 
 
-def test_a_changed_configuration_starts_anew(checkpoint: Find, tmp_path: Path) -> None:
+def test_layers_of_another_configuration_are_kept(checkpoint: Find, tmp_path: Path) -> None:
     """Layers that were calibrated by another configuration do not fit it."""
 
     def stop(layer: LayerReport) -> None:
@@ -285,8 +294,8 @@ def test_a_changed_configuration_starts_anew(checkpoint: Find, tmp_path: Path) -
         convert(path, out, heard=stop)
     config = json.loads((path / "config.json").read_text())
     (path / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-5}))
-    conversion = Conversion(find_source(str(path)), ConversionOptions(), TEXTS, out, CPU)
-    assert (conversion.finished, conversion.restarted) == (0, True)
+    with pytest.raises(ConfigError, match="of another model or with other options"):
+        Conversion(find_source(str(path)), ConversionOptions(), TEXTS, out, CPU)
 
 
 @pytest.mark.parametrize("method", list(Method))

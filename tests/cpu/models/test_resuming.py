@@ -16,7 +16,6 @@ from tests.cpu.models.test_conversion import CPU, convert, tokens
 
 Find = Callable[[str], Path]
 RTN = ConversionOptions(method=Method.RTN)
-OTHER = ConversionOptions(method=Method.RTN, recipe="int8-g128")
 TEXTS = Texts(None, tokens(2, 2))
 STATE, ASKED = "conversion.safetensors", "conversion.json"
 
@@ -68,25 +67,6 @@ def test_before_anything_was_asked(model: Path, whole: Path, tmp_path: Path) -> 
     (out / f"{ASKED}.part").write_text("{")
     convert(model, out, RTN, texts=TEXTS)
     assert_same(out, whole)
-
-
-def test_between_what_is_removed_for_other_options(
-    model: Path, whole: Path, half: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Whoever then goes back to the first options must not be told of layers that are gone."""
-    unlink = Path.unlink
-
-    def killed(path: Path, missing_ok: bool = False) -> None:
-        unlink(path, missing_ok=missing_ok)
-        raise KillError
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "unlink", killed)
-        with pytest.raises(KillError):
-            begin(model, half, OTHER)
-    assert begin(model, half).finished == 0
-    convert(model, half, RTN, texts=TEXTS)
-    assert_same(half, whole)
 
 
 @pytest.mark.parametrize("name", [STATE, "model-layer-00000.safetensors"])
@@ -156,9 +136,14 @@ def test_one_after_another(model: Path, whole: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_text_cut_otherwise_is_another(model: Path, tmp_path: Path) -> None:
+    def stop(layer: LayerReport) -> None:
+        raise KillError
+
     texts = Texts(TEXTS.held_out_NL, TEXTS.held_out_NL)
     cut = Texts(TEXTS.held_out_NL.view(4, 16), TEXTS.held_out_NL)
-    for asked, restarted in ((texts, False), (texts, False), (cut, True)):
-        source = find_source(str(model))
-        conversion = Conversion(source, ConversionOptions(), asked, tmp_path / "out", CPU)
-        assert conversion.restarted is restarted
+    source, out = find_source(str(model)), tmp_path / "out"
+    with pytest.raises(KillError):
+        Conversion(source, ConversionOptions(), texts, out, CPU).run(lambda _: None, stop)
+    assert Conversion(source, ConversionOptions(), texts, out, CPU).finished == 1
+    with pytest.raises(ConfigError, match="with other options"):
+        Conversion(source, ConversionOptions(), cut, out, CPU)

@@ -99,7 +99,6 @@ class Conversion:
         placements = self._family.place(self.config)
         check_tensors(self._checkpoint, self.config, placements)
         self._output = Output(out, self._asked())
-        self.restarted = self._output.restarted
         self.finished = self._output.finished_layers()
         with torch.device("meta"):
             self._model = Decoder(self.config)

@@ -43,8 +43,6 @@ class Output:
 
     def __init__(self, path: Path, asked: Mapping[str, Any]) -> None:
         self.path = path
-        self.restarted = False
-        """Whether another conversion's remains were removed."""
         self._asked = dict(asked)
         try:
             if (path / "config.json").exists():
@@ -93,8 +91,12 @@ class Output:
                 before = None
             if before == self._asked:
                 return
-            self.restarted = True
-            # First what counts the layers, or a kill would leave a count of layers that are gone.
+            if before is not None and (finished := self.finished_layers()):
+                raise ConfigError(
+                    f"{self.path} holds {finished} finished layers of a conversion of another "
+                    "model or with other options; give those to go on, remove the folder to begin "
+                    "anew, or name another --out"
+                )
             (self.path / _STATE).unlink(missing_ok=True)
             for left in self.path.glob("model-*.safetensors"):
                 left.unlink()
