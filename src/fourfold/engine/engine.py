@@ -123,6 +123,11 @@ class Engine:
         return 0.0 if began is None else time.perf_counter() - began
 
     @property
+    def device(self) -> torch.device:
+        """What it computes on."""
+        return self._runner.device
+
+    @property
     def page_format(self) -> PageFormat:
         """What its pages are to others."""
         return page_format(self._runner.pages)

@@ -50,10 +50,11 @@ def allocate_pages(
             f"{size / 2**30:g} GiB of KV pages cannot be allocated on {device}; "
             "lower --kv-memory-gib"
         ) from error
-    logger.info(
-        "KV pages: %d of %d tokens in %.2f GiB; the largest step takes %.2f GiB, %.2f GiB are free",
-        *(count, PAGE_TOKENS, size / 2**30, workspace / 2**30, _free(device) / 2**30),
-    )
+    told = f"KV pages: {count} of {PAGE_TOKENS} tokens in {size / 2**30:.2f} GiB"
+    if device.type == "cuda":
+        step, free = workspace / 2**30, _free(device) / 2**30
+        told += f"; the largest step takes {step:.2f} GiB, {free:.2f} GiB are free"
+    logger.info("%s", told)
     return pages, count
 
 
@@ -91,8 +92,7 @@ def _workspace(model: Decoder, config: EngineConfig, shape: PageShape) -> int:
 
 
 def _free(device: torch.device) -> int:
-    if device.type == "cpu":
-        return 0
+    """Bytes of a GPU."""
     torch.cuda.empty_cache()
     free, _ = torch.cuda.mem_get_info(device)
     return free

@@ -219,7 +219,7 @@ class Worker:
             engine.max_context,
             engine.stats,
             self._node.peer,
-            setup.device,
+            str(engine.device),
         )
 
     def _hear(self, message: Submit | Abort | Granted | Continue) -> None:

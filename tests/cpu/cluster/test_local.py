@@ -83,7 +83,9 @@ async def ask(gateway: Gateway) -> list[str]:
     return [text(deltas, index) for deltas in heard for index in (0, 1)]
 
 
-def test_answers_are_those_of_an_engine_in_this_process(setup: Setup) -> None:
+def test_answers_are_those_of_an_engine_in_this_process(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def main(start: Callable[[], None], gateway: Gateway) -> list[str]:
         start()
         answers = await ask(gateway)
@@ -106,8 +108,14 @@ def test_answers_are_those_of_an_engine_in_this_process(setup: Setup) -> None:
         return answers
 
     told: list[tuple[int, int]] = []
-    cluster = make_cluster(setup(), progress=lambda done, total: told.append((done, total)))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    cluster = make_cluster(
+        setup(device="auto"), progress=lambda done, total: told.append((done, total))
+    )
     pid = process_of(cluster)
+    [member] = cluster.fleet.members
+    assert member.ready is not None
+    assert member.ready.device == "cpu", "what it took, not what it was told"
     local = make_gateway(setup())
     assert cluster.gateway.context_length == local.context_length
     there = asyncio.run(main(cluster.start, cluster.gateway))
