@@ -8,7 +8,6 @@ what bears a checkpoint's name is complete, whenever the writer was killed.
 from __future__ import annotations
 
 import dataclasses
-import os
 import re
 import shutil
 from pathlib import Path
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fourfold.errors import CheckpointError, ConfigError
+from fourfold.files import flush
 from fourfold.models.config import ModelConfig
 from fourfold.models.decoder import Decoder
 from fourfold.models.layers import SparseFFN
@@ -89,7 +89,7 @@ def save(
     if final.exists():
         _remove(final)
     unfinished.rename(final)
-    _flush(folder)
+    flush(folder)
     for old in checkpoints(folder)[:-keep]:
         _remove(old)
 
@@ -100,7 +100,7 @@ def _write(folder: Path, tensors: dict[str, Tensor], progress: Progress) -> None
     # Some versions of safetensors leave what only its owner can read.
     shutil.copymode(folder / _PROGRESS, folder / _STATE)
     for path in (folder / _STATE, folder / _PROGRESS, folder):
-        _flush(path)
+        flush(path)
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -212,11 +212,3 @@ def _remove(path: Path) -> None:
     gone = path.with_name(f"{_UNFINISHED}{path.name}")
     path.rename(gone)
     shutil.rmtree(gone)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

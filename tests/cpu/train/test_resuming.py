@@ -174,7 +174,7 @@ def die(*_: Any, **__: Any) -> None:
     ("where", "instead", "left"),
     [
         ("fourfold.train.checkpoint.save_file", half_a_file, [1, 2]),
-        ("fourfold.train.checkpoint._flush", die, [1, 2]),
+        ("fourfold.train.checkpoint.flush", die, [1, 2]),
         ("pathlib.Path.rename", die, [1, 2]),
         ("fourfold.train.checkpoint._remove", die, [1, 2, 3]),
         ("shutil.rmtree", die, [2, 3]),

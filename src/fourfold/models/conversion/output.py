@@ -24,6 +24,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from fourfold.errors import ConfigError
+from fourfold.files import flush
 from fourfold.kernels.w4a8_gemm.packing import PackedW4A8
 from fourfold.models.checkpoint.fourfold_format import stored_parts
 from fourfold.models.conversion.simulated import Codes
@@ -234,6 +235,7 @@ def _replacing(file: Path) -> Iterator[Path]:
     beside = file.with_name(f"{file.name}{_PART}")
     try:
         yield beside
+        flush(beside)
         os.replace(beside, file)
     except (OSError, SafetensorError) as error:
         raise _unwritten(file, error) from error
