@@ -146,15 +146,14 @@ def lay_out(batch: Batch, device: torch.device) -> MicroBatch:
     mask_BLL: Tensor | None = None
     starts_N: Tensor | None = None
     found = first_BL.flatten().nonzero().flatten()
-    if len(found) == rows:
-        pass  # every row is of one document
-    elif device.type == "cuda":
+    packed = len(found) > rows  # some row is of several documents
+    if packed and device.type == "cuda":
         # Few sizes: what is compiled for one of them serves many batches.
         room = 1 << len(found).bit_length()
         starts_N = torch.full((room + 1,), rows * length, dtype=torch.int32)
         starts_N[: len(found)] = found
         starts_N = moved(starts_N, device)
-    else:
+    elif packed:
         same_BLL = start_BL[:, :, None] == start_BL[:, None, :]
         mask_BLL = same_BLL & torch.ones(length, length, dtype=torch.bool).tril()
     documents = Documents(rows, length, moved(positions_T, device), mask_BLL, starts_N)
