@@ -73,7 +73,7 @@ def run(options: Options) -> int:
     from fourfold.gateway.tokenizer import load_tokenizer
     from fourfold.models.conversion.convert import Conversion, Texts
     from fourfold.models.conversion.text import calibration_text, held_out_text
-    from fourfold.models.loading import resolve_device
+    from fourfold.models.loading import made_current, resolve_device
 
     console = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
     source = find_source(options.model, revision=options.revision)
@@ -102,7 +102,10 @@ def run(options: Options) -> int:
             console.print(f"{name} is enough for {len(read_NL)} of the {wanted} windows only.")
     if conversion.finished:
         console.print(f"{conversion.finished} layers were finished before.")
-    report = _convert(conversion, console, lambda path: _write_tokenizer(source, tokenizer, path))
+    with made_current(device):
+        report = _convert(
+            conversion, console, lambda path: _write_tokenizer(source, tokenizer, path)
+        )
     _tell(report, options.out)
     return 0
 

@@ -5,6 +5,7 @@ Memory stays bounded: tensors are memory-mapped, and a layer is quantised as soo
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -73,6 +74,12 @@ def resolve_device(device: str) -> torch.device:
     if wanted.type not in ("cpu", "cuda"):
         raise ConfigError(f"device {device!r} is not supported; use cpu, cuda or cuda:N")
     return torch.device("cuda:0") if device == "cuda" else wanted
+
+
+def made_current(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """A GPU is the thread's current one within it. Triton launches on that, whatever its arguments
+    are on."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def choose_precision(asked: Precision, device: torch.device) -> Precision:
@@ -299,22 +306,23 @@ def load_model(
     placements = family.place(config)
     if not options.dummy:
         check_tensors(checkpoint, config, placements)
-    filler = _choose_filler(model, placements, options, checkpoint, progress)
-    upcycled = is_upcycled(source, checkpoint)
-    kinds = _first_of_each_kind(config)
-    filler.fill_ends()
-    for layer, block in enumerate(model.blocks):
-        filler.fill_layer(layer)
-        if options.uniform_routing:
-            route_uniformly(block)
-        if layer == kinds[-1] and not upcycled:
-            first_layers(_part_of(model, kinds))
-    if upcycled:
-        upcycle(model)
-        for block in model.blocks:
+    with made_current(device):
+        filler = _choose_filler(model, placements, options, checkpoint, progress)
+        upcycled = is_upcycled(source, checkpoint)
+        kinds = _first_of_each_kind(config)
+        filler.fill_ends()
+        for layer, block in enumerate(model.blocks):
+            filler.fill_layer(layer)
             if options.uniform_routing:
                 route_uniformly(block)
-        first_layers(_part_of(model, kinds))
+            if layer == kinds[-1] and not upcycled:
+                first_layers(_part_of(model, kinds))
+        if upcycled:
+            upcycle(model)
+            for block in model.blocks:
+                if options.uniform_routing:
+                    route_uniformly(block)
+            first_layers(_part_of(model, kinds))
     if device.type == "cuda":
         # What filling needed besides; whoever sizes something asks the device what is free.
         torch.cuda.empty_cache()

@@ -38,6 +38,7 @@ from fourfold.models.loading import (
     activation_dtype,
     check_tensors,
     choose_precision,
+    made_current,
     open_checkpoint,
     page_shape,
     read_model_config,
@@ -73,6 +74,11 @@ def main(config: LayersBenchConfig) -> int:
     """Compares, prints every layer and writes the record; 1 where a layer is beyond what its
     kernels are allowed."""
     check_out(config.out, config.name)
+    with made_current(resolve_device(config.device)):
+        return _compare(config)
+
+
+def _compare(config: LayersBenchConfig) -> int:
     comparison = Comparison(config)
     recipe = RECIPES.get(config.precision)
     allowed = tolerance("grouped_w4a8_ffn", "int8" if recipe is None else recipe.value)
