@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -13,6 +14,7 @@ from triton import knobs
 
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.engine import Engine
+from fourfold.engine.messages import SamplingParams
 from fourfold.engine.runner import Runner
 from fourfold.engine.warming import walk_steps
 from fourfold.kernels.compiling import KernelCompiler
@@ -29,7 +31,7 @@ from fourfold.models.precision import PageFormat, Precision
 from fourfold.quantize.w4a8 import quantize_w4a8
 from fourfold.quantize.weights import CudaW4A8Weight
 from tests.cpu import tiny
-from tests.cpu.driving import GREEDY, generate
+from tests.cpu.driving import GREEDY, run, submit, tokens
 from tests.cpu.models.test_streaming import DTYPES
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
@@ -114,12 +116,25 @@ def test_nothing_that_a_walk_needed_is_compiled_later(tmp_path: Path) -> None:
         compiled = compiler.wait()
     assert compiled.compiled <= compiled.kernels
     runner = Runner(model, config, pages_of(model, PageFormat.AUTO))
+    common = [token % 90 for token in range(900)]
+    penalised = SamplingParams(max_tokens=4, temperature=0.7, frequency_penalty=0.5, seed=1)
+    requests = [
+        submit(0, [5, 6, 7], GREEDY),
+        submit(1, common, GREEDY),
+        submit(2, [*range(3, 90), *common], GREEDY, n=8),
+        submit(3, [8, 9], penalised),
+        *(submit(4 + tail, [*common, tail], GREEDY) for tail in range(8)),
+    ]
     compiled_later: list[str] = []
     knobs.compilation.listener = lambda *, src, **_: compiled_later.append(src.name)
     try:
         runner.warm()
+        engine = Engine(runner, config)
+        alone = [run(engine, [request]) for request in requests[:4]]
+        together = run(
+            engine, [msgspec.structs.replace(r, request_id=20 + r.request_id) for r in requests]
+        )
     finally:
         knobs.compilation.listener = None
+    assert all(tokens(news) for answers in (*alone, together) for news in answers.values())
     assert not compiled_later
-    answers = generate(Engine(runner, config), [[5, 6, 7], list(range(3, 300))], GREEDY)
-    assert all(map(len, answers))

@@ -10,11 +10,13 @@ from fourfold.engine.config import EngineConfig
 from fourfold.engine.graphs import round_room, sampled_rows, usual_decode_rows
 from fourfold.engine.program import input_sizes, run_step
 from fourfold.engine.sampler import Adjustment, Samples
-from fourfold.kernels.decode_attention import DecodePlanner
+from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape, PlanCapacity
+from fourfold.kernels.decode_attention.buffers import MANY_PARTIALS
+from fourfold.kernels.decode_attention.plan import TILES
 from fourfold.models.decoder import Decoder
-from fourfold.quadrants.decode_attention import decode_planner
+from fourfold.quadrants.decode_attention import decode_planner, decode_shape
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, PageShape, Span, make_pages
-from fourfold.quadrants.step import CodedStep, CodedWork
+from fourfold.quadrants.step import CodedStep, CodedWork, StepRoom
 
 # Tokens of the sequences that decode.
 _CONTEXT = 500
@@ -44,19 +46,11 @@ def largest_work(
     return CodedWork(_decodes(config.running, page_count), prompts, planner)
 
 
-def walk_steps(model: Decoder, config: EngineConfig, shape: PageShape) -> None:
-    """Enqueues steps that need, together, every kernel that usual work needs.
-
-    They see one page, which is not what their sizes say: only launches may be noted here, not made
-    (`kernels.compiling`).
-    """
-    device = model.frequencies.device
-    config = config.on(device.type)
-    pages = make_pages(shape, 1, 1, device)
-    assert isinstance(pages, CodedPages)
-    samples = Samples(config.running, model.config.vocabulary, device)
-    heads = model.config.query_heads
-    planner = decode_planner(pages, heads)
+def walked_rooms(
+    config: EngineConfig, max_context: int, shape: DecodeShape, planner: DecodePlanner | None
+) -> Iterator[StepRoom]:
+    """Rooms of steps that need, together, every kernel that a step can need. `config` has its
+    defaults filled in."""
     decode_rows = {min(rows, config.running) for rows in _DECODE_ROWS}
     prefill_rows = [rows for rows in _PREFILL_ROWS if rows <= config.tokens]
     works = [
@@ -66,15 +60,54 @@ def walk_steps(model: Decoder, config: EngineConfig, shape: PageShape) -> None:
             CodedWork(_decodes(min(decodes, config.running), _MANY), [_prompt(rows)], planner)
             for decodes, rows in _MIXED_ROWS
         ),
-        largest_work(config, model.config.max_positions, _MANY, planner),
+        largest_work(config, max_context, _MANY, planner),
     ]
-    max_pages = -(-model.config.max_positions // PAGE_TOKENS)
     for work in works:
-        room = round_room(work, max_pages)
+        room = round_room(work, -(-max_context // PAGE_TOKENS))
         assert room is not None
+        yield room
+    if planner is None:
+        return
+    # Long sequences that share pages: more pieces of a row than one program merges, tiles of both
+    # widths. Which batches are cut so is for the cost model to say; here they simply are.
+    tiles = sorted({TILES[-1], shape.tile}, reverse=True)
+    for rows, tasks in ((min(16, config.running), 32), (config.running, 512)):
+        plan = PlanCapacity.of_tasks(
+            shape,
+            rows=rows,
+            tasks=tuple((tile, tasks) for tile in tiles),
+            pages=1,
+            merged=MANY_PARTIALS,
+        )
+        yield StepRoom(decode_rows=rows, decode=plan, prefill=None)
+
+
+def walk_steps(model: Decoder, config: EngineConfig, shape: PageShape) -> None:
+    """Enqueues steps that need, together, every kernel that work needs.
+
+    They see one page, which is not what their sizes say: only launches may be noted here, not made
+    (`kernels.compiling`).
+    """
+    device = model.frequencies.device
+    config = config.on(device.type)
+    pages = make_pages(shape, 1, 1, device)
+    assert isinstance(pages, CodedPages)
+    heads = model.config.query_heads
+    samples = Samples(1, model.config.vocabulary, device)
+    rooms = walked_rooms(
+        config,
+        model.config.max_positions,
+        decode_shape(pages, heads),
+        decode_planner(pages, heads),
+    )
+    # Sampling asks for the same kernels in every room.
+    adjustments = [Adjustment.NONE, Adjustment.PENALTIES]
+    for room in rooms:
         step = CodedStep(pages, room, heads, beside=input_sizes(room.rows, sampled_rows(room)))
         with torch.inference_mode():
-            run_step(model, step, step.arrays, samples, adjustment=Adjustment.NONE)
+            for adjustment in adjustments:
+                run_step(model, step, step.arrays, samples, adjustment=adjustment)
+        adjustments = [Adjustment.NONE]
 
 
 def _decodes(rows: int, page_count: int) -> list[Span]:

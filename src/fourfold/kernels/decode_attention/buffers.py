@@ -63,19 +63,36 @@ class PlanCapacity:
         """One of few capacities that hold the plan, for a batch padded to `rows` query rows.
 
         Numbers of tasks are rounded up generously, since a task that is not there costs next to
-        nothing; merges and partials are as many as so many tasks can make.
+        nothing.
         """
         assert rows >= len(plan.rows_R)
-        shape = plan.shape
-        tasks = tuple((tile, _class_of(count, _TASK_CLASSES)) for tile, count in plan.tiles)
+        return cls.of_tasks(
+            plan.shape,
+            rows=rows,
+            tasks=tuple((tile, _class_of(count, _TASK_CLASSES)) for tile, count in plan.tiles),
+            pages=_class_of(len(plan.pages), _PAGE_CLASSES),
+            merged=FEW_PARTIALS if plan.merged <= FEW_PARTIALS else MANY_PARTIALS,
+        )
+
+    @classmethod
+    def of_tasks(
+        cls,
+        shape: DecodeShape,
+        *,
+        rows: int,
+        tasks: tuple[tuple[int, int], ...],
+        pages: int,
+        merged: int,
+    ) -> PlanCapacity:
+        """With as many merges and partials as so many tasks can make."""
         pieces = sum(count * (tile // shape.shared) for tile, count in tasks)
         return cls(
             rows=rows,
             tasks=tasks,
-            pages=_class_of(len(plan.pages), _PAGE_CLASSES),
+            pages=pages,
             merges=pieces,
             partials=pieces * shape.heads,
-            merged=FEW_PARTIALS if plan.merged <= FEW_PARTIALS else MANY_PARTIALS,
+            merged=merged,
         )
 
 

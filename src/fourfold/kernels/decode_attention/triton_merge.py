@@ -160,7 +160,11 @@ def _merged_row(out, partial_o, partial_ml, merge_rows, begin, end, stride, at_H
     return merged_HC
 
 
-@triton.jit
+# Numbers of rows are of a step's room: one form is for all of them.
+@triton.jit(
+    do_not_specialize=["rows", "planned_rows", "jobs"],
+    do_not_specialize_on_alignment=["first_row_ptr", "page_ptr"],
+)
 def merge_quantize_kernel(
     out, partial_o, partial_ml, merge_starts, merge_rows, head_stride, codes_ptr, scale_ptr,
     rows, planned_rows, width,
