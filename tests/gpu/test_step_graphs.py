@@ -17,7 +17,7 @@ from fourfold.models.decoder import Decoder
 from fourfold.models.loading import LoadOptions, load_model, pages_of
 from fourfold.models.precision import PageFormat, Precision
 from tests.cpu import tiny
-from tests.cpu.driving import run, submit, tokens
+from tests.cpu.driving import GREEDY, run, submit, tokens
 
 GPU = torch.device("cuda:0")
 News = dict[tuple[int, int], list[TokenOutput]]
@@ -69,6 +69,26 @@ def requests() -> list[Submit]:
         prompt = [random.randrange(3, 320) for _ in range(1 + 23 * request_id)]
         made.append(submit(request_id, prompt, params, n=1 + request_id % 2))
     return made
+
+
+def test_graphs_recorded_ahead_are_those_that_steps_need(model: Decoder) -> None:
+    config = EngineConfig(kv_memory_gib=0.25, max_running=8, step_tokens=300)
+    prompts = [submit(n, range(5, 5 + tokens), GREEDY) for n, tokens in enumerate((40, 100, 250))]
+
+    def warmed(*, ahead: bool) -> Runner:
+        runner = Runner(model, config, pages_of(model, PageFormat.INT8))
+        runner.warm()
+        while ahead and runner.prepare():
+            pass
+        return runner
+
+    runners = warmed(ahead=True), warmed(ahead=False)
+    known, fresh = (Engine(runner, config) for runner in runners)
+    before = [runner.graphs for runner in runners]
+    for prompt in prompts:
+        assert run(known, [prompt]) == run(fresh, [prompt])
+    assert before[0] > before[1]
+    assert [runner.graphs for runner in runners] == [before[0], before[1] + len(prompts)]
 
 
 def test_overlap_changes_nothing(model: Decoder) -> None:

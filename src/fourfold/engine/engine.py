@@ -105,6 +105,7 @@ class Engine:
         """News that came of launching a step, to be told with what is taken in."""
         self._ended = 0.0
         self._turn_began: float | None = None
+        self._alone = False
 
     @property
     def max_context(self) -> int:
@@ -156,13 +157,18 @@ class Engine:
         self.scheduler.before_leaving = self._handover.let_go
         self._runner.stored = self._handover.stored
 
-    def start(self, emit: Emit, tell: Tell = lambda news: None) -> None:
+    def start(self, emit: Emit, tell: Tell = lambda news: None, *, alone: bool = False) -> None:
         """Starts the thread; on it `emit` is called with the tokens of each step, and `tell` with
         what the other engine of a request must know. Until `stop`, Python looks for garbage only
-        among what the process makes from here on."""
+        among what the process makes from here on.
+
+        `alone`: nobody else in the process waits for the whole GPU, which CUDA forbids while a
+        graph is recorded; so graphs may be recorded while there is nothing else to do.
+        """
         # To look through the model and all that was imported takes longer than many a step.
         gc.freeze()
         self._tell = tell
+        self._alone = alone
         self._thread = threading.Thread(target=self._run, args=(emit,), name="engine", daemon=True)
         self._thread.start()
 
@@ -371,7 +377,10 @@ class Engine:
 
     def _serve(self, emit: Emit) -> None:
         worked = True
-        while (ended := self.receive(wait=not worked)) is not None:
+        while True:
+            busy = worked or (self._alone and self._runner.prepare())
+            if (ended := self.receive(wait=not busy)) is None:
+                break
             outputs = self.step()
             self._turn_began = None
             worked = outputs is not None

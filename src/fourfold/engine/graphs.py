@@ -68,7 +68,7 @@ def round_room(work: CodedWork, max_pages: int) -> StepRoom | None:
         decode_rows = _round_up(decode_rows, _MIXED_DECODE_ROWS if chunks else _DECODE_ROWS)
     prefill = None
     if chunks:
-        rows = _round_rows(prefill_rows)
+        rows = round_rows(prefill_rows)
         usual, most = (max(_LEAST_CHUNKS, rows // tokens) for tokens in _TOKENS_OF_A_CHUNK)
         if chunks > most:
             return None
@@ -119,7 +119,12 @@ class StepGraphs:
         """Drops all graphs; nothing may run."""
         self._graphs.clear()
         self._partials = None
-        self.pool = torch.cuda.graph_pool_handle()  # a pool that no graph holds is gone for good
+        self.leave_pool()
+
+    def leave_pool(self) -> None:
+        """Later graphs get another pool: one that no graph holds is gone for good, and one in which
+        a recording broke off takes no further one."""
+        self.pool = torch.cuda.graph_pool_handle()
 
     def partials_for(self, capacity: PlanCapacity, shape: DecodeShape) -> tuple[Tensor, Tensor]:
         """Room for partial results, shared by all graphs as far as it is large enough."""
@@ -151,19 +156,21 @@ class StepGraph:
 
     def run(self, work: CodedWork, inputs: Mapping[str, Ints]) -> StepOutputs:
         """Enqueues a step that fits the room; `inputs` are those of `run_step`, filled up."""
-        self.record(work, inputs)
-        if self._recorded is None:
+        if not self.record(work, inputs):
             return self._enqueue()
+        assert self._recorded is not None
         self._recorded.replay()
         assert self._outputs is not None
         return self._outputs
 
-    def record(self, work: CodedWork, inputs: Mapping[str, Ints]) -> None:
-        """Gets ready for a step that fits the room, and records the graph if that was not tried."""
+    def record(self, work: CodedWork, inputs: Mapping[str, Ints]) -> bool:
+        """Gets ready for a step that fits the room, and records the graph if that was not tried;
+        whether there is one now."""
         self._step.load(work, inputs)
         if not self._tried:
             self._tried = True
             self._record()
+        return self._recorded is not None
 
     def _record(self) -> None:
         """Records the graph; where that fails, steps of this room are launched one by one."""
@@ -183,6 +190,7 @@ class StepGraph:
             raise
         except RuntimeError:
             logger.exception("a step of %d rows could not be recorded", self._key.room.rows)
+            self._graphs.leave_pool()
             return
         finally:
             if collecting:
@@ -209,7 +217,7 @@ def _round_up(rows: int, classes: tuple[int, ...]) -> int:
     return classes[place] if place < len(classes) else -(-rows // classes[-1]) * classes[-1]
 
 
-def _round_rows(rows: int) -> int:
+def round_rows(rows: int) -> int:
     """To whole pages: a power of two, or so many eighths of one that a quarter is padding at most,
     and much less of it in large steps."""
     pages = -(-rows // PAGE_TOKENS)

@@ -12,7 +12,7 @@ import contextlib
 import ctypes
 import dataclasses
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from fourfold.engine.memory import allocate_pages
 from fourfold.engine.program import StepOutputs, input_sizes, run_step
 from fourfold.engine.sampler import Samples
 from fourfold.engine.scheduler import Sampled, StepPlan, Work
-from fourfold.engine.warming import largest_work, usual_decodes
+from fourfold.engine.warming import largest_work, usual_decodes, usual_mixes
 from fourfold.errors import ConfigError
 from fourfold.kernels.decode_attention import DecodePlanner
 from fourfold.kernels.staging import Ints, Staging, padded
@@ -67,6 +67,7 @@ class Runner:
         to be computed; where launching is computing."""
         self._graphs: StepGraphs | None = None
         self._planner: DecodePlanner | None = None
+        self._ahead: Iterator[tuple[list[Span], list[Span]]] = iter(())
         if config.cuda_graphs and isinstance(self.pages, CodedPages) and self._stream is not None:
             self._graphs = StepGraphs(model, self.pages, self._samples)
             self._planner = decode_planner(self.pages, model.config.query_heads)
@@ -121,11 +122,29 @@ class Runner:
                     "lower --kv-memory-gib or --step-tokens"
                 ) from None
             torch.cuda.synchronize(self.device)
+        self._ahead = usual_mixes(self._config, self.page_count)
+
+    @torch.inference_mode()
+    def prepare(self) -> bool:
+        """Records one more graph that a step will probably need, while there is nothing else to do;
+        False where there is none left. No step may be under way."""
+        mix = next(self._ahead, None)
+        if mix is None:
+            return False
+        with self.on_stream():
+            try:
+                recorded = self._padded_step(CodedWork(*mix, self._planner), StepGraph.record)
+            except torch.OutOfMemoryError:
+                recorded = False
+            if not recorded:
+                self._ahead = iter(())
+        return True
 
     def _padded_step(
         self, work: CodedWork, do: Callable[[StepGraph, CodedWork, Mapping[str, Ints]], object]
-    ) -> None:
-        """What is to be done with the graph for some work, of which nothing is read or sampled."""
+    ) -> object:
+        """What is to be done with the graph for some work, of which nothing is read or sampled;
+        returns what that does."""
         assert self._graphs is not None
         room = round_room(work, self._max_pages)
         assert room is not None
@@ -133,7 +152,7 @@ class Runner:
         inputs = self._inputs(
             StepPlan((), ()), params, room.decode_rows, room.prefill_rows, sampled_rows(room)
         )
-        do(self._graphs.step(room, adjustment=adjustment, kept=False), work, inputs)
+        return do(self._graphs.step(room, adjustment=adjustment, kept=False), work, inputs)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:

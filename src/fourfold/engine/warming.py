@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.graphs import round_room, sampled_rows, usual_decode_rows
+from fourfold.engine.graphs import round_room, round_rows, sampled_rows, usual_decode_rows
 from fourfold.engine.program import input_sizes, run_step
 from fourfold.engine.sampler import Adjustment, Samples
 from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape, PlanCapacity
@@ -22,9 +22,12 @@ from fourfold.quadrants.step import CodedStep, CodedWork, StepRoom
 _CONTEXT = 500
 _MANY = 1 << 20  # pages
 # Rows of prompts at which other kernels are chosen, or the same ones tiled in another way.
-_PREFILL_ROWS = (64, 128, 256, 384, 512, 1024, 3072, 8192, 16384)
+_PREFILL_ROWS = (64, 128, 256, 384, 512, 1024, 2048, 3072, 4096, 5120, 8192, 16384)
 # Decode rows, and rows of prompts beside them.
 _MIXED_ROWS = ((256, 512), (128, 192))
+# Decode rows beside prompts, and the longest of these, of steps that are recorded ahead of need.
+_USUAL_BESIDE = (16, 0, 64, 128)
+_USUAL_PROMPT = 2048
 # Decode rows at which other kernels are chosen.
 _DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
@@ -35,6 +38,18 @@ def usual_decodes(
     """Steps that decode, of every number of rows that has a graph of its own."""
     for rows in usual_decode_rows(max_running):
         yield CodedWork(_decodes(rows, page_count), [], planner)
+
+
+def usual_mixes(config: EngineConfig, page_count: int) -> Iterator[tuple[list[Span], list[Span]]]:
+    """Decodes and prompts of steps that prompts of some length cause, the likeliest first. `config`
+    has its defaults filled in."""
+    seen = set()
+    for decodes in _USUAL_BESIDE:
+        for rows in range(PAGE_TOKENS, min(_USUAL_PROMPT, config.tokens) + 1, PAGE_TOKENS):
+            key = min(decodes, config.running), round_rows(rows)
+            if key not in seen:
+                seen.add(key)
+                yield _decodes(key[0], page_count), [_prompt(rows)]
 
 
 def largest_work(

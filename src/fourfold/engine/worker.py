@@ -212,7 +212,7 @@ class Worker:
         def put(news: _News) -> None:
             self._news.put((time.perf_counter(), news))
 
-        engine.start(put, put)
+        engine.start(put, put, alone=True)
         self._engine = engine
         self._ready = Ready(
             facts,

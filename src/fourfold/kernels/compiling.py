@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import hashlib
 import importlib
 import json
@@ -28,6 +29,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
+
+from fourfold.errors import FourfoldError
 
 MOST_PROCESSES = 16
 
@@ -170,8 +173,8 @@ class Compiled:
 class KernelCompiler:
     """Compiles what one walk needs, beside whatever else the process does.
 
-    Make it before the GPU is used: it forks, and a process that has used a GPU should not. Leave it
-    as a context, or the process it forked is waited for when this one ends.
+    Make it before the GPU is used where you can: it forks, and a process that has used a GPU had
+    better not. Leave it as a context, or the process it forked is waited for when this one ends.
     """
 
     def __init__(self) -> None:
@@ -237,7 +240,12 @@ class KernelCompiler:
         for form in cached:
             _ = form.compiled().run  # which loads it onto the GPU
         for _ in missing:
-            place = self._connection.recv()
+            try:
+                place = self._connection.recv()
+            except EOFError:
+                raise FourfoldError(
+                    "the process that compiles kernels has ended; what it said is above"
+                ) from None
             if isinstance(place, BaseException):
                 raise place
             _ = missing[place].compiled().run
@@ -253,6 +261,7 @@ def _driver() -> Any:
 def _serve(connection: Connection, parents: Connection) -> None:
     """The process from which those that compile are forked: it has one thread and no GPU."""
     parents.close()
+    gc.freeze()  # what was forked with us may be a GPU's, which cannot be freed here
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for module in ("triton.compiler", "triton.experimental.gluon"):
         importlib.import_module(module)  # while there is nothing else to do

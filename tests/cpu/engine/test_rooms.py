@@ -7,8 +7,8 @@ from random import Random
 import pytest
 
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.graphs import round_room, sampled_rows, usual_decode_rows
-from fourfold.engine.warming import largest_work
+from fourfold.engine.graphs import _MOST_GRAPHS, round_room, sampled_rows, usual_decode_rows
+from fourfold.engine.warming import largest_work, usual_mixes
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, Span
 from fourfold.quadrants.step import CodedWork
 
@@ -78,3 +78,14 @@ def test_no_step_needs_a_larger_room_than_the_largest(max_context: int) -> None:
         if room is not None:
             assert room.decode_rows <= largest.decode_rows
             assert room.prefill_rows <= largest.prefill_rows
+
+
+@pytest.mark.parametrize("running", [1, 20, 256])
+def test_what_is_recorded_ahead_is_worth_a_graph_each_and_fits(running: int) -> None:
+    config = EngineConfig(max_running=running).on("cuda")
+    rooms = [
+        round_room(CodedWork(*mix, None), MAX_PAGES) for mix in usual_mixes(config, page_count=900)
+    ]
+    assert None not in rooms
+    assert len(set(rooms)) == len(rooms)
+    assert len(rooms) + len(usual_decode_rows(running)) < _MOST_GRAPHS

@@ -9,12 +9,17 @@ from random import Random
 import pytest
 
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.graphs import round_room
+from fourfold.engine.graphs import round_room, usual_decode_rows
 from fourfold.engine.warming import walked_rooms
 from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape
 from fourfold.kernels.decode_attention.buffers import FEW_PARTIALS
 from fourfold.kernels.decode_attention.triton_decode import _FEW_PROGRAMS
 from fourfold.kernels.decode_attention.triton_merge import _FEW_ROWS
+from fourfold.kernels.rope.choose import choose_tile as choose_heads
+from fourfold.kernels.routing.choose import choose_choice, choose_logits, sorts_at_once
+from fourfold.kernels.routing.groups import choose_tile as choose_grouped_tile
+from fourfold.kernels.rows.choose import choose_tile as choose_rows
+from fourfold.kernels.w4a8_gemm.choose import choose_dense, choose_grouped
 from fourfold.quadrants.costs import shipped_costs
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, Span
 from fourfold.quadrants.step import CodedWork, StepRoom
@@ -78,3 +83,54 @@ def test_every_form_of_decode_attention_is_walked(hardware: str, heads: int, kv_
     needed = forms(rooms, kv_heads)
     assert len(needed) > 4
     assert needed <= walked
+
+
+def forms_of_rows(rows: int, experts: int, width: int, *, hopper: bool) -> set[tuple[object, ...]]:
+    """What the kernels of a layer are compiled for by the rows of a step."""
+    # Triton has forms of its own for one and for multiples of 16.
+    kind = 1 if rows == 1 else 16 if rows % 16 == 0 else None
+    grouped = choose_grouped_tile(8 * rows, experts)
+    found: set[tuple[object, ...]] = {
+        ("rows", choose_rows(rows, width), kind),
+        ("turned", choose_rows(rows, 768, turned=True), kind),
+        ("heads", choose_heads(rows, 32, 4, values=True), kind),
+        ("experts", choose_grouped(grouped, 16, groups=True, hopper=hopper)),
+        ("projection", choose_dense(rows, 16, bits=8, outputs=5120, hopper=hopper)),
+        ("output", choose_dense(rows, 32, bits=8, outputs=2048, hopper=hopper)),
+    }
+    splits: object = "few"
+    if rows > 64:
+        tile = choose_logits(rows, experts, width)
+        splits = tile.splits
+        found.add(("logits", tile._replace(splits=0)))
+    if sorts_at_once(rows, experts):
+        found.add(("choice and groups", 1 << (rows - 1).bit_length()))
+    else:
+        found.add(("choice", choose_choice(rows, experts), splits))
+    return found
+
+
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize(("experts", "width"), [(128, 2048), (64, 2048), (8, 4096), (256, 5120)])
+def test_every_form_that_rows_choose_is_walked(experts: int, width: int, hopper: bool) -> None:
+    shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
+    config = EngineConfig().on("cuda")
+
+    def needed(rows: Iterable[int]) -> set[tuple[object, ...]]:
+        sets = (forms_of_rows(n, experts, width, hopper=hopper) for n in rows)
+        return set().union(*sets)
+
+    rooms = walked_rooms(config, CONTEXT, shape, DecodePlanner(shape, next(iter(COSTS.values()))))
+    walked = {room.rows for room in rooms} | set(usual_decode_rows(config.running))
+    possible = set()
+    for decodes in (0, 1, 16, 17, 64, 65, 200, config.running):
+        for prompt in range(PAGE_TOKENS, config.tokens + 1, PAGE_TOKENS):
+            work = CodedWork(
+                [Span(100, 1, [0, 1], s) for s in range(decodes)],
+                [Span(0, prompt, range(prompt // PAGE_TOKENS))],
+                None,
+            )
+            room = round_room(work, CONTEXT // PAGE_TOKENS)
+            assert room is not None
+            possible.add(room.rows)
+    assert not needed(possible) - needed(walked)

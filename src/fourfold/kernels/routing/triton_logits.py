@@ -16,6 +16,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from fourfold.kernels.routing.choose import choose_logits
+
 
 @triton.jit
 def _exact_dot(w, rows, sums):
@@ -130,15 +132,20 @@ def launch_logits(
             x_TD, weight_ED, parts, steps, *shape, T=tile, W=4, D=depth, E=block, **options
         )
         return parts
-    # More tokens a program read the weights fewer times; fewer leave none of the GPU idle.
-    tile = 32 if tokens <= 256 else 64 if tokens <= 1024 else 128
-    block, depth = min(64, max(16, triton.next_power_of_2(experts))), 64
-    tiles = triton.cdiv(tokens, tile) * triton.cdiv(experts, block)
-    splits = max(1, min(8, 256 // tiles, channels // depth))
-    of_split = triton.cdiv(triton.cdiv(channels, splits), depth) * depth
+    tile = choose_logits(tokens, experts, channels)
+    of_split = triton.cdiv(triton.cdiv(channels, tile.splits), tile.channels) * tile.channels
     parts = empty(triton.cdiv(channels, of_split))
-    grid = (triton.cdiv(tokens, tile), triton.cdiv(experts, block), parts.shape[0])
+    grid = (triton.cdiv(tokens, tile.tokens), triton.cdiv(experts, tile.experts), parts.shape[0])
     _logits[grid](
-        x_TD, weight_ED, parts, steps, *shape, of_split, T=tile, D=depth, E=block, **options
+        x_TD,
+        weight_ED,
+        parts,
+        steps,
+        *shape,
+        of_split,
+        T=tile.tokens,
+        D=tile.channels,
+        E=tile.experts,
+        **options,
     )
     return parts
