@@ -98,3 +98,25 @@ def test_answers_are_those_of_one_engine(
     # Quantising costs about 0.14 (test_quantised_engine); pages gone wrong cost several.
     assert statistics.median(differences) < 0.14
     assert max(differences) < 1.5
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("kv_pages", [PageFormat.INT8, PageFormat.FP8])
+def test_pages_are_pulled_out_of_another_gpu(checkpoint: Path, kv_pages: PageFormat) -> None:
+    """Over NVLink or PCIe; nothing but tickets goes through the host."""
+    other = torch.device("cuda:1")
+    requests = [submit(n, prompt_of(length, length), GREEDY) for n, length in enumerate(LENGTHS)]
+    engines = [
+        make_engine(checkpoint, device, Precision.W4A8, kv_pages, shared=True)
+        for device in (GPU, other)
+    ]
+    alone = make_engine(checkpoint, other, Precision.W4A8, kv_pages)
+    with couple(*engines) as pair:
+        for request in requests:
+            wanted = chosen(run(alone, [request])[request.request_id, 0])
+            pair.answers(request)
+            assert chosen(pair.outputs[request.request_id, 0]) == wanted
+        pair.wait_until_free()
+        sent = sum(path.bytes for path in pair.first_node.stats())
+        assert sent < engines[0].page_format.record_bytes
+        assert all(news == [None, None] for news in pair.moved.values())

@@ -15,6 +15,7 @@ import weakref
 import torch
 from torch import Tensor
 
+from fourfold.kernels.borrowed import borrow
 from fourfold.transport.peer import DeviceMemory
 
 _PINNED, _DEVICE, _POSIX_FD = 1, 1, 1
@@ -78,13 +79,14 @@ def share(size: int, device: torch.device) -> tuple[Tensor, DeviceMemory]:
         _call("cuMemRelease", handle)
     weakref.finalize(memory, os.close, descriptor.value)
     _let_others_ask()
-    tensor = torch.as_tensor(memory, device=device)[:size]
+    tensor = borrow(memory.address, size, _indexed(device), memory)
     return tensor.zero_(), DeviceMemory(os.getpid(), descriptor.value, size)
 
 
 def attach(memory: DeviceMemory, device: torch.device) -> Tensor:
-    """The memory that another process shares, uint8 [size], for `device` to read. It stays mapped
-    as long as the tensor lives. Raises `DeviceMemoryError`."""
+    """The memory that another process shares, uint8 [size], for `device` to read: its own, or that
+    of another GPU that it can reach, which only our own kernels may do. It stays mapped as long as
+    the tensor lives. Raises `DeviceMemoryError`."""
     descriptor = _descriptor_of(memory)
     handle = ctypes.c_ulonglong()
     try:
@@ -100,7 +102,7 @@ def attach(memory: DeviceMemory, device: torch.device) -> Tensor:
         mapped = _map(handle, _room(memory.size, _properties(device)), device)
     finally:
         _call("cuMemRelease", handle)
-    return torch.as_tensor(mapped, device=device)[: memory.size]
+    return borrow(mapped.address, memory.size, _indexed(device), mapped)
 
 
 def _properties(device: torch.device) -> _Properties:
@@ -119,15 +121,10 @@ def _room(size: int, properties: _Properties) -> int:
 
 
 class _Mapped:
-    """Mapped memory as PyTorch takes it; unmapped when nothing holds it any more."""
+    """Mapped memory; unmapped when nothing holds it any more."""
 
-    def __init__(self, address: int, size: int) -> None:
-        self.__cuda_array_interface__ = {
-            "shape": (size,),
-            "typestr": "|u1",
-            "data": (address, False),
-            "version": 3,
-        }
+    def __init__(self, address: int) -> None:
+        self.address = address
 
 
 def _map(handle: ctypes.c_ulonglong, size: int, device: torch.device) -> _Mapped:
@@ -144,7 +141,7 @@ def _map(handle: ctypes.c_ulonglong, size: int, device: torch.device) -> _Mapped
     except DeviceMemoryError:
         _unmap(address.value, size, mapped=mapped)
         raise
-    memory = _Mapped(address.value, size)
+    memory = _Mapped(address.value)
     # Not at exit: the driver may have ended by then, and gives everything back itself.
     weakref.finalize(memory, _unmap, address.value, size).atexit = False
     return memory
@@ -181,6 +178,10 @@ def _descriptor_of(memory: DeviceMemory) -> int:
 def _let_others_ask() -> None:
     """Where the kernel lets only ancestors take descriptors (Yama), others may as well."""
     _libc().prctl(_PR_SET_PTRACER, ctypes.c_ulong(_ANY & 0xFFFFFFFFFFFFFFFF), 0, 0, 0)
+
+
+def _indexed(device: torch.device) -> torch.device:
+    return torch.device("cuda", _index(device))
 
 
 def _index(device: torch.device) -> int:

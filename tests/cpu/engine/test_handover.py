@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 
@@ -200,9 +200,9 @@ def on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Devices]:
     memories: list[torch.Tensor] = []
     monkeypatch.setattr(device_memory, "attach", lambda memory, device: memories[memory.descriptor])
 
-    def say(*engines: Engine) -> Devices:
+    def say(*engines: Engine, gpus: Sequence[str] = ()) -> Devices:
         said = []
-        for engine in engines:
+        for gpu, engine in zip(gpus or ["one"] * len(engines), engines, strict=True):
             pages = engine._runner.pages
             found = []
             for memory in pages.memory:
@@ -210,15 +210,25 @@ def on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Devices]:
                 memories.append(memory.bytes)
             count = engine._runner.page_count
             opened = found[1] if len(found) > 1 else None
-            said.append(DevicePages(gpu="one", pages=count, records=found[0], open=opened))
+            said.append(DevicePages(gpu=gpu, pages=count, records=found[0], open=opened))
         return tuple(said)
 
     return say
 
 
-@pytest.mark.parametrize("kv_pages", [PageFormat.FLOAT, PageFormat.INT8])
+@pytest.mark.parametrize(
+    ("kv_pages", "gpus"),
+    [
+        (PageFormat.FLOAT, ("one", "one")),
+        (PageFormat.INT8, ("one", "one")),
+        (PageFormat.INT8, ("one", "another")),
+    ],
+)
 def test_a_receiver_pulls_pages_out_of_its_neighbours_memory(
-    model: Decoder, kv_pages: PageFormat, on_one_gpu: Callable[..., Devices]
+    model: Decoder,
+    kv_pages: PageFormat,
+    gpus: tuple[str, str],
+    on_one_gpu: Callable[..., Devices],
 ) -> None:
     options = {"max_running": 6, "step_tokens": 134, "kv_pages": kv_pages}
     requests = [
@@ -227,7 +237,7 @@ def test_a_receiver_pulls_pages_out_of_its_neighbours_memory(
     ]
     wanted = alone(make_engine(model, **options), *requests)
     first, second = make_engine(model, **options), make_engine(model, pages=50, **options)
-    with couple(first, second, on_one_gpu(first, second)) as pair:
+    with couple(first, second, on_one_gpu(first, second, gpus=gpus)) as pair:
         assert pair.answers(*requests) == wanted
         pair.wait_until_free()
         again = [msgspec.structs.replace(r, request_id=100 + r.request_id) for r in requests]

@@ -208,12 +208,16 @@ class Handover:
         if peer.epoch in self._attached:
             return self._attached[peer.epoch]
         theirs = None
-        neighbours = self._node.may_share and may_pull(peer, self._node.peer)
-        if peer.device is not None and neighbours:
+        me = self._node.peer
+        if self._node.may_share and peer.device and me.device and may_pull(peer, me):
+            where = "its GPU" if peer.device.gpu == me.device.gpu else f"GPU {peer.device.gpu}"
             try:
                 theirs = PagedMemory.attached(self._pages, peer.device, self._attach)
+                logger.info("takes pages of %s out of the memory of %s", peer.name, where)
             except DeviceMemoryError as error:
-                logger.warning("pages of %s go through the host: %s", peer.name, error)
+                logger.warning(
+                    "pages of %s, on %s, go through the host: %s", peer.name, where, error
+                )
         self._attached[peer.epoch] = theirs
         return theirs
 

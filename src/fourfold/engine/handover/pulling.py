@@ -1,4 +1,5 @@
-"""Pages that never leave a GPU: the receiver copies them out of the sender's memory.
+"""Pages that never leave GPUs: the receiver copies them out of the sender's memory, which is of the
+same GPU or of one that it can reach.
 
 What is sent is only where pages lie and what their hashes are, 16 bytes a page. The receiver moves
 them in one pass and compares the hashes of what it read, which shows too whether the sender has
@@ -33,11 +34,10 @@ Attach = Callable[[DeviceMemory], Tensor]
 
 
 def may_pull(sender: Peer, receiver: Peer) -> bool:
-    """Whether the receiver could copy pages out of the sender's memory."""
+    """Whether the receiver could copy pages out of the sender's memory, if it can be mapped."""
     return (
         sender.device is not None
         and receiver.device is not None
-        and sender.device.gpu == receiver.device.gpu
         and sender.host_id == receiver.host_id != ""
         and sender.pages == receiver.pages
     )
