@@ -6,6 +6,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.engine import Engine
 from fourfold.engine.messages import SamplingParams, Submit, TokenOutput
@@ -18,8 +20,9 @@ from fourfold.models.precision import Precision
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
 
 
-def load_tiny(path: Path) -> Decoder:
-    return load_model(find_source(str(path)), LoadOptions(precision=Precision.FLOAT32))
+def load_tiny(path: Path, device: str = "cpu") -> Decoder:
+    options = LoadOptions(device=torch.device(device), precision=Precision.FLOAT32)
+    return load_model(find_source(str(path)), options)
 
 
 def page_gib(model: Decoder, pages: int) -> float:

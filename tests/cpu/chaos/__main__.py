@@ -12,7 +12,8 @@ import tempfile
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-os.environ.setdefault("TRITON_INTERPRET", "1")
+if "cuda" not in sys.argv:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import torch
 
@@ -26,6 +27,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=600.0)
     parser.add_argument("--seed", type=int)
     parser.add_argument("--questions", type=int, default=600)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     options = parser.parse_args()
     seed = secrets.randbelow(1_000_000) if options.seed is None else options.seed
     print(f"seed {seed}", flush=True)
@@ -40,6 +42,7 @@ def main() -> int:
             requests=20,
             faults=10,
             restarts=int(options.seconds // 60),
+            device=options.device,
             starts_again=True,
         )
         checkpoint = tiny.save_checkpoint("mixtral", folder / "mixtral")

@@ -54,6 +54,7 @@ class Crew:
         network: Network,
         folder: Path,
         key_file: Path,
+        device: str,
         story: Story,
         rng: random.Random,
         on_frame: Callable[[str, Trouble | None], None],
@@ -62,7 +63,7 @@ class Crew:
         pages that comes to it and what happens to it."""
         self.joiners: dict[str, Joiner] = {}
         self._network, self._folder, self._story, self._rng = network, folder, story, rng
-        self._on_frame, self._key_file = on_frame, key_file
+        self._on_frame, self._key_file, self._device = on_frame, key_file, device
         self._gateway = ("127.0.0.1", 1)
         self._ending = False
         self._nursery = subprocess.Popen(
@@ -147,6 +148,7 @@ class Crew:
             advertise=_SEEN_AS,
             path=joiner.path,
             key_file=self._key_file,
+            device=self._device,
         )
         assert self._nursery.stdin is not None
         self._nursery.stdin.write(msgspec.json.encode(birth, enc_hook=str) + b"\n")

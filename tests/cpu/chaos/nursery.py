@@ -49,6 +49,7 @@ class Birth(msgspec.Struct, frozen=True, kw_only=True):
     advertise: str
     path: TransportPath
     key_file: Path
+    device: str
 
 
 class Born(msgspec.Struct, frozen=True, kw_only=True):
@@ -152,7 +153,7 @@ def _serve(birth: Birth, folder: Path) -> None:
             join=birth.gateway,
             role=birth.role,
             name=birth.name,
-            device="cpu",
+            device=birth.device,
             engine=ENGINE,
             port=birth.port,
             links=LinkConfig(

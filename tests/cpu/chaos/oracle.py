@@ -42,10 +42,11 @@ class Question(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def make_questions(
-    checkpoint: Path, tokenizer: Tokenizer, rng: random.Random, count: int
+    checkpoint: Path, tokenizer: Tokenizer, rng: random.Random, count: int, device: str
 ) -> list[Question]:
     """About so many questions. Those whose answer hangs on the last bit are left out."""
-    engine = driving.make_engine(driving.load_tiny(checkpoint), pages=2 * PAGES, max_running=32)
+    model = driving.load_tiny(checkpoint, device)
+    engine = driving.make_engine(model, pages=2 * PAGES, max_running=32)
     beginnings = [_words(rng, rng.choice((64, 100, 192))) for _ in range(8)]
     drawn = [_draw(rng, beginnings) for _ in range(count)]
     questions = []

@@ -33,7 +33,7 @@ from tests.cpu.chaos.faults import Faults
 from tests.cpu.chaos.nursery import WHERE, Holdings
 from tests.cpu.chaos.oracle import ENGINE, Question, make_questions
 from tests.cpu.chaos.relay import Network, Trouble
-from tests.cpu.chaos.sizes import size_of
+from tests.cpu.chaos.sizes import Size, size_of
 from tests.cpu.chaos.spy import Spy
 from tests.cpu.chaos.story import Story
 
@@ -45,8 +45,11 @@ _END_SECONDS = 60.0
 """Deadline of a request."""
 _STUCK_SECONDS = 15.0
 """After which it is told who holds what."""
-_MOST_DESCRIPTORS, _MOST_THREADS = 150, 150
-_MOST_GROWTH_MIB = 150.0
+_MOST = {
+    "cpu": Size(resident_mib=150.0, descriptors=150, threads=150),
+    "cuda": Size(resident_mib=600.0, descriptors=400, threads=300),
+}
+"""What a process may grow by, and what it may have. A GPU's driver has much of each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +74,8 @@ class Plan:
     )
     restarts: int = 1
     """Of the gateway."""
+    device: str = "cpu"
+    """Of every worker, and of the oracle."""
     starts_again: bool = False
     """Whether a gateway that restarts starts workers too, which takes seconds."""
     timeout: float = 1.5
@@ -85,7 +90,7 @@ class Run:
         self.story = Story()
         self.clients: set[Client] = set()
         self._rng = random.Random(plan.seed)
-        self._setup = _setup(checkpoint, tokenizer)
+        self._setup = _setup(checkpoint, tokenizer, plan.device)
         self.key = random.Random(plan.seed).randbytes(16).hex().encode()
         self._key_file = folder / "key"
         self._key_file.write_bytes(self.key)
@@ -94,13 +99,18 @@ class Run:
             self._network,
             folder,
             self._key_file,
+            plan.device,
             self.story,
             random.Random(plan.seed),
             self._on_frame,
         )
         self.faults = Faults(self, random.Random(plan.seed))
         self.questions: list[Question] = make_questions(
-            checkpoint, load_tokenizer(self._setup.tokenizer), self._rng, plan.questions
+            checkpoint,
+            load_tokenizer(self._setup.tokenizer),
+            self._rng,
+            plan.questions,
+            plan.device,
         )
         self._port = 0
         self._cluster: Cluster | None = None
@@ -354,6 +364,7 @@ class Run:
 
     def _measure(self) -> None:
         """Nobody grows."""
+        most = _MOST[self.plan.device]
         pids = {member.hello.pid: member.name for member in self.fleet.members if member.ready}
         for pid, name in {**pids, os.getpid(): "the gateway"}.items():
             size = size_of(pid)
@@ -362,9 +373,9 @@ class Run:
             self.story.sizes.append(size)
             first = self._first_size.setdefault(pid, size.resident_mib)
             if (
-                size.descriptors > _MOST_DESCRIPTORS
-                or size.threads > _MOST_THREADS
-                or size.resident_mib > first + _MOST_GROWTH_MIB
+                size.descriptors > most.descriptors
+                or size.threads > most.threads
+                or size.resident_mib > first + most.resident_mib
             ):
                 self.story.violate("leaked", f"{name} grew from {first:.0f} MiB to {size}")
 
@@ -379,11 +390,11 @@ class Run:
         self._network.close()
 
 
-def _setup(checkpoint: Path, tokenizer: Path) -> GatewaySetup:
+def _setup(checkpoint: Path, tokenizer: Path, device: str) -> GatewaySetup:
     return GatewaySetup(
         engine=EngineSetup(
             source=find_source(str(checkpoint)),
-            device="cpu",
+            device=device,
             precision=Precision.FLOAT32,
             config=ENGINE,
         ),
