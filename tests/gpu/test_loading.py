@@ -4,6 +4,7 @@ packs, and kernels compiled beforehand are all that a model needs."""
 from __future__ import annotations
 
 from pathlib import Path
+from random import Random
 
 import msgspec
 import pytest
@@ -14,10 +15,11 @@ from triton import knobs
 
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.engine import Engine
+from fourfold.engine.graphs import round_room
 from fourfold.engine.messages import SamplingParams
 from fourfold.engine.runner import Runner
-from fourfold.engine.warming import walk_steps
-from fourfold.kernels.compiling import KernelCompiler
+from fourfold.engine.warming import walk_rooms, walk_steps
+from fourfold.kernels.compiling import KernelCompiler, noted_launches
 from fourfold.kernels.w4a8_gemm.packing import PackedW4A8, W4A8Recipe
 from fourfold.kernels.w4a8_pack import pack_nearest
 from fourfold.models.checkpoint.directory import DirectoryCheckpoint
@@ -28,10 +30,14 @@ from fourfold.models.conversion.options import ConversionOptions, Method
 from fourfold.models.decoder import Decoder
 from fourfold.models.loading import LoadOptions, load_model, pages_of
 from fourfold.models.precision import PageFormat, Precision
+from fourfold.quadrants.decode_attention import decode_planner
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, Span
+from fourfold.quadrants.step import CodedWork
 from fourfold.quantize.w4a8 import quantize_w4a8
 from fourfold.quantize.weights import CudaW4A8Weight
 from tests.cpu import tiny
 from tests.cpu.driving import GREEDY, run, submit, tokens
+from tests.cpu.engine.test_warming import batch
 from tests.cpu.models.test_streaming import DTYPES
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
@@ -138,3 +144,13 @@ def test_nothing_that_a_walk_needed_is_compiled_later(tmp_path: Path) -> None:
         knobs.compilation.listener = None
     assert all(tokens(news) for answers in (*alone, together) for news in answers.values())
     assert not compiled_later
+    assert isinstance(runner.pages, CodedPages)
+    planner = decode_planner(runner.pages, model.config.query_heads)
+    random = Random(0)
+    rooms = []
+    for rows in range(0, 1001, 24):
+        prompts = [Span(0, rows, range(-(-rows // PAGE_TOKENS)))] if rows else []
+        rooms.append(round_room(CodedWork(batch(random), prompts, planner), 1024 // PAGE_TOKENS))
+    with noted_launches() as missing:
+        walk_rooms(model, runner.pages, [room for room in rooms if room is not None])
+    assert not missing

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -104,17 +104,22 @@ def walk_steps(model: Decoder, config: EngineConfig, shape: PageShape) -> None:
     (`kernels.compiling`).
     """
     device = model.frequencies.device
-    config = config.on(device.type)
     pages = make_pages(shape, 1, 1, device)
     assert isinstance(pages, CodedPages)
     heads = model.config.query_heads
-    samples = Samples(1, model.config.vocabulary, device)
     rooms = walked_rooms(
-        config,
+        config.on(device.type),
         model.config.max_positions,
         decode_shape(pages, heads),
         decode_planner(pages, heads),
     )
+    walk_rooms(model, pages, rooms)
+
+
+def walk_rooms(model: Decoder, pages: CodedPages, rooms: Iterable[StepRoom]) -> None:
+    """Enqueues a step of each room."""
+    heads = model.config.query_heads
+    samples = Samples(1, model.config.vocabulary, pages.device)
     # Sampling asks for the same kernels in every room.
     adjustments = [Adjustment.NONE, Adjustment.PENALTIES]
     for room in rooms:
