@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fourfold.bench.quality.layers import Comparison, LayerErrors, main
+from fourfold.bench.quality.layers import Allowed, Comparison, LayerErrors, main
 from fourfold.bench.quality.layers_config import LayersBenchConfig
 from fourfold.bench.quality.plain import codes_of
 from fourfold.bench.quality.streams import stream_turn
@@ -46,12 +46,26 @@ def test_a_sound_model_is_within_its_tolerance(
     for metric in ("prefill", "decode"):
         worst = figures["worst layer of 3", metric]
         assert 0 < worst.value < worst.limit == 5.0
+    worst = figures["worst layer of 3", "codes"]
+    assert worst.limit == (10.0 if precision is Precision.W8A8 else 30.0)
+    assert worst.value < worst.limit
     codes = figures["mean of the layers of 3", "codes"].value
     low, high = (0.1, 5.0) if precision is Precision.W8A8 else (5.0, 20.0)
     assert low < codes < high, "a rounded model is neither exact nor another"
     logits = figures["logits of prefilled tokens", "served to exact"].value
     assert codes / 2 < logits < 10 * codes
     assert len(capsys.readouterr().out.splitlines()) > 3
+
+
+def test_codes_that_cost_too_much_fail_the_run(
+    checkpoint: Find, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(Allowed, "of", lambda precision: Allowed(kernels=0.05, codes=0.001))
+    assert main(options(checkpoint("llama-wide"), precision=Precision.W8A8)) == 1
+    told = capsys.readouterr().err
+    assert "worst layer of 3, codes" in told
+    assert "more than the 0.1 % that are allowed" in told
+    assert "prefill" not in told.split(", codes")[0]
 
 
 @pytest.mark.parametrize("bad", [{"decode": float("nan")}, {"drift": float("inf")}])
