@@ -49,7 +49,7 @@ class Options:
     standard library."""
     held_out: Path | None = None
     """A text to test on. Default: the language reference that Python carries."""
-    windows: int = 64
+    windows: int = 128
     """How many pieces of the text are read, evenly spread over it."""
     held_out_windows: int = 16
     """How many pieces of the text to test on are read."""

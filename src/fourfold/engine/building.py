@@ -87,6 +87,8 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
         model = load_model(setup.source, options, progress, first_layers)
     with phases("pages"):
         shape = pages_of(model, setup.config.kv_pages)
+        if shape.codes is not None:
+            _tell_of_biased_keys(model)
         runner = Runner(model, setup.config, shape, share_pages=setup.share_pages)
     with phases("graphs"):
         runner.warm()
@@ -104,6 +106,17 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
         fingerprint=f"{checkpoint} {model.precision.value}",
     )
     return Engine(runner, setup.config), facts
+
+
+def _tell_of_biased_keys(model: Decoder) -> None:
+    """8 bits of a page are shared by all channels of its keys, so one that stands off from zero
+    takes them from the others, unless calibration centred it."""
+    centred = all(block.attention.k_offset_GC is not None for block in model.blocks)
+    if model.config.qkv_bias and not centred:
+        logger.warning(
+            "keys have biases that nothing has centred, which costs 8-bit KV pages precision; "
+            "calibrate the model with fourfold quantize, or serve it with --kv-pages float"
+        )
 
 
 @contextlib.contextmanager

@@ -91,9 +91,7 @@ def choose_precision(asked: Precision, device: torch.device) -> Precision:
     on_cpu = device.type == "cpu"
     if asked is Precision.W8A8 and not on_cpu:
         raise ConfigError("precision w8a8 runs on the CPU only; use w4a8 or bfloat16 on a GPU")
-    if asked is Precision.W4A8_FP8 and (
-        on_cpu or torch.cuda.get_device_capability(device) < (8, 9)
-    ):
+    if asked is Precision.W4A8_FP8 and not _multiplies_fp8(device):
         raise ConfigError("precision w4a8-fp8 needs a Hopper or Ada GPU; use w4a8")
     if asked is Precision.W4A8 and not on_cpu and torch.cuda.get_device_capability(device) < (8, 0):
         raise ConfigError("precision w4a8 needs an Ampere or newer GPU; use bfloat16")
@@ -106,6 +104,10 @@ def choose_precision(asked: Precision, device: torch.device) -> Precision:
     return Precision.BFLOAT16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else Precision.FLOAT32
 
 
+def _multiplies_fp8(device: torch.device) -> bool:
+    return device.type != "cpu" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def served_precision(asked: Precision, device: torch.device, checkpoint: Checkpoint) -> Precision:
     """`choose_precision` for a checkpoint: AUTO serves weights that are packed as they are, where
     the device can. `ConfigError` where they would have to be packed a second time."""
@@ -116,9 +118,16 @@ def served_precision(asked: Precision, device: torch.device, checkpoint: Checkpo
     own, other = Precision.W4A8, Precision.W4A8_FP8
     if fp8:
         own, other = other, own
+    if fp8 and asked in (own, other) and not _multiplies_fp8(device):
+        raise ConfigError(
+            f"{checkpoint.where} is packed as {packed.recipe}, which needs a Hopper or Ada GPU; "
+            "serve it with --precision bfloat16 or float32, or quantise the original again with "
+            "--recipe int8-g64"
+        )
     if asked is other:
         raise ConfigError(f"{checkpoint.where} is packed as {packed.recipe}; use --precision {own}")
-    if asked is Precision.AUTO and (device.type != "cpu" or (not fp8 and exact_on_cpu())):
+    runs = _multiplies_fp8(device) if fp8 else device.type != "cpu" or exact_on_cpu()
+    if asked is Precision.AUTO and runs:
         asked = own
     return choose_precision(asked, device)
 

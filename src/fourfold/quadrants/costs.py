@@ -241,7 +241,8 @@ def costs_of(device: torch.device) -> QuadrantCosts:
 
 @functools.cache
 def _costs_of(index: int) -> QuadrantCosts:
-    return find_costs(torch.cuda.get_device_name(index), memory_bandwidth(index))
+    sms = torch.cuda.get_device_properties(index).multi_processor_count
+    return find_costs(torch.cuda.get_device_name(index), memory_bandwidth(index), sms)
 
 
 def cost_of(device: torch.device) -> DecodeCost:
@@ -257,8 +258,9 @@ def memory_bandwidth(index: int) -> float:
     return 2e3 * kilohertz * getattr(properties, "memory_bus_width", 0) / 8
 
 
-def find_costs(hardware: str, bandwidth: float) -> QuadrantCosts:
-    """As `costs_of`, for a GPU of a name and a `memory_bandwidth`."""
+def find_costs(hardware: str, bandwidth: float, sms: int | None = None) -> QuadrantCosts:
+    """As `costs_of`, for a GPU of a name, a `memory_bandwidth` and so many processors; None: as
+    many as the nearest has."""
     own = calibration_path(hardware)
     if own.exists():
         return load_costs(own)
@@ -272,12 +274,15 @@ def find_costs(hardware: str, bandwidth: float) -> QuadrantCosts:
         hardware,
         nearest.hardware,
     )
-    return scaled(nearest, hardware, bandwidth or nearest.memory_bandwidth)
+    return scaled(nearest, hardware, bandwidth or nearest.memory_bandwidth, sms)
 
 
-def scaled(costs: QuadrantCosts, hardware: str, bandwidth: float) -> QuadrantCosts:
-    """The models of a GPU that differs in memory bandwidth alone: what is priced by the byte costs
-    as much less as the memory is faster. The errors remain those of the GPU that was measured."""
+def scaled(
+    costs: QuadrantCosts, hardware: str, bandwidth: float, sms: int | None = None
+) -> QuadrantCosts:
+    """The models of a GPU that differs in memory bandwidth, and in the number of processors that
+    decode attention is cut for: what is priced by the byte costs as much less as the memory is
+    faster. The errors remain those of the GPU that was measured."""
     ratio = costs.memory_bandwidth / bandwidth
 
     def slower(model: Roofline) -> Roofline:
@@ -298,6 +303,7 @@ def scaled(costs: QuadrantCosts, hardware: str, bandwidth: float) -> QuadrantCos
         decode_attention=dataclasses.replace(
             decode,
             hardware=hardware,
+            sms=sms or decode.sms,
             page=decode.page * ratio,
             opened=decode.opened * ratio,
             partial=decode.partial * ratio,

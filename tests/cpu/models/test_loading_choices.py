@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from fourfold.engine import building
 from fourfold.errors import CheckpointError, ConfigError
 from fourfold.kernels.decode_attention.plan import TILES
+from fourfold.kernels.w4a8_gemm.packing import W4A8Recipe
+from fourfold.models import loading
+from fourfold.models.checkpoint.fourfold_format import FourfoldFormat
 from fourfold.models.config import ModelConfig, MoEConfig
 from fourfold.models.footprint import EXPERTS, bytes_per_parameter
 from fourfold.models.loading import KERNEL_MOST_SHARED, check_widths, page_shape
@@ -101,3 +106,31 @@ def test_rows_too_wide_for_the_kernels_are_refused_before_loading(
         return
     with pytest.raises(CheckpointError, match=rf"{widest} .* --precision bfloat16"):
         check_widths(model, GPU, Precision.W4A8)
+
+
+@pytest.mark.parametrize("asked", [Precision.W4A8_FP8, Precision.W4A8])
+def test_fp8_codes_where_none_can_be_multiplied_are_refused_with_a_way_out(
+    asked: Precision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One error that helps, not two that name each other."""
+    packed = FourfoldFormat("here", W4A8Recipe.FP8_G128)
+    monkeypatch.setattr(loading, "packed_format", lambda checkpoint: packed)
+    checkpoint: Any = SimpleNamespace(where="here")
+    with pytest.raises(ConfigError, match="--precision bfloat16 or float32"):
+        loading.served_precision(asked, CPU, checkpoint)
+    assert loading.served_precision(Precision.FLOAT32, CPU, checkpoint) is Precision.FLOAT32
+
+
+@pytest.mark.parametrize(
+    ("bias", "centred", "told"), [(True, False, 1), (True, True, 0), (False, False, 0)]
+)
+def test_keys_with_biases_that_nothing_centred_are_told(
+    bias: bool, centred: bool, told: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    attention = SimpleNamespace(k_offset_GC=torch.zeros(2, 128) if centred else None)
+    model: Any = SimpleNamespace(
+        config=dataclasses.replace(config(), qkv_bias=bias),
+        blocks=[SimpleNamespace(attention=attention)],
+    )
+    building._tell_of_biased_keys(model)
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * told

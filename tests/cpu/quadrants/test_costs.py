@@ -175,7 +175,7 @@ def test_another_gpu_is_priced_as_the_nearest_by_bandwidth(
     h100: QuadrantCosts, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        slower = find_costs("NVIDIA A100-SXM4-40GB", h100.memory_bandwidth / 2)
+        slower = find_costs("NVIDIA A100-SXM4-40GB", h100.memory_bandwidth / 2, sms=108)
     assert caplog.messages == [
         "no calibration is shipped for NVIDIA A100-SXM4-40GB, so its work is priced from that of "
         f"{H100}; run `fourfold calibrate` for models of its own"
@@ -184,6 +184,7 @@ def test_another_gpu_is_priced_as_the_nearest_by_bandwidth(
     assert slower.decode_ffn.per_byte == pytest.approx(2 * h100.decode_ffn.per_byte)
     assert slower.decode_ffn.per_operation == h100.decode_ffn.per_operation
     assert slower.decode_attention.page == pytest.approx(2 * h100.decode_attention.page)
+    assert slower.decode_attention.sms == 108
     assert slower.limits.bandwidth == pytest.approx(h100.limits.bandwidth / 2)
     assert h100.hardware in slower.origin
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CalibrateConfig:
-    """Times the kernels on this GPU and fits what plans and schedules are made with.
+    """Times the kernels on this GPU and fits what their work costs: decode attention is cut by it,
+    `law advise` and the limits of `bench offline` are priced by it.
 
     The result replaces what is shipped with Fourfold for this GPU.
     """

@@ -20,9 +20,9 @@ class LayersBenchConfig:
     *served* as when serving (codes, kernels, 8-bit pages; prompts are prefilled and one more token
     is decoded), and *plain*: what the served codes stand for, computed in float32 with activations
     rounded as the precision says. What served and plain differ by is the kernels' error, and fails
-    the run where it is more than they are allowed; what plain and exact differ by is the codes', and has a bound of its own.
-    All go to the experts that exact chose, so that a near tie in a router does not look like an
-    error.
+    the run where it is more than they are allowed; what plain and exact differ by is the codes',
+    and has a bound of its own. All go to the experts that exact chose, so that a near tie in a
+    router does not look like an error.
     """
 
     model: Annotated[str | None, tyro.conf.Positional] = None
