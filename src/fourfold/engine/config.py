@@ -30,7 +30,8 @@ class EngineConfig:
     while prompts arrive, more let prompts begin sooner. Over 8-bit pages at least a page, 64.
     Default: no limit on a CPU, 512 on a GPU."""
     kv_memory_gib: float | None = None
-    """Memory for KV pages in GiB. Default: 2 on a CPU; on a GPU what weights and a step leave."""
+    """Memory for KV pages in GiB. Default: 2 on a CPU, or less where little is available; on a GPU
+    what weights and a step leave."""
     kv_pages: Annotated[PageFormat, tyro.conf.EnumChoicesFromValues] = PageFormat.AUTO
     """What keys and values are kept in. auto: int8 on a GPU whose model has quantised weights, else
     float; of GPUs, fp8 needs one that multiplies e4m3 (Ada, Hopper and later)."""

@@ -41,6 +41,7 @@ from fourfold.engine.page_pool import PagePool
 from fourfold.engine.runner import Launched, Runner
 from fourfold.engine.scheduler import Scheduler, StepPlan
 from fourfold.engine.sequence import Sequence
+from fourfold.engine.shortage import is_shortage
 from fourfold.errors import ConfigError, FourfoldError
 from fourfold.kernels import device_memory
 from fourfold.transport.format import PageFormat
@@ -223,11 +224,12 @@ class Engine:
         too_much = None
         try:
             launched = self._runner.launch(plan)
-        except torch.OutOfMemoryError as error:
-            too_much = _reason(error)
         except Exception as error:  # one bad step must not end the service
-            logger.exception("a step of %d tokens failed", plan.tokens)
-            self._early += self._fail(plan, _reason(error))
+            if is_shortage(error):
+                too_much = _reason(error)
+            else:
+                logger.exception("a step of %d tokens failed", plan.tokens)
+                self._early += self._fail(plan, _reason(error))
         else:
             self._under_way.append((plan, launched, started))
             prompt_tokens = sum(work.prompt_tokens for work in plan.work)

@@ -123,7 +123,7 @@ def test_a_step_beyond_memory_is_tried_smaller(
             refused.append(plan.tokens)
             activations = torch.zeros(plan.tokens)
             held.append(weakref.ref(activations))
-            raise torch.OutOfMemoryError("too much")
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return launch(plan)
 
     def free() -> None:
@@ -151,7 +151,7 @@ def test_steps_grow_again_once_there_is_memory(
 
     def limited(plan: StepPlan) -> Launched:
         if plan.tokens > room:
-            raise torch.OutOfMemoryError("too much")
+            raise torch.OutOfMemoryError("CUDA out of memory")
         largest.append(plan.tokens)
         return launch(plan)
 
@@ -189,7 +189,7 @@ def test_tokens_of_a_step_that_cannot_be_read_for_memory_are_drawn_again(
 
     def limited(outputs: StepOutputs, alternatives: Sequence[int | None]) -> Fetched:
         if next(drawn) % 7 == 0 and len(alternatives) > 1:
-            raise torch.OutOfMemoryError("too much")
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return fetch(outputs, alternatives)
 
     monkeypatch.setattr(runner, "fetch_drawn", limited)
@@ -208,7 +208,7 @@ def test_samples_that_do_not_fit_together_take_turns(
     def limited(plan: StepPlan) -> Launched:
         if len(plan.work) > 1:
             refused.append(len(plan.work))
-            raise torch.OutOfMemoryError("too much")
+            raise torch.OutOfMemoryError("CUDA out of memory")
         return launch(plan)
 
     params = SamplingParams(temperature=0.0, max_tokens=9)
@@ -220,15 +220,22 @@ def test_samples_that_do_not_fit_together_take_turns(
     assert engine.scheduler.preemptions == 3
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
 def test_a_step_beyond_memory_computes_nothing(
-    model: Decoder, monkeypatch: pytest.MonkeyPatch
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     engine = make_engine(model)
     launch = engine._runner.launch
 
     def limited(plan: StepPlan) -> Launched:
         if plan.tokens > 90:
-            raise torch.OutOfMemoryError("too much")
+            raise error
         return launch(plan)
 
     monkeypatch.setattr(engine._runner, "launch", limited)
@@ -243,11 +250,11 @@ def test_a_sample_that_never_fits_fails_alone(
     engine = make_engine(model, overlap=True)
 
     def never(plan: StepPlan) -> Launched:
-        raise torch.OutOfMemoryError("too much")
+        raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
         patch.setattr(engine._runner, "launch", never)
         outputs = run(engine, [submit(0, [1, 2], SamplingParams(max_tokens=3))])[0, 0]
     assert [output.finish for output in outputs] == [FinishReason.FAILED]
-    assert outputs[0].error == "OutOfMemoryError: too much"
+    assert outputs[0].error == "OutOfMemoryError: CUDA out of memory"
     assert len(tokens(run(engine, [submit(1, [1, 2], SamplingParams(max_tokens=3))])[1, 0])) == 3

@@ -297,7 +297,7 @@ def fail_once(engine: Engine, monkeypatch: pytest.MonkeyPatch, *, late: bool) ->
 
     def broken() -> list[object]:
         monkeypatch.setattr(runner, "launch", launch)
-        raise RuntimeError("out of memory\nand more")
+        raise RuntimeError("out of luck\nand more")
 
     def failing(plan: StepPlan) -> Launched:
         return dataclasses.replace(launch(plan), results=broken) if late else broken()  # type: ignore[return-value, arg-type]
@@ -319,7 +319,7 @@ def test_a_failed_step_fails_its_own_requests(
     failed = engine.step() or []
     assert {output.request_id for output in failed} == {0, 1}
     assert {output.finish for output in failed} == {FinishReason.FAILED}
-    assert {output.error for output in failed} == {"RuntimeError: out of memory"}
+    assert {output.error for output in failed} == {"RuntimeError: out of luck"}
     assert engine.scheduler.pool.in_use == 0
     news = run(engine, [submit(9, prompts[0], GREEDY)])
     assert set(news) == {(2, 0), (3, 0), (9, 0)}
