@@ -26,7 +26,8 @@ _WORKER_GAUGES = {
 }
 _PATH_COUNTERS = {
     "bytes": "Bytes of pages that went from or to a peer.",
-    "seconds": "Seconds in which pages were under way.",
+    "seconds": "Seconds in which pages were under way; where the peer copies them, at the sender "
+    "only those in which it said where they lie.",
     "frames": "Frames that carried them.",
     "links": "Links that stood; more than one means that some broke.",
     "stale": "Frames for what a worker does not expect any more.",
@@ -84,7 +85,14 @@ def _of_workers(workers: Sequence[WorkerStatus]) -> Iterator[Metric]:
 def _of_paths(workers: Sequence[WorkerStatus]) -> Iterator[Metric]:
     labels = ("worker", "peer", "direction", "path")
     rate = GaugeMetricFamily(
-        "fourfold_transport_bytes_per_second", "Rate while pages were under way.", labels=labels
+        "fourfold_transport_bytes_per_second",
+        "Rate while pages were under way, at the side that copied them.",
+        labels=labels,
+    )
+    tested = GaugeMetricFamily(
+        "fourfold_transport_tested_bytes_per_second",
+        "Rate in the test of the last link, in which no pages went.",
+        labels=labels,
     )
     metrics = {
         field: CounterMetricFamily(f"fourfold_transport_{field}", text, labels=labels)
@@ -93,8 +101,12 @@ def _of_paths(workers: Sequence[WorkerStatus]) -> Iterator[Metric]:
     for worker in workers:
         for path in worker.paths:
             values = (worker.name, path.peer, "sends" if path.sends else "receives", path.path)
-            rate.add_metric(values, path.rate or path.tested)
+            if path.rate:
+                rate.add_metric(values, path.rate)
+            if path.tested:
+                tested.add_metric(values, path.tested)
             for field, metric in metrics.items():
                 metric.add_metric(values, getattr(path, field))
     yield rate
+    yield tested
     yield from metrics.values()

@@ -130,13 +130,14 @@ class Claim:
             )
         return views if not header.size else byte_range(views, header.offset, header.length)
 
-    def landed(self) -> None:
-        """The payload is in those views and right."""
+    def landed(self) -> int:
+        """The payload is in those views and right. Returns what `Landing.landed` does."""
         header = self.header
-        if not header.size:
-            self.lease.landing.landed(
-                header.part, header.layer, header.layers, header.first, header.count
-            )
+        if header.size:
+            return 0
+        return self.lease.landing.landed(
+            header.part, header.layer, header.layers, header.first, header.count
+        )
 
 
 def byte_range(views: Sequence[memoryview], offset: int, length: int) -> list[memoryview]:

@@ -8,7 +8,7 @@ import queue
 import statistics
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fourfold.errors import FourfoldError
 from fourfold.transport.config import TransportConfig, TransportPath
@@ -41,10 +41,11 @@ from fourfold.transport.identity import Identity
 from fourfold.transport.memory import Staging, places_of
 from fourfold.transport.notifier import Notifier
 from fourfold.transport.peer import Peer
+from fourfold.transport.pieces import Part
 from fourfold.transport.rdma import Exposure
 from fourfold.transport.self_test import PROBE_ROUND_TRIPS, Probe, RoundTrips
 from fourfold.transport.shared import Regions
-from fourfold.transport.stats import Counters
+from fourfold.transport.stats import DEVICE_MEMORY, Counters
 from fourfold.transport.tls import Tls
 from fourfold.transport.transfers import Done, Transfer, Transfers
 from fourfold.transport.ways import Ways
@@ -101,12 +102,15 @@ class Link:
         """Why the link is of no use any more; None while it is, or may become so."""
         return self._transfers.problem
 
-    def begin(self, lease: int, done: Done) -> Transfer:
+    def begin(self, lease: int, done: Done, pulled: Mapping[Part, int] | None = None) -> Transfer:
         """A transfer into a lease of the peer; on a broken link it fails at once.
+
+        `pulled`: where pieces only say which pages the receiver is to copy, the bytes of one page
+        in one layer, and of the open rows.
 
         Raises `ValueError` where one into the same lease is under way, or the number is no lease.
         """
-        return self._transfers.begin(lease, done)
+        return self._transfers.begin(lease, done, pulled)
 
     def round_trips(self, count: int, seconds: float) -> list[float]:
         """Seconds that so many messages took there and back, one after the other; for a link that
@@ -247,7 +251,7 @@ class Link:
         """The peer reads what it can of this node's memory."""
         self._ways.answered(way, regions, refusal)
         if self._opened:
-            self._counters.path = self._path()
+            self._counters.expect(self._path())
         elif self._ways.readable:
             self._open()
         else:
@@ -270,7 +274,7 @@ class Link:
         except (OSError, FourfoldError) as error:
             self._break(f"a stream cannot be opened: {error}")
             return
-        self._counters.path = self._path()
+        self._counters.expect(self._path())
         self._counters.stands()
         self._stood = True
         self._ping(RoundTrips(PROBE_ROUND_TRIPS, self._start_probe))
@@ -316,7 +320,7 @@ class Link:
         rate = probe.bytes / (time.perf_counter() - probe.start)
         self._counters.tested = rate
         logger.info(
-            "pages to %s (%s:%d) go over %s: %.2f GB/s in a test, a message there and back %.0f us",
+            "linked to %s (%s:%d) over %s: %.2f GB/s in a test, a message there and back %.0f us",
             self.peer.name,
             self.peer.host,
             self.peer.port,
@@ -342,21 +346,22 @@ class Link:
 
     def _send(self, wire: Wire, part: Slice[Transfer], staging: Staging) -> None:
         self._counters.begin()
-        sent, problem = 0, None
+        moved, path = 0, ""
         try:
             readable = self._ways.readable
             places = places_of(part.views) if readable else None
             extents = self._regions.find(places, readable) if places else None
-            if extents is None and not self._ways.may_send:
-                problem = self._ways.missing()
+            pieces = staging.collect(part.views, places)
+            head = self._head(part, pieces, extents or ())
+            wire.send([memoryview(head), *(() if extents else pieces)])
+            if (pulled := part.transfer.pulled) is not None:
+                moved, path = part.layers * part.count * pulled[part.part], DEVICE_MEMORY
             else:
-                pieces = staging.collect(part.views, places)
-                head = self._head(part, pieces, extents or ())
-                wire.send([memoryview(head), *(() if extents else pieces)])
-            sent = part.length
+                moved = part.length
+                path = self._ways.describe(len(self._streams), sent=not extents)
         finally:
-            self._counters.end(0 if problem else sent)
-            self._transfers.gave(part, problem)
+            self._counters.end(moved, path)
+            self._transfers.gave(part)
 
     def _head(
         self, part: Slice[Transfer], pieces: Sequence[memoryview], extents: Sequence[Fields]

@@ -58,7 +58,10 @@ class Landing(Protocol):
         """
         ...
 
-    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
+    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> int:
         """A run is there, in so many layers, and is what was sent. What this raises fails the
-        transfer: the run does not count before it returns. Not called for pages in parts."""
+        transfer: the run does not count before it returns. Not called for pages in parts.
+
+        Returns the bytes of pages that it copied out of a GPU's memory, where the run only said
+        which; 0 where the run was the pages."""
         ...

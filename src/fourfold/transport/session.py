@@ -44,7 +44,7 @@ from fourfold.transport.memory import Staging
 from fourfold.transport.rdma import ExposeError, RemoteMemory
 from fourfold.transport.shared import MappingError, Mappings
 from fourfold.transport.sources import Fill, ReadError, Source
-from fourfold.transport.stats import Counters
+from fourfold.transport.stats import DEVICE_MEMORY, Counters, tcp
 from fourfold.transport.wire import Wire
 
 logger = logging.getLogger(__name__)
@@ -124,7 +124,7 @@ class Session:
                 return
             self._streams.add(wire)
             if self._memory is None:
-                self._counters.path = f"tcp x{len(self._streams)}"
+                self._counters.expect(tcp(len(self._streams)))
         try:
             self._receive(wire)
         except FrameError as error:
@@ -220,7 +220,8 @@ class Session:
             except MappingError as error:
                 refusal = str(error)
         if mapped:
-            self._memory, self._counters.path = memory, memory.path
+            self._memory = memory
+            self._counters.expect(memory.path)
         return Mapped(mapped, refusal)
 
     def _try_to_join(self, exposed: Exposed) -> None:
@@ -251,7 +252,8 @@ class Session:
             if isinstance(memory, RemoteMemory) and memory is not self._memory:
                 memory.close()
             return Joined([], f"{mine} cannot read its memory: {error}")
-        self._memory, self._counters.path = memory, memory.path
+        self._memory = memory
+        self._counters.expect(memory.path)
         return Joined(joined, "")
 
     def _receive(self, wire: Wire) -> None:
@@ -262,19 +264,20 @@ class Session:
             wire.receive([head], ahead=self._memory is not None)
             header = decode_header(head, self._config.max_payload)
             self._counters.begin()
-            right = 0
+            right, path = 0, ""
             try:
-                right = self._deal_with(wire, header, staging)
+                right, path = self._deal_with(wire, header, staging)
             finally:
-                self._counters.end(right)
+                self._counters.end(right, path)
             self._grant(header.length, flush=header.kind in (Kind.PROBE, Kind.DESCRIBED_PROBE))
 
-    def _deal_with(self, wire: Wire, header: Header, staging: Staging) -> int:
-        """Receives one payload; returns how many of its bytes somebody wanted and were right."""
+    def _deal_with(self, wire: Wire, header: Header, staging: Staging) -> tuple[int, str]:
+        """Receives one payload; returns how many bytes of pages came by it that somebody wanted and
+        were right, and which way they took."""
         payload = self._payload(wire, header)
         if header.kind in (Kind.PROBE, Kind.DESCRIBED_PROBE):
             payload.fill([staging.room(header.length)])
-            return 0
+            return 0, ""
         if header.epoch != self._me.epoch:
             self.count("stale")
             self.refuse(header.lease)
@@ -283,8 +286,9 @@ class Session:
             claim = self._leases.claim(header, self)
         if claim is None:
             payload.drop()
-            return 0
+            return 0, ""
         problem: str | None = "its thread failed"
+        pulled = 0
         try:
             try:
                 views = claim.views()
@@ -297,7 +301,7 @@ class Session:
                 problem = self._verify(target, header)
                 if problem is None:
                     staging.deliver()
-                    problem = _landed(claim)
+                    pulled, problem = _landed(claim)
         except (OSError, EOFError) as error:
             reads = isinstance(error, ReadError)
             self.close(str(error) if reads else "a stream ended amid a page")
@@ -305,18 +309,20 @@ class Session:
             raise
         finally:
             wanted = self._leases.land(claim, problem)
-        return header.length if wanted else 0
+        if not wanted:
+            return 0, ""
+        return (pulled, DEVICE_MEMORY) if pulled else (header.length, payload.path)
 
     def _payload(self, wire: Wire, header: Header) -> _Payload:
         """Where a payload comes from. Raises `FrameError` where it can come from nowhere."""
         if not header.extents:
-            return _Payload(wire, header.length, None)
+            return _Payload(wire, header.length, None, tcp(len(self._streams)))
         described = memoryview(bytearray(header.extents * EXTENT_BYTES))
         wire.receive([described])
         extents = decode_extents(described, header.length)
         if self._memory is None:
             raise FrameError("it describes pages, and no memory of its sender can be read here")
-        return _Payload(wire, header.length, self._memory.find(extents))
+        return _Payload(wire, header.length, self._memory.find(extents), self._memory.path)
 
     def _verify(self, views: Sequence[memoryview], header: Header) -> str | None:
         if checksum(views) == header.checksum:
@@ -341,20 +347,21 @@ class Session:
         self._control.post(Grant(count))
 
 
-def _landed(claim: Claim) -> str | None:
-    """Has the receiver take a run that is right; why it cannot, or None."""
+def _landed(claim: Claim) -> tuple[int, str | None]:
+    """Has the receiver take a run that is right: the bytes that it pulled for it, and why it cannot
+    take it, or None."""
     try:
-        claim.landed()
+        return claim.landed(), None
     except Exception as error:
-        return f"the receiver cannot take a run: {error}"
-    return None
+        return 0, f"the receiver cannot take a run: {error}"
 
 
 class _Payload:
     """The bytes that a frame is about: to come on its stream, or in memory of the peer."""
 
-    def __init__(self, wire: Wire, length: int, described: Fill | None) -> None:
+    def __init__(self, wire: Wire, length: int, described: Fill | None, path: str) -> None:
         self._wire, self._length, self._described = wire, length, described
+        self.path = path
 
     def fill(self, views: Sequence[memoryview]) -> None:
         """Puts them into views of as many bytes."""

@@ -8,7 +8,14 @@ import time
 import msgspec
 
 SHARED_MEMORY = "shared memory"
-"""A path; others are such as "tcp x2" and "rdma (ucx over mlx5_0)"."""
+DEVICE_MEMORY = "device memory"
+"""Paths; others are such as "tcp x2" and "rdma (ucx over mlx5_0)". By the last the receiver copies
+pages out of a GPU, and only where they lie is sent."""
+
+
+def tcp(streams: int) -> str:
+    """The path by so many connections."""
+    return f"tcp x{streams}"
 
 
 class PathStats(msgspec.Struct, frozen=True, kw_only=True):
@@ -18,11 +25,11 @@ class PathStats(msgspec.Struct, frozen=True, kw_only=True):
     sends: bool
     """Whether this node is the one that sends."""
     path: str
-    """Empty until a link stood."""
+    """That the last pages took; before any, the one that is expected. Empty until a link stood."""
     connected: bool
     """Whether a link stands now."""
     bytes: int
-    """Of payloads that were sent, or that arrived and were right."""
+    """Of pages that were sent, or that arrived and were right, whichever way they took."""
     seconds: float
     """While at least one payload was under way."""
     frames: int
@@ -62,7 +69,7 @@ class Counters:
         self._events = dict.fromkeys(("links", "duplicate", "stale", "corrupt", "failed"), 0)
         self._under_way, self._since = 0, 0.0
         self._standing = 0
-        self.path = ""
+        self._path = ""
         self.tested = 0.0
         self.round_trip = 0.0
 
@@ -84,8 +91,15 @@ class Counters:
                 self._since = time.perf_counter()
             self._under_way += 1
 
-    def end(self, count: int) -> None:
-        """It is no more, and so many bytes of it were right; 0 where it failed."""
+    def expect(self, path: str) -> None:
+        """The way that pages will take, as far as it is known before any took one."""
+        with self._lock:
+            if not self._frames:
+                self._path = path
+
+    def end(self, count: int, path: str) -> None:
+        """It is no more, and so many bytes of pages took this way and were right; 0 where it
+        failed."""
         with self._lock:
             self._under_way -= 1
             if not self._under_way:
@@ -93,6 +107,7 @@ class Counters:
             if count:
                 self._bytes += count
                 self._frames += 1
+                self._path = path
 
     def add(self, event: str) -> None:
         """Counts one of `duplicate`, `stale`, `corrupt` and `failed`."""
@@ -106,7 +121,7 @@ class Counters:
             return PathStats(
                 peer=self._peer,
                 sends=self._sends,
-                path=self.path,
+                path=self._path,
                 connected=self._standing > 0,
                 bytes=self._bytes,
                 seconds=self._seconds + running,

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fourfold.transport.control import Cancel, Finish
 from fourfold.transport.cutting import Cutter, Slice
 from fourfold.transport.notifier import Notifier
-from fourfold.transport.pieces import Piece
+from fourfold.transport.pieces import Part, Piece
 from fourfold.transport.stats import Counters
 
 Done = Callable[[str | None], None]
@@ -27,9 +27,11 @@ class Transfer:
     `done` is called once, from a thread of the transport, unless the transfer is cancelled first.
     """
 
-    def __init__(self, transfers: Transfers, lease: int, done: Done) -> None:
+    def __init__(
+        self, transfers: Transfers, lease: int, done: Done, pulled: Mapping[Part, int] | None
+    ) -> None:
         self._transfers = transfers
-        self.lease, self.done = lease, done
+        self.lease, self.done, self.pulled = lease, done, pulled
         # What follows changes under the lock of `Transfers` only.
         self.queued = 0
         """Bytes that wait to be sent."""
@@ -84,11 +86,11 @@ class Transfers:
         self.problem: str | None = None
         """Why nothing is sent any more."""
 
-    def begin(self, lease: int, done: Done) -> Transfer:
+    def begin(self, lease: int, done: Done, pulled: Mapping[Part, int] | None = None) -> Transfer:
         """See `Link.begin`."""
         if not 0 <= lease < 1 << 64:
             raise ValueError(f"{lease} is no number of a lease")
-        transfer = Transfer(self, lease, done)
+        transfer = Transfer(self, lease, done, pulled)
         with self._changed:
             if lease in self._transfers:
                 raise ValueError(f"a transfer into lease {lease} is under way")
@@ -165,15 +167,13 @@ class Transfers:
             part.transfer.sending += 1
             return part
 
-    def gave(self, part: Slice[Transfer], problem: str | None = None) -> None:
+    def gave(self, part: Slice[Transfer]) -> None:
         """A frame has been sent, or could not be."""
         transfer = part.transfer
         with self._changed:
             self._moved = time.monotonic()
             transfer.sending -= 1
             transfer.frames += 1
-            if problem is not None:
-                self._end(transfer, problem)
             if not transfer.sending:
                 self._say_finished(transfer)
                 self._settle(transfer)

@@ -11,13 +11,17 @@ from fourfold.transport.identity import host_id
 from fourfold.transport.peer import Peer
 from fourfold.transport.rdma import Exposure
 from fourfold.transport.shared import Regions
-from fourfold.transport.stats import SHARED_MEMORY
+from fourfold.transport.stats import SHARED_MEMORY, tcp
 
 logger = logging.getLogger(__name__)
 
 _READ = (TransportPath.SHARED_MEMORY, TransportPath.RDMA)
 """Ways by which the peer reads this node's memory, the better one first."""
 _NAMES = {TransportPath.SHARED_MEMORY: "shared memory", TransportPath.RDMA: "RDMA"}
+_NO_MEMORY = {
+    TransportPath.SHARED_MEMORY: "no memory of this worker can be shared",
+    TransportPath.RDMA: "no memory of this worker is registered for it; a GPU's pages are not",
+}
 
 
 class Ways:
@@ -38,20 +42,12 @@ class Ways:
         self.readable: frozenset[int] = frozenset()
         """Regions that the peer reads; empty where pages are sent."""
 
-    @property
-    def may_send(self) -> bool:
-        """Whether pages may be sent over TCP."""
-        return self._asked not in _READ
-
-    def missing(self) -> str:
-        """What to say of pages that the peer cannot read, where none may be sent."""
-        return f"{_NAMES[self._asked]} was asked for, and the pages lie in none"
-
-    def describe(self, streams: int) -> str:
-        """What the path is called; `streams` connections carry what is sent."""
-        if self._read is TransportPath.RDMA:
-            return nixl.describe()
-        return f"tcp x{streams}" if self._read is None else SHARED_MEMORY
+    def describe(self, streams: int, *, sent: bool = False) -> str:
+        """What the path is called; `streams` connections carry what is `sent`: what does not lie
+        in memory that the peer reads."""
+        if sent or self._read is None:
+            return tcp(streams)
+        return nixl.describe() if self._read is TransportPath.RDMA else SHARED_MEMORY
 
     def offer(self) -> Offer | Exposed | None:
         """What the peer needs to read this node's regions as they are now, by the best way that
@@ -83,8 +79,8 @@ class Ways:
     def settle(self) -> str | None:
         """No way is left but to send pages: why that may not be, or None, with a warning of what
         would be faster."""
-        if not self.may_send:
-            return f"{_NAMES[self._asked]} was asked for, but {self._why_not(self._asked)}"
+        if self._asked in _READ:
+            return self._settle_without(self._asked)
         if self._asked is TransportPath.TCP:
             return None
         mine, theirs = host_id(), self._peer.host_id
@@ -103,6 +99,22 @@ class Ways:
             )
         return None
 
+    def _settle_without(self, way: TransportPath) -> str | None:
+        """As `settle`, where this way was asked for. Without any memory to read there are still
+        pages that the peer copies out of a GPU, and copies of others."""
+        why_not = self._why_not(way)
+        if why_not != _NO_MEMORY[way]:
+            return f"{_NAMES[way]} was asked for, but {why_not}"
+        pulls = way is TransportPath.SHARED_MEMORY and self._peer.device is not None
+        logger.log(
+            logging.INFO if pulls else logging.WARNING,
+            "%s was asked for, but %s; what is sent to %s goes over TCP",
+            _NAMES[way],
+            why_not,
+            self._peer.name,
+        )
+        return None
+
     def _why_not(self, way: TransportPath) -> str | None:
         """Why a way cannot be taken; None where it is to be tried."""
         if self._asked not in (way, TransportPath.AUTO):
@@ -118,7 +130,7 @@ class Ways:
                 "shared memory needs one host and one namespace of processes "
                 f"(here {mine or 'unknown'}, there {theirs or 'unknown'})"
             )
-        return None if self._regions.offers() else "no memory of this worker can be shared"
+        return None if self._regions.offers() else _NO_MEMORY[TransportPath.SHARED_MEMORY]
 
     def _why_not_rdma(self) -> str | None:
         if self._exposure is None:
@@ -130,5 +142,5 @@ class Ways:
                 f"({nixl.INSTALL}), and start it with --transport rdma"
             )
         if not self._exposure.numbers:
-            return "no memory of this worker is registered for it; a GPU's pages are not"
+            return _NO_MEMORY[TransportPath.RDMA]
         return None

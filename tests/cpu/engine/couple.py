@@ -23,7 +23,7 @@ from fourfold.engine.messages import (
     Submit,
     TokenOutput,
 )
-from fourfold.transport.config import TransportConfig
+from fourfold.transport.config import TransportConfig, TransportPath
 from fourfold.transport.identity import Identity
 from fourfold.transport.node import Node
 from fourfold.transport.peer import DevicePages
@@ -136,7 +136,10 @@ class Couple:
 
 @contextlib.contextmanager
 def couple(
-    first: Engine, second: Engine, devices: tuple[DevicePages | None, ...] = ()
+    first: Engine,
+    second: Engine,
+    devices: tuple[DevicePages | None, ...] = (),
+    path: TransportPath = TransportPath.AUTO,
 ) -> Iterator[Couple]:
     """`devices`: what the engines say of their memory instead of the truth."""
     nodes = []
@@ -149,7 +152,7 @@ def couple(
             pages=engine.page_format,
             device=(devices or truth)[epoch - 1],
         )
-        nodes.append(Node(identity, TransportConfig()))
+        nodes.append(Node(identity, TransportConfig(path=path)))
         engine.connect(nodes[-1])
     pair = Couple(first, second, *nodes)
     pair.start()

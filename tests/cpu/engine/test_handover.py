@@ -19,8 +19,10 @@ from fourfold.engine.messages import Abort, FinishReason, Granted, SamplingParam
 from fourfold.kernels import device_memory
 from fourfold.models.decoder import Decoder
 from fourfold.models.precision import PageFormat
+from fourfold.transport.config import TransportPath
 from fourfold.transport.peer import DeviceMemory, DevicePages, Peer
 from fourfold.transport.pieces import Part
+from fourfold.transport.stats import DEVICE_MEMORY
 from tests.cpu.driving import GREEDY, load_tiny, make_engine, run, submit, tokens
 from tests.cpu.engine.couple import PATIENCE, Couple, couple
 
@@ -140,14 +142,28 @@ def test_a_sample_that_ends_with_its_first_token(model: Decoder, n: int) -> None
         pair.wait_until_free()
 
 
-def test_pages_are_converted_for_a_receiver_that_keeps_others(model: Decoder) -> None:
+@pytest.mark.parametrize("path", [TransportPath.AUTO, TransportPath.SHARED_MEMORY])
+@pytest.mark.parametrize(
+    "forms", [(PageFormat.FLOAT, PageFormat.INT8), (PageFormat.INT8, PageFormat.FLOAT)]
+)
+def test_pages_are_converted_for_a_receiver_that_keeps_others(
+    model: Decoder,
+    forms: tuple[PageFormat, PageFormat],
+    path: TransportPath,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Copies lie in no shared memory; what went over TCP is what figures show."""
     requests = [submit(number, prompt_of(length), GREEDY) for number, length in enumerate(LENGTHS)]
-    for first, second in ((PageFormat.FLOAT, PageFormat.INT8), (PageFormat.INT8, PageFormat.FLOAT)):
-        engines = (make_engine(model, kv_pages=pages, max_running=8) for pages in (first, second))
-        with couple(*engines) as pair:
-            pair.answers(*requests)
-            pair.wait_until_free()
-            assert all(news == [None, None] for news in pair.moved.values())
+    engines = (make_engine(model, kv_pages=pages, max_running=8) for pages in forms)
+    with couple(*engines, path=path) as pair:
+        pair.answers(*requests)
+        pair.wait_until_free()
+        assert all(news == [None, None] for news in pair.moved.values())
+        for node in (pair.first_node, pair.second_node):
+            (stats,) = node.stats()
+            assert stats.path.startswith("tcp")
+            assert stats.rate > 0
+    assert caplog.text.count("start both workers with the same --kv-pages") == 1
 
 
 def test_a_tiny_receiver_grants_pages_one_after_the_other(model: Decoder) -> None:
@@ -217,17 +233,18 @@ def on_one_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Devices]:
 
 
 @pytest.mark.parametrize(
-    ("kv_pages", "gpus"),
+    ("kv_pages", "gpus", "path"),
     [
-        (PageFormat.FLOAT, ("one", "one")),
-        (PageFormat.INT8, ("one", "one")),
-        (PageFormat.INT8, ("one", "another")),
+        (PageFormat.FLOAT, ("one", "one"), TransportPath.AUTO),
+        (PageFormat.INT8, ("one", "one"), TransportPath.AUTO),
+        (PageFormat.INT8, ("one", "another"), TransportPath.SHARED_MEMORY),
     ],
 )
 def test_a_receiver_pulls_pages_out_of_its_neighbours_memory(
     model: Decoder,
     kv_pages: PageFormat,
     gpus: tuple[str, str],
+    path: TransportPath,
     on_one_gpu: Callable[..., Devices],
 ) -> None:
     options = {"max_running": 6, "step_tokens": 134, "kv_pages": kv_pages}
@@ -237,15 +254,17 @@ def test_a_receiver_pulls_pages_out_of_its_neighbours_memory(
     ]
     wanted = alone(make_engine(model, **options), *requests)
     first, second = make_engine(model, **options), make_engine(model, pages=50, **options)
-    with couple(first, second, on_one_gpu(first, second, gpus=gpus)) as pair:
+    with couple(first, second, on_one_gpu(first, second, gpus=gpus), path) as pair:
         assert pair.answers(*requests) == wanted
         pair.wait_until_free()
         again = [msgspec.structs.replace(r, request_id=100 + r.request_id) for r in requests]
         assert pair.answers(*again) == wanted
         pair.wait_until_free()
         assert all(news == [None, None] for news in pair.moved.values())
-        sent = sum(path.bytes for path in pair.first_node.stats())
-        assert 0 < sent < first.page_format.record_bytes
+        (sent,), (pulled,) = pair.first_node.stats(), pair.second_node.stats()
+        assert sent.path == pulled.path == DEVICE_MEMORY
+        assert sent.bytes == pulled.bytes > 10 * first.page_format.record_bytes
+        assert pulled.rate > sent.rate == 0
 
 
 def test_memory_that_cannot_be_mapped_goes_through_the_host(

@@ -104,8 +104,9 @@ class Memory:
         start = layer * stride + self.pages * self.page_bytes
         return self.buffer[start : start + self.open_bytes]
 
-    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
-        """Nothing more is to be done with a run."""
+    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> int:
+        """Nothing more is to be done with a run, which is pages."""
+        return 0
 
     def views(self, part: Part, layer: int, first: int, count: int) -> Sequence[memoryview]:
         if part is Part.OPEN:

@@ -127,11 +127,11 @@ def test_a_link_says_what_it_found(way: Way, caplog: pytest.LogCaptureFixture) -
     with caplog.at_level(logging.INFO):
         pair = Pair(way)
         pair.sender.link(pair.receiver.peer)
-        until(lambda: "go over" in caplog.text)
+        until(lambda: "linked to" in caplog.text)
         pair.close()
-    (line,) = [line for line in caplog.messages if "go over" in line]
-    assert "pages to decode (127.0.0.1:" in line
-    assert f"go over {way.described}: " in line
+    (line,) = [line for line in caplog.messages if "linked to" in line]
+    assert "linked to decode (127.0.0.1:" in line
+    assert f" over {way.described}: " in line
     assert "GB/s" in line
 
 

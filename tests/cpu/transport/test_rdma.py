@@ -129,13 +129,22 @@ def test_a_peer_without_rdma_is_named(path: TransportPath) -> None:
 
 
 @needs_nixl
-def test_pages_that_are_not_registered_are_not_sent_another_way(reader: Node) -> None:
+@pytest.mark.parametrize("registers", [True, False])
+def test_what_is_not_registered_goes_over_tcp(
+    registers: bool, reader: Node, caplog: pytest.LogCaptureFixture
+) -> None:
     sender = make_node("prefill", path=TransportPath.RDMA)
-    _, sent = send(sender, reader, 1, Memory(1, 1, 10))
-    assert "no memory of this worker is registered for it" in sent.failure()
-    sender.register(SharedRegion(SIZE))
-    _, sent = send(sender, reader, 1, Memory(1, 1, 10))
-    assert "RDMA was asked for, and the pages lie in none" in sent.failure()
+    if registers:
+        sender.register(SharedRegion(SIZE))
+    source, target, arrived = Memory(1, 1, 10).fill(1), Memory(1, 1, 10), Outcome()
+    reader.expect(1, None, target, arrived)
+    _, sent = send(sender, reader, 1, source)
+    assert sent.wait() is arrived.wait() is None
+    assert target.content() == source.content()
+    assert sender.stats()[0].path == "tcp x2"
+    warned = "no memory of this worker is registered for it" in caplog.text
+    assert warned != registers
+    reader.forget(1)
     sender.close()
 
 

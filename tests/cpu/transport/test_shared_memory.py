@@ -118,20 +118,26 @@ def test_a_path_that_is_not_there_is_refused_or_warned_of(
     receiver.close()
 
 
-def test_pages_outside_of_shared_memory_go_by_tcp_unless_that_is_forbidden() -> None:
-    receiver = make_node("decode", 2)
-    for path in (TransportPath.AUTO, TransportPath.SHARED_MEMORY):
-        sender = make_node("prefill", 1, path=path)
+@pytest.mark.parametrize("path", [TransportPath.AUTO, TransportPath.SHARED_MEMORY])
+@pytest.mark.parametrize("shares", [True, False])
+def test_what_lies_outside_of_shared_memory_goes_over_tcp(
+    path: TransportPath, shares: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Copies, and where pages of a GPU lie: whatever was asked for, they must arrive."""
+    receiver, sender = make_node("decode", 2), make_node("prefill", 1, path=path)
+    if shares:
         sender.register(SharedRegion(1000))
-        target, arrived = Memory(1, 1, 1000), Outcome()
-        receiver.expect(1, None, target, arrived)
-        source = Memory(1, 1, 1000).fill(1)
-        _, sent = send(sender, receiver, 1, source)
-        if path is TransportPath.AUTO:
-            assert sent.wait() is None
-            assert target.content() == source.content()
-        else:
-            assert "the pages lie in none" in sent.failure()
-        receiver.forget(1)
-        sender.close()
+    target, arrived = Memory(1, 1, 1000), Outcome()
+    receiver.expect(1, None, target, arrived)
+    source = Memory(1, 1, 1000).fill(1)
+    _, sent = send(sender, receiver, 1, source)
+    assert sent.wait() is arrived.wait() is None
+    assert target.content() == source.content()
+    for node in (sender, receiver):
+        (stats,) = node.stats()
+        assert (stats.path, stats.bytes) == ("tcp x2", 1000)
+    asked = path is TransportPath.SHARED_MEMORY
+    assert ("no memory of this worker can be shared" in caplog.text) == (asked and not shares)
+    receiver.forget(1)
+    sender.close()
     receiver.close()

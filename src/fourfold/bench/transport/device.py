@@ -26,6 +26,7 @@ from fourfold.kernels.pages import move_pages
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, FloatPages, PageShape
 from fourfold.transport import Identity, Node, Part, Peer, TransportConfig
 from fourfold.transport.peer import DevicePages
+from fourfold.transport.stats import DEVICE_MEMORY
 
 _LEAVE_OUT = "leave device out of --paths"
 
@@ -107,10 +108,11 @@ class _TimedLanding(PullLanding):
 
     seconds = 0.0
 
-    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
+    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> int:
         start = time.perf_counter()
-        super().landed(part, layer, layers, first, count)
+        pulled = super().landed(part, layer, layers, first, count)
         self.seconds += time.perf_counter() - start
+        return pulled
 
 
 class FarDevice:
@@ -180,7 +182,7 @@ class NearDevice:
     """The side whose pages are pulled, and its link: what `OurLink` is for memory of the host."""
 
     trusts = False
-    path = "device memory"
+    path = DEVICE_MEMORY
 
     def __init__(self, config: TransportBenchConfig, far: FarProcess, run_pages: int) -> None:
         """Raises `ConfigError` where there is no GPU, or it does not share its memory."""
@@ -240,7 +242,7 @@ class NearDevice:
         self._far.hear()
         done: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         with timed() as found:
-            transfer = self._link.begin(lease, done.put)
+            transfer = self._link.begin(lease, done.put, self._tickets.pulled)
             sending = Sending(side.prompt, LAYERS, done.put)
             sending.begin(Route(transfer, self._tickets, side.memory.form, 0))
             sending.stored(range(LAYERS), side.prompt.tokens)

@@ -30,8 +30,9 @@ class Pages:
         random.Random(seed).shuffle(runs)
         self._order = [page for run in runs for page in run]
 
-    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
-        """Nothing more is to be done with a run."""
+    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> int:
+        """Nothing more is to be done with a run, which is pages."""
+        return 0
 
     def views(self, part: Part, layer: int, first: int, count: int) -> Sequence[memoryview]:
         """See `Landing`. Neighbours in memory are one piece, as in an engine."""

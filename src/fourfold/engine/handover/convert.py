@@ -7,6 +7,7 @@ Shapes: P pages, N tokens per page, T tokens, G KV heads, C head width.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 import torch
@@ -19,7 +20,20 @@ from fourfold.kernels.pages.layout import PAGE_TOKENS, VALUE_ORDER, PageCodes, P
 from fourfold.quadrants.kv_pages import CodedPages, KVPages
 from fourfold.transport.format import PageFormat
 
+logger = logging.getLogger(__name__)
+
 _CODES = {codes.value: codes for codes in PageCodes}
+
+
+def tell_of_conversion(peer: str, mine: PageFormat, theirs: PageFormat) -> None:
+    """Warns of what it costs that a peer keeps pages otherwise."""
+    logger.warning(
+        "pages to %s are converted from %s to %s and sent over TCP, which takes time; start both "
+        "workers with the same --kv-pages",
+        peer,
+        mine.code,
+        theirs.code,
+    )
 
 
 class ConvertedPages:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fourfold.engine.handover.convert import ConvertedPages
+from fourfold.engine.handover.convert import ConvertedPages, tell_of_conversion
 from fourfold.engine.handover.landing import HostLanding, PromptLanding
 from fourfold.engine.handover.pages import HostPages, Outlet, Prompt, side_stream
 from fourfold.engine.handover.pulling import Attach, PagedMemory, PullLanding, Tickets, may_pull
@@ -72,6 +72,7 @@ class Handover:
         node.on_lost = lambda epoch: post(Lost(epoch))
         on_host = pages.device.type == "cpu"
         self._memory = HostPages(pages) if on_host else StagedPages(pages)
+        self._converted: dict[PageFormat, ConvertedPages] = {}
         self._landings: dict[int, PromptLanding] = {}
         self._post = post
         self._courier = Courier()
@@ -183,18 +184,23 @@ class Handover:
         peer = sequence.request.peer
         assert peer is not None
         assert peer.pages is not None
-        outlet = self._outlet(peer.pages, pulls=grant.pulls)
+        outlet = self._outlet(peer.name, peer.pages, pulls=grant.pulls)
         transfer = self._node.link(peer).begin(
-            request_id, lambda error: self._post(Delivered(request_id, error))
+            request_id,
+            lambda error: self._post(Delivered(request_id, error)),
+            outlet.pulled if isinstance(outlet, Tickets) else None,
         )
         return Route(transfer, outlet, peer.pages, grant.found)
 
-    def _outlet(self, theirs: PageFormat, *, pulls: bool) -> Outlet:
+    def _outlet(self, peer: str, theirs: PageFormat, *, pulls: bool) -> Outlet:
         if pulls:
             return Tickets(self._paged, self._stream)
         if theirs == self._memory.format:
             return self._memory
-        return ConvertedPages(self._pages, theirs)
+        if theirs not in self._converted:
+            self._converted[theirs] = ConvertedPages(self._pages, theirs)
+            tell_of_conversion(peer, self._memory.format, theirs)
+        return self._converted[theirs]
 
     def _landing(self, peer: Peer, prompt: Prompt, found: int) -> PromptLanding:
         if (theirs := self._memory_of(peer)) is not None:

@@ -33,9 +33,10 @@ class PromptLanding(abc.ABC):
             raise LookupError(f"pages {first} to {first + count} of {self.pages}")
         return self._records(layer, first, count)
 
-    @abc.abstractmethod
-    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
-        """What was sent of a run is there. What this raises fails the transfer."""
+    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> int:
+        """What was sent of a run is there. What this raises fails the transfer; see `Landing` for
+        what it returns."""
+        return 0
 
     @abc.abstractmethod
     def land(self) -> None:
@@ -54,9 +55,6 @@ class HostLanding(PromptLanding):
     def __init__(self, memory: HostPages, prompt: Prompt, found: int) -> None:
         super().__init__(memory.format, prompt, found)
         self._memory, self._prompt, self._found = memory, prompt, found
-
-    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
-        """Where it belongs."""
 
     def land(self) -> None:
         """Nothing is left to do."""

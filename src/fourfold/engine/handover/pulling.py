@@ -77,6 +77,10 @@ class PagedMemory:
         assert self.open_LPR is not None
         return self.open_LPR
 
+    def page_bytes(self, part: Part) -> int:
+        """Of a page in one layer, finished or open."""
+        return self.part(part)[0, 0].nbytes
+
     def open_of(self, slot: int) -> list[int]:
         """The open pages of a slot: its keys, its values."""
         assert self.open_LPR is not None
@@ -94,6 +98,14 @@ class Tickets:
 
     def __init__(self, memory: PagedMemory, stream: torch.cuda.Stream | None) -> None:
         self._memory, self._stream = memory, stream
+
+    @property
+    def pulled(self) -> dict[Part, int]:
+        """Bytes that the ticket of a page, and those of the open pages, are for."""
+        sizes = {Part.PAGES: self._memory.page_bytes(Part.PAGES)}
+        if self._memory.open_LPR is not None:
+            sizes[Part.OPEN] = 2 * self._memory.page_bytes(Part.OPEN)
+        return sizes
 
     def records(
         self, layers: Sequence[int], prompt: Prompt, first: int, count: int
@@ -144,9 +156,9 @@ class PullLanding(PromptLanding):
     def land(self) -> None:
         """Nothing is left to do."""
 
-    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
-        """Copies the pages of these tickets, and waits for that. Raises `ValueError` where they are
-        not what was promised."""
+    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> int:
+        """Copies the pages of these tickets, and waits for that; returns their bytes. Raises
+        `ValueError` where they are not what was promised."""
         count = 2 if part is Part.OPEN else count
         tickets = self._tickets[part][layer : layer + layers, first : first + count]
         ids = self._ids[part][first : first + count]
@@ -163,6 +175,7 @@ class PullLanding(PromptLanding):
             read = move_pages(target[of], to_J, source[of], from_J).cpu().numpy()
         if not np.array_equal(read, tickets["hash"]):
             raise ValueError("pages of the sender changed while they were copied")
+        return pages.size * self._mine.page_bytes(part)
 
     def _records(self, layer: int, first: int, count: int) -> list[memoryview]:
         return [self._tickets[Part.PAGES][layer, first : first + count].view(np.uint8).data]

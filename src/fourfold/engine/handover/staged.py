@@ -17,7 +17,6 @@ from torch import Tensor
 from fourfold.engine.handover.landing import PromptLanding
 from fourfold.engine.handover.pages import Prompt, page_format, rows_of, side_stream, view
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, KVPages
-from fourfold.transport.pieces import Part
 
 _LANDING_BYTES = 64 << 20
 """On the device beside the pages at most, while a prompt lands."""
@@ -69,9 +68,6 @@ class StagedLanding(PromptLanding):
         self._row = prompt.slot * PAGE_TOKENS
         self._row_count = rows_of(memory.format, prompt.tokens)
         self._lock = threading.Lock()
-
-    def landed(self, part: Part, layer: int, layers: int, first: int, count: int) -> None:
-        """It waits for the rest."""
 
     def land(self) -> None:
         records_LPW = self._memory.records_LPW
