@@ -6,7 +6,7 @@ is found on a fine grid of sizes.
 
 A size's shape is that of the models that were run: as wide for its depth, experts as large a part.
 
-Shapes: N sizes.
+Shapes: N sizes, Q resamplings.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ Floats = NDArray[np.float64]
 _SIZES = 400
 _REACH = 64.0
 """How many times smaller or larger than those that were run a model may be."""
+SEARCH = "search"
+"""What bounds a size that lies at the end of those that are searched: no optimum was found."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +98,9 @@ class Advice:
 
     ratio: float
     active: float
+    sizes: tuple[float, float]
+    """The middle 95 % of the sizes that resampled laws find best. Zero or infinite where these lie
+    at the end of those that are searched."""
     total: float
     tokens: float
     loss: float
@@ -109,9 +114,10 @@ class Advice:
     step: float
     """Seconds of a decoding step, attention's reading of keys and values left out."""
     bound: str
-    """Which budget bounds its size: "training", "memory" or "step"."""
-    beyond: tuple[str, ...]
-    """What of it is outside the runs that the law was fitted to: "active", "ratio", "tokens"."""
+    """What bounds its size: a budget ("training", "memory" or "step"), or `SEARCH`."""
+    beyond: dict[str, float]
+    """What of it is outside the runs that the law was fitted to ("active", "ratio", "tokens"), and
+    how many times. Sizes are compared to those of sparse models, or of dense ones."""
 
 
 def costs_for(config: AdviseConfig) -> QuadrantCosts:
@@ -169,7 +175,14 @@ def advise(
     config: AdviseConfig, fit: Fit, records: Sequence[RunRecord], ratios: Sequence[int]
 ) -> list[Advice]:
     """The best model of each ratio, best first; ratios that no size of fits are left out.
-    ConfigError for a law that does not tell what size is worth, or does not describe the runs."""
+    ConfigError for a law that does not tell what size or tokens are worth, or does not describe the
+    runs."""
+    if not fit.form.with_tokens:
+        raise ConfigError(
+            "all runs of this fit are on as many tokens, so it does not say what tokens are worth, "
+            "and FLOPs cannot be balanced between them and size; lower --least-tokens of `fourfold "
+            "law fit`, or add `tokens` to the grid"
+        )
     if "a" in fit.untold:
         raise ConfigError(
             "the runs do not tell the exponent of size, so there is nothing to advise by; extend "
@@ -208,6 +221,7 @@ def _best(
     if not allowed.any():
         return None
     best = int(np.where(allowed, loss_N, np.inf).argmin())
+    at_end = best in (0, _SIZES - 1)
     # Were a budget not there, would the next larger size be better?
     bounding = [name for name, fits in within.items() if best + 1 < _SIZES and not fits[best + 1]]
     place = Points(sizes_N[[best]], np.array([ratio]), tokens_N[[best]])
@@ -217,6 +231,7 @@ def _best(
     return Advice(
         ratio=ratio,
         active=active,
+        sizes=_best_sizes(fit, Points(sizes_N, np.full(_SIZES, ratio), tokens_N), allowed),
         total=shapes.total(active, ratio),
         tokens=tokens,
         loss=float(loss_N[best]),
@@ -225,15 +240,26 @@ def _best(
         dense=active * float(times[0]),
         memory=float(memory_N[best]),
         step=float(step_N[best]),
-        bound=bounding[0] if bounding else "training",
+        bound=SEARCH if at_end else bounding[0] if bounding else "training",
         beyond=_beyond(records, active=active, ratio=ratio, tokens=tokens),
     )
 
 
-def _beyond(records: Sequence[RunRecord], **place: float) -> tuple[str, ...]:
-    outside = []
-    for name, value in place.items():
-        run = [getattr(record, name) for record in records]
-        if not min(run) <= value <= max(run):
-            outside.append(name)
-    return tuple(outside)
+def _best_sizes(fit: Fit, points: Points, allowed_N: NDArray[np.bool_]) -> tuple[float, float]:
+    """Where resampled laws have their least loss, the ends of the search being without bound."""
+    best_Q = np.where(allowed_N, fit.sampled_loss(points), np.inf).argmin(1)
+    size_N = points.active_N.copy()
+    size_N[[0, -1]] = 0.0, np.inf
+    return interval(size_N[best_Q])
+
+
+def _beyond(
+    records: Sequence[RunRecord], *, active: float, ratio: float, tokens: float
+) -> dict[str, float]:
+    run = {
+        "active": (active, [r.active for r in records if (r.ratio > 1) == (ratio > 1)]),
+        "ratio": (ratio, [r.ratio for r in records]),
+        "tokens": (tokens, [r.tokens for r in records]),
+    }
+    times = {name: max(value / max(had), min(had) / value) for name, (value, had) in run.items()}
+    return {name: factor for name, factor in times.items() if factor > 1}

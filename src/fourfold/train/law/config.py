@@ -112,5 +112,5 @@ class AdviseConfig:
             "--bandwidth": self.bandwidth,
         }
         for name, value in given.items():
-            if value is not None and not value > 0:
-                raise ConfigError(f"{name} {value} must be above 0")
+            if value is not None and not 0 < value < float("inf"):
+                raise ConfigError(f"{name} {value} must be above 0, and finite")

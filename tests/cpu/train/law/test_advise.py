@@ -14,7 +14,7 @@ from msgspec import UNSET
 
 from fourfold.cli.main import run
 from fourfold.errors import ConfigError
-from fourfold.train.law.advise import Advice, advise, costs_for, ratios_for, shapes_of
+from fourfold.train.law.advise import SEARCH, Advice, advise, costs_for, ratios_for, shapes_of
 from fourfold.train.law.config import AdviseConfig
 from fourfold.train.law.fitting import Fit, fit
 from fourfold.train.law.forms import Points
@@ -22,7 +22,7 @@ from fourfold.train.law.leverage import Estimate
 from fourfold.train.law.plots import draw
 from fourfold.train.law.records import RunRecord, write_record
 from fourfold.train.law.report import fit_of, make_report, write_report
-from tests.cpu.train.law.known import RATIOS, Known, grid
+from tests.cpu.train.law.known import RATIOS, TOKENS, Known, grid
 
 GPU = "NVIDIA H100 80GB HBM3"
 
@@ -76,6 +76,8 @@ def test_no_other_size_is_better(joint: Fit, records: list[RunRecord]) -> None:
             [other] = joint.loss(Points(size, np.array([float(ratio)]), tokens))
             assert other > advice.loss
         assert ("ratio" in advice.beyond) == (ratio > max(RATIOS))
+        low, high = advice.sizes
+        assert 0 < low <= 1.04 * advice.active <= 1.09 * high < 1.5 * low
     assert found[32].dense / found[32].active > found[4].dense / found[4].active > 1
 
 
@@ -111,6 +113,51 @@ def test_a_law_that_tells_nothing_of_size_advises_nothing(records: list[RunRecor
         advised(fit(flat, "joint", starts=8, resamplings=5, seed=0), flat)
 
 
+def test_sizes_that_resampled_laws_find_best_are_told(records: list[RunRecord]) -> None:
+    """The more luck there is in the runs, the farther they lie apart."""
+    spreads = []
+    for noise in (1e-4, 2e-3):
+        noisy = grid(Known(), noise=noise)
+        fitted = fit(noisy, "joint", starts=16, resamplings=50, seed=0)
+        low, high = advised(fitted, noisy)[16].sizes
+        exact = advised(fit(records, "joint", starts=16, resamplings=5, seed=0), records)[16]
+        assert low < 1.1 * exact.active
+        assert high > exact.active / 1.1
+        spreads.append(high / low)
+    assert spreads[0] < spreads[1]
+
+
+def test_sizes_are_compared_to_those_of_their_kind(joint: Fit, records: list[RunRecord]) -> None:
+    """Dense models were run up to 64 million, sparse ones up to 8."""
+    found = advised(joint, records, flops=8e16)
+    assert 9e6 < found[1].active < 64e6
+    assert 9e6 < found[16].active < 64e6
+    assert "active" not in found[1].beyond
+    largest = max(record.active for record in records if record.ratio > 1)
+    assert found[16].beyond["active"] == pytest.approx(found[16].active / largest)
+
+
+def test_an_end_of_the_search_is_no_optimum(joint: Fit, records: list[RunRecord]) -> None:
+    for flops, ends in ((1e25, np.inf), (1.0, 0.0)):
+        for advice in advise(options(flops=flops), joint, records, [4, 32]):
+            assert (advice.bound, advice.sizes) == (SEARCH, (ends, ends))
+
+
+def test_a_law_that_tells_nothing_of_tokens_advises_nothing(records: list[RunRecord]) -> None:
+    longest = [record for record in records if record.tokens == max(TOKENS)]
+    with pytest.raises(ConfigError, match=r"does not say what tokens are worth.*--least-tokens"):
+        advised(fit(longest, "joint", starts=8, resamplings=5, seed=0), longest)
+
+
+@pytest.mark.parametrize("wrong", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("name", ["flops", "memory_gib", "weight_bits", "step_ms", "bandwidth"])
+def test_budgets_are_numbers(name: str, wrong: float) -> None:
+    with pytest.raises(
+        ConfigError, match=f"--{name.replace('_', '-')} .* must be above 0, and fin"
+    ):
+        options(**{name: wrong})
+
+
 def test_another_device_is_priced_by_its_bandwidth(
     joint: Fit, records: list[RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,7 +184,16 @@ def test_the_commands_advise_and_draw(
     given = options(flops=3e16, memory_gib=0.05)
     best = advise(given, fit_of(report, "joint"), records, ratios_for(records))[0]
     assert f"take ratio {best.ratio:g}: {best.active / 1e6:.3g}M active" in said.out
+    low, high = best.sizes
+    assert f"active (95 %: {low / 1e6:.3g}M to {high / 1e6:.3g}M) of" in said.out
     assert f"priced by {GPU}" in said.err
+    assert "it is a guess" not in said.err
+    assert run(["law", "advise", path, "--flops", "3e19"]) == 0
+    assert "more than 3 times beyond what was run, it is a guess" in capsys.readouterr().err
+    assert run(["law", "advise", path, "--flops", "1e25"]) == 2
+    said = capsys.readouterr()
+    assert "take" not in said.out
+    assert "lies at the end of the search" in said.err
     assert run(["law", "advise", path, "--flops", "3e16", "--step-ms", "1e-6"]) == 2
     assert "no model is within these budgets" in capsys.readouterr().err
     assert run(["law", "plot", path]) == 0
@@ -165,7 +221,10 @@ def test_what_the_runs_do_not_tell_is_said(
     for record in records:
         write_record(record, tmp_path / "records" / f"{record.name}.json")
     assert run(["law", "advise", str(tmp_path / "fit.json"), "--flops", "3e16"]) == 0
-    assert "the runs do not tell E: losses beyond them are guesses" in capsys.readouterr().err
+    assert (
+        "the runs do not tell E: losses and sizes beyond them are guesses"
+        in capsys.readouterr().err
+    )
 
 
 def test_what_is_beyond_a_figure_is_an_arrow(
