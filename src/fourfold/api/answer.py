@@ -25,7 +25,7 @@ from fourfold.api.following import (
 from fourfold.api.metrics import Outcome, RequestRecord, record_of
 from fourfold.api.replies import DONE, Reply
 from fourfold.errors import FourfoldError
-from fourfold.gateway.generation import Delta, Generation
+from fourfold.gateway.generation import Delta, Generation, Usage
 
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
@@ -85,7 +85,12 @@ class Answer(Response):
             async for batch in following:
                 record.tokens_came(batch)
                 deltas += batch
-        body = reply.whole(merge(deltas), following.usage)
+        await record.writing(self._write_whole(reply, deltas, following.usage, send))
+
+    async def _write_whole(
+        self, reply: Reply, deltas: Sequence[Delta], usage: Usage, send: Send
+    ) -> None:
+        body = reply.whole(merge(deltas), usage)
         self.headers["content-length"] = str(len(body))
         await self._start(send)
         await _send_body(send, body, more=False)
@@ -97,21 +102,26 @@ class Answer(Response):
                 reply = self._reply(following.generations)
                 async for batch in following:
                     record.tokens_came(batch)
-                    if not started:
-                        started = True
-                        await self._start(send)
+                    first, started = not started, True
                     counts = following.usage if self._continuous_usage else None
-                    if events := b"".join(reply.events(delta, counts) for delta in batch):
-                        await _send_body(send, events, more=True)
+                    await record.writing(self._write_events(reply, batch, counts, send, first))
         except Exception as error:
             if not started or isinstance(error, ClientGoneError):
                 raise
             if not isinstance(error, FourfoldError):
                 logger.exception("A stream failed after it had begun")
-            await _send_body(send, to_http_error(error).event(), more=False)
+            await record.writing(_send_body(send, to_http_error(error).event(), more=False))
             return
         usage = reply.usage_event(following.usage) if self._include_usage else b""
-        await _send_body(send, usage + DONE, more=False)
+        await record.writing(_send_body(send, usage + DONE, more=False))
+
+    async def _write_events(
+        self, reply: Reply, batch: Sequence[Delta], counts: Usage | None, send: Send, first: bool
+    ) -> None:
+        if first:
+            await self._start(send)
+        if events := b"".join(reply.events(delta, counts) for delta in batch):
+            await _send_body(send, events, more=True)
 
     async def _start(self, send: Send) -> None:
         await send(

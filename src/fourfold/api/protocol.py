@@ -10,12 +10,14 @@ writing, uvicorn's for keep-alive.
 from __future__ import annotations
 
 import asyncio
+import time
 from typing import Any, ClassVar
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from fourfold.api.config import ApiConfig
 from fourfold.api.errors import HttpError
+from fourfold.api.metrics import PARSE_SECONDS
 
 
 def bounded_protocol(config: ApiConfig) -> type[HttpToolsProtocol]:
@@ -47,7 +49,11 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self._head_timer is None and not self._in_body:
             self._head_bytes = 0
             self._await_head()
+        began = time.perf_counter()
         super().data_received(data)
+        if self.cycle is not None:
+            state = self.cycle.scope["state"]
+            state[PARSE_SECONDS] = state.get(PARSE_SECONDS, 0.0) + time.perf_counter() - began
         if self._head_timer is not None:
             self._head_bytes += len(data)
             if self._head_bytes > self.bounds.max_head_bytes:

@@ -65,6 +65,8 @@ class GatewayStats(msgspec.Struct, kw_only=True):
 
     tokenize_seconds: float = 0.0
     """Rendering and tokenising prompts."""
+    admit_seconds: float = 0.0
+    """Checking the budgets of requests that are admitted, choosing workers and telling them."""
     detokenize_seconds: float = 0.0
     """Turning tokens to text, with stop strings."""
     news: int = 0
@@ -220,6 +222,7 @@ class Gateway:
             ids = await self._encode(prompt, add_special_tokens, field)
             if self.draining:
                 raise DrainingError(_DRAINING)
+            began = time.perf_counter()
             request = self._request(ids, options, field)
             generation = Generation(
                 request,
@@ -235,6 +238,7 @@ class Gateway:
             self._note_end()
         generation.expire_after(self.limits.request_timeout)
         self._engine.submit(request)
+        self._stats.admit_seconds += time.perf_counter() - began
         return generation
 
     async def _encode(

@@ -7,7 +7,9 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
+
+import msgspec
 
 from fourfold.engine.messages import EngineStats, FinishReason
 from fourfold.errors import DrainingError, FourfoldError, OverloadedError, RequestFailedError
@@ -15,6 +17,8 @@ from fourfold.gateway.gateway import GatewaySnapshot, GatewayStats
 from fourfold.gateway.generation import Delta, GenerationOptions, TokenText, Usage
 
 MODEL = "org/fake-moe"
+
+Numbers = TypeVar("Numbers", EngineStats, GatewayStats)
 
 
 def token(
@@ -178,17 +182,11 @@ class FakeGateway:
             generation.cancel()
 
     def snapshot(self) -> GatewaySnapshot:
-        engine = EngineStats(
-            running=2,
-            moving=5,
-            shortages=1,
-            pages_total=64,
-            pages_in_use=3,
-            steps=7,
-            step_seconds=0.5,
+        return GatewaySnapshot(
+            active_requests=self.active,
+            engine=_numbered(EngineStats, 1),
+            gateway=_numbered(GatewayStats, 101),
         )
-        gateway = GatewayStats(tokenize_seconds=0.25, news=5)
-        return GatewaySnapshot(active_requests=self.active, engine=engine, gateway=gateway)
 
     async def _admit(self, prompt: Any, text: str, options: GenerationOptions) -> FakeGeneration:
         script = self.script
@@ -208,3 +206,9 @@ class FakeGateway:
 
         self.held[number] = FakeGeneration(script, options, text, on_end)
         return self.held[number]
+
+
+def _numbered(kind: type[Numbers], first: int) -> Numbers:
+    """Every field with another number, none of them zero."""
+    fields = msgspec.structs.fields(kind)
+    return kind(**{f.name: type(f.default)(n) for n, f in enumerate(fields, first)})

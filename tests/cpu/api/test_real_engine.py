@@ -31,6 +31,7 @@ from tests.cpu.api.test_bad_input import (  # noqa: F401
     test_requests_over_budget_are_refused,
     test_what_asks_for_nothing_unusual_is_accepted,
 )
+from tests.cpu.api.test_metrics import growth, scrape
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,22 @@ def test_offsets_of_tokens_lead_to_their_text(server: Server) -> None:
     shown = list(zip(logprobs["tokens"], logprobs["text_offset"], strict=True))[:-4]
     assert all(choice["text"].startswith(token, offset) for token, offset in shown)
     assert logprobs["text_offset"][-4:] == [len(choice["text"])] * 4
+
+
+def test_a_request_moves_the_time_of_every_part(server: Server) -> None:
+    with httpx.Client(base_url=server.base_url, timeout=60) as http:
+        before = scrape(http)
+        body = {"model": "default", "prompt": "One, two,", "max_tokens": 4, "ignore_eos": True}
+        assert http.post(COMPLETIONS, json=body).status_code == 200
+        for part in ("read", "write"):
+            name = f"fourfold_http_{part}_seconds_total"
+            assert growth(before, scrape(http), name, route=COMPLETIONS) > 0, part
+        for part in ("tokenize", "admit", "detokenize", "news_delay"):
+            name = f"fourfold_gateway_{part}_seconds_total"
+            assert growth(before, scrape(http), name) > 0, part
+        for part in ("step", "schedule", "launch", "wait", "commit"):
+            name = f"fourfold_engine_{part}_seconds_total"
+            assert growth(before, scrape(http), name) > 0, part
 
 
 def test_64_clients_of_which_many_leave(server: Server) -> None:
