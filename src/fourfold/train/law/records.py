@@ -48,7 +48,7 @@ class RunRecord(
     arguments: tuple[str, ...]
     """Of `fourfold train`, the configuration file first."""
     config_sha256: str
-    """Of its whole configuration, but for folders."""
+    """Of what its configuration says of the result: see `sweep`."""
     hardware: str
     """What each process that trained it computed on."""
     versions: dict[str, str]

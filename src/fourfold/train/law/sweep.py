@@ -35,6 +35,11 @@ Tell = Callable[[str], None]
 _WARM_UP_RECORDS = 1
 _CONFIG = "config.sha256"
 """In a run's folder: what it is of."""
+_SAME_RESULT = {
+    *("run.folder", "run.start_from", "run.save_every", "run.keep", "run.evaluate_every"),
+    *("run.log_every", "run.tensorboard", "run.export", "run.cuda_graph", "parallel.timeout"),
+}
+"""Fields that change nothing of the held-out loss at a run's end."""
 
 
 def is_done(grid: Grid, cell: Cell) -> bool:
@@ -199,10 +204,16 @@ def _counts(cell: Cell) -> Counts:
 
 
 def _fingerprint(run: Run) -> str:
-    """What makes two runs the same but for where they are kept."""
-    section = msgspec.structs.replace(run.config.run, folder="", start_from=None)
-    config = msgspec.structs.replace(run.config, run=section)
-    return hashlib.sha256(msgspec.json.encode(config)).hexdigest()
+    """What makes two runs give the same: their fields but for those that have their default, so
+    that a field that comes later does not make another run of one that was finished."""
+    given: dict[str, object] = {}
+    for section in msgspec.structs.fields(run.config):
+        values = getattr(run.config, section.name)
+        for field in msgspec.structs.fields(values):
+            name, value = f"{section.name}.{field.name}", getattr(values, field.name)
+            if name not in _SAME_RESULT and value != field.default:
+                given[name] = value
+    return hashlib.sha256(msgspec.json.encode(given, order="sorted")).hexdigest()
 
 
 def _hardware(name: str) -> str:

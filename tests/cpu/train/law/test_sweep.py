@@ -6,6 +6,7 @@ Most runs here are not trained: what `fourfold train` leaves is written instead.
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from fourfold.train.data.grammar import Grammar, write_grammar
 from fourfold.train.data.grammar_config import GrammarConfig
 from fourfold.train.law.grid import Grid, Run, RunFailedError, read_grid
 from fourfold.train.law.records import read_records
-from fourfold.train.law.sweep import sweep
+from fourfold.train.law.sweep import is_done, sweep
 from fourfold.train.metrics import EvaluationRecord, StepRecord
 
 BASE = """
@@ -60,6 +61,7 @@ set = {{ "model.width" = 32, "router.z_loss" = 1e-3 }}
 tokens = [320]
 ratios = [4]
 """
+PUBLISHED = Path(__file__).parents[4] / "benchmarks/law"
 NAMES = ["small-x1-320-s0", "small-x1-640-s0", "small-x4-320-s0", "small-x4-640-s0"]
 
 
@@ -230,6 +232,37 @@ def test_records_of_another_configuration_are_refused(make: Callable[..., Grid])
     changed = make(more="sparse = { 'router.z_loss' = 0.5 }")
     with pytest.raises(ConfigError, match=r"small-x4-320-s0\.json is of a run with another"):
         sweep(changed, [Pretending()], quiet)
+
+
+def test_what_changes_no_result_makes_no_other_run(make: Callable[..., Grid]) -> None:
+    grid = make()
+    sweep(grid, [Pretending()], quiet)
+    same = """
+    "run.log_every" = 3, "run.keep" = 7, "run.save_every" = 9, "run.cuda_graph" = false,
+    "optimizer.beta1" = 0.9, "parallel.timeout" = 9.0"""
+    fields = "{" + " ".join(same.split()) + "}"
+    again = make(more=f"sparse = {fields}\ndense = {fields}")
+    assert again.cells[0].config != grid.cells[0].config
+    assert all(is_done(again, cell) for cell in again.cells)
+    for changed in ("'optimizer.beta1' = 0.8", "'run.evaluate_batches' = 2", "'data.seed' = 1"):
+        other = make(more=f"sparse = {{ {changed} }}\ndense = {{ {changed} }}")
+        with pytest.raises(ConfigError, match="is of a run with another configuration"):
+            is_done(other, other.cells[0])
+
+
+def test_published_records_are_those_of_the_published_grid(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also after a field of training that has a default has come."""
+    folder = tmp_path / "benchmarks/law"
+    folder.mkdir(parents=True)
+    for name in ("grid.toml", "base.toml"):
+        shutil.copy(PUBLISHED / name, folder)
+    shutil.copytree(PUBLISHED / "records", tmp_path / "law/records")
+    assert command(["law", "sweep", str(folder / "grid.toml"), "--list"]) == 0
+    listed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert len(listed) == 57
+    assert {done for done, _ in listed} == {"done"}
 
 
 def test_a_stable_phase_of_another_configuration_is_refused(make: Callable[..., Grid]) -> None:
