@@ -122,13 +122,25 @@ def tells_size(fit: Fit, records: Sequence[RunRecord]) -> bool:
 def _gains(records: Sequence[RunRecord]) -> Iterator[tuple[RunRecord, float]]:
     """Sparse runs, and the logarithm of their dense twin's loss over theirs."""
     for group in by_tokens(records):
-        dense: dict[str, list[float]] = {}
         for record in group:
-            if record.ratio == 1:
-                dense.setdefault(record.model, []).append(record.loss)
-        for record in group:
-            if record.ratio > 1 and record.model in dense:
-                yield record, math.log(float(np.mean(dense[record.model])) / record.loss)
+            if record.ratio > 1 and (twins := dense_twins(record, group)):
+                dense = float(np.mean([twin.loss for twin in twins]))
+                yield record, math.log(dense / record.loss)
+
+
+def dense_twins(sparse: RunRecord, records: Sequence[RunRecord]) -> list[RunRecord]:
+    """The dense ones of runs that are a sparse one but for its router and the experts that a token
+    does not choose, whatever the grid calls them; of several numbers of tokens or seeds if the
+    records are."""
+    router = sparse.layers * sparse.width * sparse.ratio * sparse.chosen
+    found = [
+        (abs(record.active + router - sparse.active), record)
+        for record in records
+        if record.ratio == 1 and (record.layers, record.width) == (sparse.layers, sparse.width)
+    ]
+    # Not all layers need have a router, so that twins may differ by less than all of them.
+    nearest = min((off for off, _ in found if off <= router), default=None)
+    return [record for off, record in found if off == nearest]
 
 
 def _seed_noise(records: Sequence[RunRecord]) -> float | UnsetType:

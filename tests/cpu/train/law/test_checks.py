@@ -10,13 +10,21 @@ import pytest
 from msgspec import UNSET
 
 from fourfold.cli.main import run
-from fourfold.train.law.checks import by_tokens, check, misfit, size_power, tells_size
+from fourfold.train.law.checks import (
+    by_tokens,
+    check,
+    dense_twins,
+    misfit,
+    size_power,
+    tells_size,
+)
 from fourfold.train.law.fitting import fit
-from fourfold.train.law.records import RunRecord, write_record
+from fourfold.train.law.records import RunRecord, read_records, write_record
 from fourfold.train.law.report import lines_of, make_report, write_report
 from tests.cpu.train.law.known import SPARSE, TOKENS, Known, grid
 
 LAW = Known()
+PUBLISHED = Path(__file__).parents[4] / "benchmarks/law/records"
 
 
 def changed(begins: str, factor: float) -> list[RunRecord]:
@@ -88,6 +96,34 @@ def test_runs_on_about_as_many_tokens_belong_together() -> None:
 )
 def test_what_no_law_does_is_doubted(records: list[RunRecord], doubt: str) -> None:
     assert any(doubt in said for said in check(records).doubts)
+
+
+def test_a_twin_is_told_by_its_shape() -> None:
+    """Sparse runs have a rate of their own, and so a name."""
+    named = [
+        msgspec.structs.replace(r, model=f"{r.model}-sparse") if r.ratio > 1 else r
+        for r in grid(LAW, noise=5e-4)
+    ]
+    assert check(named).sparse_gain == check(grid(LAW, noise=5e-4)).sparse_gain > 0
+    [sparse] = [r for r in named if r.name == "8M-x16-100M-s0"]
+    assert [r.name for r in dense_twins(sparse, named)] == [
+        f"8M-x1-{tokens // 10**6}M-s0" for tokens in TOKENS
+    ]
+    longer = msgspec.structs.replace(sparse, layers=9)
+    larger = msgspec.structs.replace(sparse, active=2 * sparse.active)
+    assert dense_twins(longer, named) == dense_twins(larger, named) == []
+
+
+def test_published_runs_all_have_their_twin() -> None:
+    """The router is all that they have more."""
+    records = read_records(PUBLISHED)
+    sparse = [record for record in records if record.ratio > 1]
+    assert len(sparse) == 36
+    for record in sparse:
+        router = record.layers * record.width * record.ratio * record.chosen
+        twins = dense_twins(record, records)
+        assert {twin.active for twin in twins} == {record.active - router}
+        assert {twin.model for twin in twins} == {record.model.removesuffix("-sparse")}
 
 
 def test_seeds_tell_how_much_is_luck() -> None:
