@@ -56,7 +56,7 @@ class Trainer:
             batches: what is trained on.
             parallel: this process among the others.
             contents: of the shards that batches are cut from, which a checkpoint is continued on.
-                None where they are made up.
+                None where they come from elsewhere.
         """
         self._config, self._batches, self._parallel = config, batches, parallel
         self._contents = contents

@@ -1,9 +1,8 @@
-"""A source whose entropy is known, and the smallest runs that learn from it."""
+"""A source of tokens, and the smallest runs that learn from it."""
 
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -75,15 +74,6 @@ class Chain:
                 tokens[:, 0] = fresh
         document[:] = begins.cumsum(1)
         return Batch(torch.from_numpy(tokens), torch.from_numpy(document))
-
-    def best_loss(self, batches: int) -> float:
-        """Mean cross-entropy, nats, of whoever knows the chain on the first batches."""
-        losses = []
-        for index in range(batches):
-            tokens, document = (x.numpy() for x in dataclasses.astuple(self.batch(index)))
-            likely = self._next[tokens[:, :-1], tokens[:, 1:]]
-            losses.append(-np.log(likely[document[:, 1:] == document[:, :-1]]))
-        return float(np.concatenate(losses).mean())
 
 
 class Same:

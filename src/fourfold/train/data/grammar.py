@@ -1,4 +1,4 @@
-"""An endless source that is built like text: a hierarchy of rules above words of Zipf frequencies.
+"""Made-up text that is built like text: a hierarchy of rules above words of Zipf frequencies.
 
 A document has a topic, which says how likely each kind of sentence is. A sentence is a tree: its
 root is replaced by two symbols of the level below, those by two each, and the lowest by words. No
@@ -6,8 +6,8 @@ two symbols of a level share a pair below them, and no two share a word, so a se
 and its entropy is that of its choices, known exactly. Rules and words are drawn by Zipf's law: a
 larger model has ever rarer rules left to learn.
 
-Shapes: B rows, L tokens that are predicted in a row, K kinds of sentences, M symbols of a level,
-R rules of a symbol, W words of a symbol, Z topics, N sentences.
+Shapes: K kinds of sentences, M symbols of a level, R rules of a symbol, W words of a symbol,
+Z topics, N sentences.
 """
 
 from __future__ import annotations
@@ -18,18 +18,16 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from fourfold.train.data.batches import Batch
 from fourfold.train.data.grammar_config import GrammarConfig
 from fourfold.train.data.shards import IdType, ShardWriter, SplitState, Vocabulary
 
 Floats = NDArray[np.float64]
 Symbols = NDArray[np.int64]
 _SHARD_TOKENS = 1 << 26
-_WRITTEN = 1 << 62
-"""Streams of random numbers from here on are those of written splits."""
+_SPLITS = 1 << 62
+"""Streams of random numbers from here on are those of splits; stream 0 draws the grammar."""
 
 
 class Grammar:
@@ -91,30 +89,6 @@ class Grammar:
         return nats / tokens, (nats + math.log(config.topics)) / tokens
 
 
-class GrammarBatches:
-    """Rows of a grammar's documents; each row is its own draw and begins with a document."""
-
-    def __init__(self, grammar: Grammar, *, rows: int, length: int, seed: int) -> None:
-        self._grammar = grammar
-        self._rows = rows
-        self._length = length
-        self._seed = seed
-
-    def batch(self, index: int) -> Batch:
-        tokens_BL = np.empty((self._rows, self._length + 1), np.int64)
-        document_BL = np.empty((self._rows, self._length + 1), np.int32)
-        for row in range(self._rows):
-            draws = _generator(self._seed, 1 + index * self._rows + row)
-            filled = number = 0
-            while filled <= self._length:
-                ids = self._grammar.document(draws)[: self._length + 1 - filled]
-                tokens_BL[row, filled : filled + len(ids)] = ids
-                document_BL[row, filled : filled + len(ids)] = number
-                filled += len(ids)
-                number += 1
-        return Batch(torch.from_numpy(tokens_BL), torch.from_numpy(document_BL))
-
-
 def write_grammar(grammar: Grammar, folder: Path, split: str, stream: int, tokens: int) -> int:
     """Writes a split of at least so many tokens; returns how many. Its documents are a function of
     the grammar and `stream`; there is no text, so a token counts as a byte."""
@@ -130,7 +104,7 @@ def write_grammar(grammar: Grammar, folder: Path, split: str, stream: int, token
     writer = ShardWriter(
         folder, IdType.for_vocabulary(config.vocabulary), _SHARD_TOKENS, SplitState()
     )
-    draws = _generator(config.seed, _WRITTEN + stream)
+    draws = _generator(config.seed, _SPLITS + stream)
     written = 0
     while written < tokens:
         ids = grammar.document(draws)

@@ -1,7 +1,4 @@
-"""Endless sources: their entropy is what they say, and their rows are functions of their numbers.
-
-The oracle for entropies is counting.
-"""
+"""Grammars: their entropy is what they say, and their splits are shards. The oracle is counting."""
 
 from __future__ import annotations
 
@@ -13,78 +10,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 from fourfold.cli.main import run
 from fourfold.errors import ConfigError
-from fourfold.train.data.batches import Batches
-from fourfold.train.data.grammar import Grammar, GrammarBatches
+from fourfold.train.data.grammar import Grammar
 from fourfold.train.data.grammar_config import GrammarConfig
-from fourfold.train.data.markov import MarkovBatches, MarkovSource, _stationary
 from fourfold.train.data.shards import Shards
-
-
-def markov(order: int = 2, vocabulary: int = 5) -> MarkovSource:
-    return MarkovSource(vocabulary=vocabulary, order=order, concentration=0.5, seed=1)
-
-
-@pytest.mark.parametrize("order", [1, 2, 3])
-def test_a_markov_table_in_its_own_words(order: int) -> None:
-    """A model that knows the table has the source's entropy as its loss, at every place."""
-    source = markov(order, vocabulary=4)
-    draws = np.random.default_rng(0)
-    tokens_BL = source.tokens(draws.random((8000, 6)))
-    for place in range(6):
-        joint = Counter(map(tuple, tokens_BL[:, : place + 1].tolist()))
-        before = Counter(map(tuple, tokens_BL[:, :place].tolist()))
-        if place < order:  # few enough to count
-            counted = -sum(
-                n * math.log(n / before[block[:-1]]) for block, n in joint.items()
-            ) / len(tokens_BL)
-        else:
-            state_B = np.zeros(len(tokens_BL), np.int64)
-            for back in range(order):
-                state_B = state_B * 4 + tokens_BL[:, place - order + back]
-            chance_B = source.table_SV[state_B, tokens_BL[:, place]]
-            counted = -float(np.log(chance_B).mean())
-        assert source.entropy(place) == pytest.approx(counted, abs=0.03)
-
-
-def test_a_markov_source_is_stationary() -> None:
-    source = markov()
-    flow = (source.stationary_S[:, None] * source.table_SV).reshape(5, -1).sum(0)
-    assert flow == pytest.approx(source.stationary_S, abs=1e-12)
-
-
-def test_rows_of_several_documents_have_the_mean_of_their_places() -> None:
-    source = markov()
-    batches = MarkovBatches(source, rows=2, length=8, document=3, seed=0)
-    # Places of the predicted tokens 1..8: 1 2 | 0 1 2 | 0 1 2, and a 0 is not predicted.
-    assert batches.entropy == pytest.approx(
-        (3 * source.entropy(1) + 3 * source.entropy(2)) / 6, rel=1e-12
-    )
-    assert batches.batch(0).document.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2, 2]] * 2
-
-
-@pytest.mark.parametrize(
-    ("fields", "complaint"),
-    [
-        ({"vocabulary": 1}, "vocabulary of 2"),
-        ({"vocabulary": 300, "order": 2}, "90000 states"),
-        ({"concentration": 0.0}, "positive concentration"),
-    ],
-)
-def test_impossible_markov_sources_are_refused(fields: dict[str, float], complaint: str) -> None:
-    options = {"vocabulary": 4, "order": 1, "concentration": 1.0, "seed": 0} | fields
-    with pytest.raises(ConfigError, match=complaint):
-        MarkovSource(**options)  # type: ignore[arg-type]
-
-
-def test_a_source_that_hardly_mixes_is_refused() -> None:
-    table = np.array([[1 - 1e-9, 1e-9], [1e-7, 1 - 1e-7]])
-    with pytest.raises(ConfigError, match="mixes too slowly"):
-        _stationary(table, 2)
-
 
 SMALL = GrammarConfig(levels=2, symbols=3, rules=2, words=2, topics=2, sentences=2.0)
 
@@ -135,34 +66,6 @@ def test_a_document_s_length_is_as_configured() -> None:
     draws = np.random.default_rng(0)
     lengths = [len(grammar.document(draws)) for _ in range(4000)]
     assert np.mean(lengths) == pytest.approx(2.0 * SMALL.sentence_tokens + 1, rel=0.05)
-
-
-def sources() -> dict[str, tuple[Batches, Batches]]:
-    """Each source twice, by itself."""
-    return {
-        "markov": (
-            MarkovBatches(markov(), rows=3, length=40, document=16, seed=4),
-            MarkovBatches(markov(), rows=3, length=40, document=16, seed=4),
-        ),
-        "grammar": (
-            GrammarBatches(Grammar(SMALL), rows=3, length=40, seed=4),
-            GrammarBatches(Grammar(SMALL), rows=3, length=40, seed=4),
-        ),
-    }
-
-
-@pytest.mark.parametrize("name", ["markov", "grammar"])
-def test_a_source_s_batch_is_a_function_of_its_number(name: str) -> None:
-    one, other = sources()[name]
-    onwards = [one.batch(i) for i in range(4)]
-    for index in (3, 0):
-        batch = other.batch(index)
-        assert torch.equal(batch.tokens, onwards[index].tokens)
-        assert torch.equal(batch.document, onwards[index].document)
-        assert batch.tokens.shape == batch.document.shape == (3, 41)
-        assert batch.tokens.dtype == torch.int64
-        assert batch.document.dtype == torch.int32
-    assert not torch.equal(onwards[0].tokens, onwards[1].tokens)
 
 
 def test_more_rules_than_pairs_are_refused() -> None:
