@@ -106,7 +106,7 @@ def train_here(base: Path, run: Run) -> None:
 
 
 def _commands(grid: Grid) -> Callable[[Run], None]:
-    """Trains each run by a command of its own."""
+    """Trains each run by a command of its own. ConfigError where there is no such command."""
     from fourfold.train.law.grid import RunFailedError, arguments
 
     def launch(run: Run) -> None:
@@ -116,7 +116,9 @@ def _commands(grid: Grid) -> Callable[[Run], None]:
         except subprocess.TimeoutExpired as error:
             raise RunFailedError(f"it took more than {grid.timeout:g} s") from error
         except OSError as error:
-            raise RunFailedError(f"{words[0]} cannot be started ({error})") from error
+            raise ConfigError(
+                f"{words[0]} cannot be started ({error}); mend the grid's `command`"
+            ) from error
         if done.returncode:
             raise RunFailedError(f"its command ended with {done.returncode}")
 

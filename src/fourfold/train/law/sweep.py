@@ -57,12 +57,14 @@ def is_done(grid: Grid, cell: Cell) -> bool:
 
 def sweep(grid: Grid, launches: Sequence[Launch], tell: Tell, *, only: str = "") -> dict[str, str]:
     """Trains the runs whose name holds `only`; returns those without a record, and why. As many
-    chains are trained at the same time as there are `launches`."""
+    chains are trained at the same time as there are `launches`. ConfigError for what would let
+    every run fail: shards or a device that are not there, a command that cannot be started."""
     wanted = {cell.name for cell in grid.cells if only in cell.name and not is_done(grid, cell)}
     chains = [chain for chain in grid.chains if wanted & {cell.name for cell in chain.cells}]
     for chain in chains:
         for run in (*chain.stretches, *chain.cells):
             _check_folder(run)
+    _check_shared([chain.cells[0] for chain in chains])
     if len(launches) > 1:
         # Else one may still be at work on the longest when all others have nothing left to do.
         chains.sort(key=_flops, reverse=True)
@@ -152,6 +154,20 @@ def _check_folder(run: Run) -> None:
         raise ConfigError(
             f"{run.folder} is of a run with another configuration; delete it, or name another `out`"
         )
+
+
+def _check_shared(cells: Sequence[Cell]) -> None:
+    """ConfigError for what is no fault of one run."""
+    for train, held_out in {(cell.config.data.train, cell.config.data.held_out) for cell in cells}:
+        assert held_out is not None
+        seen, unseen = Shards(train).meta, Shards(held_out).meta
+        if seen.vocabulary.sha256 != unseen.vocabulary.sha256:
+            raise ConfigError(
+                f"data.held_out = {held_out} was tokenised with another vocabulary than {train}; "
+                "tokenise both with one"
+            )
+    for device in {cell.config.run.device for cell in cells}:
+        resolve_device(device)
 
 
 def record_of(grid: Grid, cell: Cell) -> RunRecord:

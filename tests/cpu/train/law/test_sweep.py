@@ -6,6 +6,7 @@ Most runs here are not trained: what `fourfold train` leaves is written instead.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import sys
 from collections.abc import Callable
@@ -272,6 +273,54 @@ def test_a_stable_phase_of_another_configuration_is_refused(make: Callable[..., 
     changed = make(more="sparse = { 'router.z_loss' = 0.5 }")
     with pytest.raises(ConfigError, match=r"small-x4-s0-stable-8 is of a run with another"):
         sweep(changed, [Pretending()], quiet, only="small-x4")
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        (("/train", "/none"), "none holds no finished shards .*; run `fourfold tokenize`"),
+        (("/held-out", "/none"), "none holds no finished shards"),
+        (('"cpu"', '"cuda:99"'), "cuda:99"),
+    ],
+)
+def test_what_is_no_fault_of_one_run_is_said_once(
+    make: Callable[..., Grid],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: tuple[str, str],
+    complaint: str,
+) -> None:
+    grid = make()
+    base = tmp_path / "sweep/base.toml"
+    base.write_text(base.read_text().replace(*change))
+    assert command(["law", "sweep", str(tmp_path / "sweep/grid.toml")]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert re.search(complaint, line)
+    assert not grid.records.parent.exists()
+
+
+def test_a_command_that_is_not_there_is_said_once(
+    make: Callable[..., Grid], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(more='command = ["no-such-command"]')
+    assert command(["law", "sweep", str(tmp_path / "sweep/grid.toml")]) == 2
+    said = capsys.readouterr().err
+    assert said.count("no-such-command cannot be started") == 1
+    assert "is missing" not in said
+
+
+def test_held_out_text_of_another_vocabulary_is_refused_at_once(
+    make: Callable[..., Grid], corpus: Path, tmp_path: Path
+) -> None:
+    make()
+    other = Grammar(GrammarConfig(levels=2, symbols=5, rules=2, words=4))
+    write_grammar(other, tmp_path / "other", "held-out", 1, 2000)
+    base = tmp_path / "sweep/base.toml"
+    base.write_text(base.read_text().replace(str(corpus / "held-out"), str(tmp_path / "other")))
+    pretending = Pretending()
+    with pytest.raises(ConfigError, match=r"another vocabulary than .*; tokenise both with one"):
+        sweep(read_grid(tmp_path / "sweep/grid.toml"), [pretending], quiet)
+    assert not pretending.trained
 
 
 def test_losses_on_different_texts_are_not_compared(make: Callable[..., Grid]) -> None:
