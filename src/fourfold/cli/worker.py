@@ -16,7 +16,7 @@ from fourfold.engine.config import EngineConfig
 from fourfold.engine.messages import Role
 from fourfold.errors import ConfigError
 from fourfold.models.checkpoint.source import Source, SourceKind, find_source
-from fourfold.models.precision import Precision
+from fourfold.models.precision import PageFormat, Precision
 
 if TYPE_CHECKING:
     from fourfold.engine.building import EngineSetup
@@ -29,7 +29,10 @@ _AT_ONCE = 130
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """Joins a gateway that was started with --cluster-port, and computes for it until SIGTERM or
-    Ctrl-C. When the gateway is away, it waits for it."""
+    Ctrl-C. When the gateway is away, it waits for it.
+
+    Without --precision, and with --kv-pages auto, these are what the gateway was started with:
+    pages of another kind must be converted on their way from worker to worker."""
 
     model: Annotated[str | None, tyro.conf.Positional] = None
     """A Hugging Face directory, a .gguf file or a hub id: a copy of what the gateway serves.
@@ -98,12 +101,15 @@ def run(options: Options) -> int:
 
 def _own(setup: EngineSetup, options: Options, source: Source | None) -> EngineSetup:
     """What is built here, of what the gateway serves."""
+    config = options.engine
+    if config.kv_pages is PageFormat.AUTO:
+        config = dataclasses.replace(config, kv_pages=setup.config.kv_pages)
     return dataclasses.replace(
         setup,
         source=source or _find_here(setup.source),
         device=options.device,
         precision=options.precision or setup.precision,
-        config=options.engine,
+        config=config,
     )
 
 
