@@ -66,7 +66,8 @@ async def answered(config: ServeBenchConfig, **_: object) -> Report:
     """Layouts of two workers are twice as slow to begin, and steady."""
     apart = config.base_url.endswith("2")
     ttft, gap = (0.2, 0.01) if apart else (0.1, 0.03)
-    outcome = Outcome(due=0.0, sent=0.0, ended=1.0, first=ttft, last=1.0, gaps=(gap, gap))
+    gaps = (2 * gap,) if config.output_tokens == "2" else (gap, gap)
+    outcome = Outcome(due=0.0, sent=0.0, ended=1.0, first=ttft, last=1.0, gaps=gaps)
     return Report([outcome] * config.num_requests)
 
 
@@ -80,6 +81,12 @@ def test_figures_stand_beside_those_of_the_first_layout(
     results = {(r.case, r.metric): r for r in load(out).results}
     lone = results["1:1: prompts of 4096, one by one", "ttft_p50"]
     assert (lone.value, lone.peer, lone.peer_value) == (0.2, "1", 0.1)
+    moved = "prompts of 4096, one by one, after the first token"
+    second = results[f"1:1: {moved}", "second_token_p50"]
+    assert (second.value, second.peer_value) == (0.02, 0.06)
+    assert results[f"1:1: {moved}", "second_token_p99"].value == 0.02
+    counted = results[f"1: {moved}", "measured"]
+    assert (counted.value, counted.unit) == (16, "gaps")
     beside = results["1:1: 8 streams beside prompts of 1024 at 2/s", "itl_p99"]
     assert (beside.value, beside.peer_value) == (0.01, 0.03)
     assert results["1: 8 streams alone", "itl_p50"].peer is msgspec.UNSET
@@ -88,7 +95,7 @@ def test_figures_stand_beside_those_of_the_first_layout(
     assert results["1: 8 streams alone", "measured"].value == 2 * 2 * 3 * 8
     said = capsys.readouterr().err
     assert "turn 2 of 2: 1:1" in said
-    assert said.count("prompts of 4096, one by one") == 3 * 4, "figures are told as they come"
+    assert said.count("prompts of 4096, one by one") == 6 * 4, "figures are told as they come"
 
 
 def test_a_request_that_fails_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,7 +135,7 @@ def test_answers_without_text_are_no_figures() -> None:
     """A tokenizer that knows fewer ids than the model has no text for most that it says."""
     silent = Outcome(due=0.0, sent=0.0, ended=1.0, first=0.5, last=0.5)
     seen = roles.Seen(lone=[silent], quiet=[silent], streams=[silent], arriving=[silent])
-    with pytest.raises(FourfoldError, match=r"streams alone: no token .* tokenizer"):
+    with pytest.raises(FourfoldError, match=r"after the first token: no token .* tokenizer"):
         list(roles._figures(RolesBenchConfig(), seen))
 
 

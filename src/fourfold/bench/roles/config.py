@@ -20,9 +20,9 @@ _LAYOUT = re.compile(r"[1-9]\d*(:[1-9]\d*)?")
 class RolesBenchConfig:
     """Serves a model in several layouts, in turns, and asks each for the same.
 
-    First prompts come one by one: the time to their first token shows what it costs to move a
-    prompt. Then answers are streamed while other prompts arrive at a rate: the gaps between their
-    tokens show what it gains.
+    First prompts come one by one. Their first token leaves before their pages are moved, so the
+    time from it to the second shows what it costs to move a prompt. Then answers are streamed while
+    other prompts arrive at a rate: the gaps between their tokens show what it gains.
     """
 
     model: Annotated[str | None, tyro.conf.Positional] = None

@@ -51,7 +51,7 @@ def main(config: RolesBenchConfig) -> int:
             with serving(config.serve(layout)) as url:
                 uvloop.run(_measure(config, url, turn, seen[layout]))
             for case, metric, value, unit in _figures(config, seen[layout]):
-                print(f"  {case:<56} {metric:<9} {format_figure(value, unit)}", file=sys.stderr)
+                print(f"  {case:<56} {metric:<16} {format_figure(value, unit)}", file=sys.stderr)
     results = list(_results(config, seen))
     _show(results)
     if config.out is not None:
@@ -136,15 +136,17 @@ def _results(config: RolesBenchConfig, seen: dict[str, Seen]) -> Iterator[Result
 def _figures(config: RolesBenchConfig, seen: Seen) -> Iterator[tuple[str, str, float, str]]:
     """(case, metric, value, unit); a 99th percentile of few is hardly more than the worst, so how
     many there were is a figure too."""
+    lone = f"prompts of {config.prompt_tokens}, one by one"
     streams = f"{config.streams} streams"
     arriving = f"prompts of {config.arriving_tokens} at {config.arriving_rate:g}/s"
-    cases = {
-        f"prompts of {config.prompt_tokens}, one by one": ("ttft", _ttft(seen.lone)),
-        f"{streams} alone": ("itl", _gaps(seen.quiet)),
-        f"{streams} beside {arriving}": ("itl", _gaps(seen.streams)),
-        f"{arriving} beside {streams}": ("ttft", _ttft(seen.arriving)),
-    }
-    for case, (metric, values) in cases.items():
+    cases = (
+        (lone, "ttft", _ttft(seen.lone)),
+        (f"{lone}, after the first token", "second_token", _seconds(seen.lone)),
+        (f"{streams} alone", "itl", _gaps(seen.quiet)),
+        (f"{streams} beside {arriving}", "itl", _gaps(seen.streams)),
+        (f"{arriving} beside {streams}", "ttft", _ttft(seen.arriving)),
+    )
+    for case, metric, values in cases:
         if not values:
             raise FourfoldError(
                 f"{case}: no token was seen by itself; is there text for every id in the model's "
@@ -158,6 +160,11 @@ def _figures(config: RolesBenchConfig, seen: Seen) -> Iterator[tuple[str, str, f
 
 def _ttft(outcomes: list[Outcome]) -> list[float]:
     return [outcome.ttft for outcome in outcomes if outcome.ttft is not None]
+
+
+def _seconds(outcomes: list[Outcome]) -> list[float]:
+    """From the first token to the second."""
+    return [outcome.gaps[0] for outcome in outcomes if outcome.gaps]
 
 
 def _gaps(outcomes: list[Outcome]) -> list[float]:
