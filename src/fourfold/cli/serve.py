@@ -81,8 +81,7 @@ def run(options: Options) -> int:
         served = " and ".join(gateway.model_names)
         print(f"Serving {served} at {url}/v1 (ready after {seconds:.1f} s)", file=sys.stderr)
         if cluster.listener is not None:
-            address = cluster.listener.address
-            print(f"Workers may join: fourfold worker --join {address}", file=sys.stderr)
+            print(f"Workers may join: {cluster.listener.command}", file=sys.stderr)
 
     async def main() -> None:
         stop = asyncio.Event()

@@ -87,7 +87,7 @@ async def _load(
         await local.load(progress)
         if fleet.model is None and listener is not None:
             listener.start()
-            logger.info("waiting for a worker: fourfold worker --join %s", listener.address)
+            logger.info("waiting for a worker: %s", listener.command)
             await fleet.one_ready()
     finally:
         if listener is not None:

@@ -11,6 +11,7 @@ import tyro
 from fourfold.engine.messages import Role
 from fourfold.errors import ConfigError
 from fourfold.gateway.fleet.config import FleetConfig
+from fourfold.transport import nixl
 from fourfold.transport.config import TlsFiles, TransportConfig, TransportPath, is_loopback
 
 _MIN_KEY_BYTES = 16
@@ -36,7 +37,9 @@ class LinkConfig:
     """Address by which other machines reach the workers here. Default: the one they listen on."""
     transport: Annotated[TransportPath, tyro.conf.EnumChoicesFromValues] = TransportPath.AUTO
     """How pages go between workers. auto: over shared memory where they share a machine, else RDMA
-    where both have a device for it and NIXL (pip install 'fourfold[rdma]'), else TCP."""
+    where both have a device for it and NIXL (pip install 'fourfold[rdma]'), else TCP. Whatever was
+    asked for, copies that lie in no memory which others read, such as converted pages, go over
+    TCP."""
 
     def __post_init__(self) -> None:
         given = [file is not None for file in (self.tls_cert, self.tls_key, self.tls_ca)]
@@ -45,7 +48,7 @@ class LinkConfig:
 
     def to_transport(self, host: str, port: int = 0) -> TransportConfig:
         """That of a node that listens at an address. Raises `ConfigError` where others could not
-        reach it, or key and TLS files cannot be used."""
+        reach it, key and TLS files cannot be used, or RDMA was asked for and cannot be had."""
         if host in EVERY_ADDRESS and self.advertise is None:
             raise ConfigError(
                 f"{host} is no address that other workers could send pages to; say with "
@@ -61,6 +64,8 @@ class LinkConfig:
             from fourfold.transport.tls import load_tls
 
             load_tls(self._tls)  # nobody should load a model first
+        if self.transport is TransportPath.RDMA:
+            nixl.check(host)  # nor here
         return TransportConfig(
             host=host,
             port=port,

@@ -51,6 +51,13 @@ class ClusterListener:
         host, port, *_ = self._socket.getsockname()
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
+    @property
+    def command(self) -> str:
+        """By which a worker joins; what its user must fill in is in capitals."""
+        key = "" if self._key is None else " --key-file KEY_FILE"
+        tls = "" if self._tls is None else " --tls-cert CERT --tls-key KEY --tls-ca CA"
+        return f"fourfold worker --join {self.address}{key}{tls}"
+
     def start(self) -> None:
         """Lets workers join, on the running loop."""
         self._loop = asyncio.get_running_loop()

@@ -57,6 +57,12 @@ def why_not(host: str) -> str | None:
     return None
 
 
+def check(host: str) -> None:
+    """Raises `ConfigError` where pages cannot go over RDMA from a node that listens on `host`."""
+    if (reason := why_not(host)) is not None:
+        raise ConfigError(f"pages cannot go over RDMA: {reason}")
+
+
 def describe() -> str:
     """What the path is called, with what UCX may use."""
     if (transports := chosen_transports()) is not None:

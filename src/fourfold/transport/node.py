@@ -289,9 +289,9 @@ def _expose(identity: Identity, config: TransportConfig) -> Exposure | None:
     chosen = config.path is TransportPath.AUTO and nixl.devices() and not nixl.chosen_transports()
     if not asked and not chosen:
         return None
-    if (why_not := nixl.why_not(config.host)) is not None:
-        if asked:
-            raise ConfigError(f"pages cannot go over RDMA: {why_not}")
+    if asked:
+        nixl.check(config.host)
+    elif nixl.why_not(config.host) is not None:
         return None  # links to other machines warn of it
     try:
         return Exposure(f"{identity.name} {identity.epoch:x}", config.host)

@@ -21,6 +21,7 @@ from fourfold.cli.main import run
 from fourfold.cluster import joining
 from fourfold.engine.worker import End
 from fourfold.errors import AuthenticationError
+from fourfold.transport import nixl
 from fourfold.transport.config import TransportConfig
 from tests.cpu.cli.conftest import served
 from tests.cpu.cli.test_serve import MAIN
@@ -103,7 +104,7 @@ def test_a_worker_outlives_its_gateway_and_leaves_in_good_order(
         *("--cluster-port", join.rpartition(":")[2], "--key-file", str(key)),
     )
     gateway = start("gateway", *serve)
-    gateway.wait_for(f"waiting for a worker: fourfold worker --join {join}")
+    gateway.wait_for(f"waiting for a worker: fourfold worker --join {join} --key-file KEY_FILE\n")
     # Whoever has another model is told so and let go, even where it is the first.
     strange = (str(checkpoint("llama")), *little[2:], "--key-file", str(key))
     stranger = start("stranger", "worker", *strange, "--join", join)
@@ -192,6 +193,19 @@ def test_mistakes_are_said_at_once(
 ) -> None:
     assert run(arguments) == 2
     assert complaint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [("serve", "--port", "0", "--prefill", "1", "--decode", "1"), ("worker", "--join", "a:1")],
+)
+def test_rdma_that_cannot_be_had_is_said_before_a_model_is_loaded(
+    arguments: Sequence[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nixl, "why_not", lambda host: "NIXL is not installed")
+    monkeypatch.setattr("fourfold.cluster.cluster.LocalWorkers", lambda *_: pytest.fail("started"))
+    assert run([*arguments, "--transport", "rdma"]) == 2
+    assert "pages cannot go over RDMA: NIXL is not installed" in capsys.readouterr().err
 
 
 class Served:

@@ -140,6 +140,18 @@ def many_open_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
+@pytest.mark.parametrize(
+    ("tls", "files"), [(None, ""), (TLS, " --tls-cert CERT --tls-key KEY --tls-ca CA")]
+)
+def test_who_would_join_is_told_which_files_it_needs(tls: TlsFiles | None, files: str) -> None:
+    async def main() -> None:
+        async with opened(tls) as door:
+            start = f"fourfold worker --join {door.host}:{door.port} --key-file KEY_FILE"
+            assert door.listener.command == start + files
+
+    go(main)
+
+
 @pytest.mark.usefixtures("many_open_files")
 def test_a_worker_joins_under_tls_however_many_files_are_open() -> None:
     async def main() -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 import pytest
 from msgspec import UNSET
 
 from fourfold.bench.record import load
+from fourfold.bench.transport import main as bench
 from fourfold.bench.transport.config import TransportBenchConfig
 from fourfold.bench.transport.main import main
 from fourfold.errors import ConfigError
+from fourfold.transport import nixl
 from tests.cpu.transport.nodes import needs_nixl
 
 
@@ -47,6 +50,23 @@ def test_rdma_is_measured_beside_copies_of_memory(
     assert rate.peer is not None
     assert "memcpy" in rate.peer
     assert rate.mark is UNSET
+
+
+def test_rdma_that_cannot_be_had_is_said_before_anything_is_measured(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(bench, "FarProcess", lambda: pytest.fail("it was measured"))
+    with pytest.raises(ConfigError, match=r"pip install 'fourfold\[rdma\]'"):
+        main(TransportBenchConfig(paths=("tcp", "rdma")))
+
+
+def test_a_far_side_that_cannot_use_a_path_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks for itself: what this side finds is no matter there."""
+    monkeypatch.setattr(nixl, "check", lambda host: None)
+    monkeypatch.setenv("UCX_TLS", "no_such_transport")
+    with pytest.raises(ConfigError, match=r"rdma cannot be measured: .*NIXL"):
+        main(TransportBenchConfig(size=4, page_bytes=10_000, rounds=1, paths=("rdma",)))
 
 
 @pytest.mark.parametrize(

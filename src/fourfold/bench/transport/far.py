@@ -26,6 +26,7 @@ from fourfold.bench.transport.messages import (
     Pull,
     Receive,
 )
+from fourfold.errors import ConfigError
 from fourfold.transport import Node, TransportConfig
 
 if TYPE_CHECKING:
@@ -87,12 +88,17 @@ class Far:
     def _open(self, command: Open) -> None:
         if self._node is not None:
             self._node.close()
+            self._node = None
         memory = private_memory(LAYERS * command.pages * command.page_bytes)
         self._landing = Pages(command.pages, command.page_bytes, command.run_pages, memory, seed=2)
-        self._node = Node(
-            identity("far", 2, command.page_bytes),
-            TransportConfig(path=command.path, streams=command.streams),
-        )
+        try:
+            self._node = Node(
+                identity("far", 2, command.page_bytes),
+                TransportConfig(path=command.path, streams=command.streams),
+            )
+        except ConfigError as error:
+            self._say(Answer(error=str(error)))
+            return
         self._say(Answer(node=msgspec.json.encode(self._node.peer)))
 
     def _open_device(self, command: OpenDevice) -> None:

@@ -17,7 +17,7 @@ from fourfold.bench.figures import result_line
 from fourfold.bench.record import Result, check_out, new_record, write
 from fourfold.bench.transport.config import PathName, TransportBenchConfig
 from fourfold.bench.transport.near import FarProcess, Near, Sample
-from fourfold.transport import TransportPath
+from fourfold.transport import TransportConfig, TransportPath, nixl
 
 _PACKAGES = ("fourfold", "xxhash")
 _STREAMS = (1, 2, 4, 8)
@@ -52,6 +52,8 @@ def main(config: TransportBenchConfig) -> int:
         from fourfold.bench.transport.device import find_gpu
 
         find_gpu()  # before anything is measured for nothing
+    if "rdma" in config.paths:
+        nixl.check(TransportConfig.host)  # as above
     far = FarProcess()
     try:
         results = []

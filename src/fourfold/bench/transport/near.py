@@ -26,6 +26,7 @@ from fourfold.bench.transport.messages import (
     Open,
     Receive,
 )
+from fourfold.errors import ConfigError
 from fourfold.transport import (
     Link,
     Node,
@@ -137,7 +138,8 @@ class Near:
 
     @contextlib.contextmanager
     def link(self, path: TransportPath) -> Iterator[OurLink]:
-        """A link to a fresh node of the far process."""
+        """A link to a fresh node of the far process. Raises `ConfigError` where that cannot use the
+        path."""
         config = self._config
         self._far.tell(
             Open(
@@ -148,7 +150,11 @@ class Near:
                 run_pages=self._run_pages,
             )
         )
-        peer = msgspec.json.decode(self._far.hear().node, type=Peer)
+        try:
+            answer = self._far.hear()
+        except RuntimeError as error:
+            raise ConfigError(f"{path} cannot be measured: {error}") from error
+        peer = msgspec.json.decode(answer.node, type=Peer)
         node = Node(
             identity("near", 1, config.page_bytes),
             TransportConfig(path=path, streams=config.streams),
