@@ -12,6 +12,7 @@ from fourfold.cluster.listener import ClusterListener
 from fourfold.cluster.local import LocalWorkers
 from fourfold.engine.building import ModelFacts, Progress, checkpoint_of
 from fourfold.gateway.fleet.fleet import Fleet
+from fourfold.gateway.fleet.members import State
 from fourfold.gateway.gateway import Gateway
 from fourfold.gateway.local import GatewaySetup, assemble
 from fourfold.gateway.tokenizer import load_tokenizer
@@ -19,6 +20,8 @@ from fourfold.gateway.tokenizer import load_tokenizer
 logger = logging.getLogger(__name__)
 
 _ONE_WORKER = ClusterConfig()
+_LOOKS = 0.02
+"""Seconds between two looks at workers that are about to ask what to load."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,9 +68,11 @@ def make_cluster(
         local.start()
         if listener is not None:  # others bring copies of their own
             fleet.checkpoint = checkpoint_of(setup.engine)
-        # While the model is loading there.
-        tokenizer = load_tokenizer(setup.tokenizer, dummy=setup.engine.dummy)
-        model = asyncio.run(_load(fleet, local, listener, progress))
+        with asyncio.Runner() as runner:
+            loading = runner.run(_begin(fleet, local, listener, progress))
+            # While the model is loading there; what workers say meanwhile is heard afterwards.
+            tokenizer = load_tokenizer(setup.tokenizer, dummy=setup.engine.dummy)
+            model = runner.run(_finish(loading))
         gateway = assemble(setup, fleet, tokenizer, model)
     except BaseException:
         local.kill()
@@ -77,6 +82,23 @@ def make_cluster(
         raise
     fleet.on_failure = gateway.fail
     return Cluster(gateway, fleet, listener)
+
+
+async def _begin(
+    fleet: Fleet, local: LocalWorkers, listener: ClusterListener | None, progress: Progress
+) -> asyncio.Task[ModelFacts]:
+    """Begins to load the model; returns when all that were started here know what to load, and
+    raises what `_load` does where one fails before."""
+    loading = asyncio.create_task(_load(fleet, local, listener, progress))
+    while any(member.state is State.JOINING for member in fleet.members) and not loading.done():
+        await asyncio.sleep(_LOOKS)
+    if loading.done():
+        await loading
+    return loading
+
+
+async def _finish(loading: asyncio.Task[ModelFacts]) -> ModelFacts:
+    return await loading
 
 
 async def _load(

@@ -175,6 +175,7 @@ class Worker:
 
     def _load(self, link: _Link) -> End | None:
         """Builds the engine, unless it is there, and says so; or how the connection ended."""
+        _import_engine()
         load = link.loads.get()
         if isinstance(load, End):
             return load
@@ -339,6 +340,14 @@ class _Link:
         except (ValueError, msgspec.MsgspecError) as error:
             logger.error("the gateway sent what is no message (%s)", error)
             return End.LOST
+
+
+def _import_engine() -> None:
+    """Imports what every engine is built with, torch above all, while the gateway's answer is on
+    its way: that takes seconds, and no device is touched."""
+    import fourfold.engine.engine
+    import fourfold.engine.runner
+    import fourfold.models.loading  # noqa: F401
 
 
 def _progress(link: _Link) -> Callable[[int, int], None]:

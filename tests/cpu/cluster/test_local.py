@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import select
 import signal
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fourfold.cluster import cluster as clusters
 from fourfold.cluster.cluster import Cluster, make_cluster
 from fourfold.cluster.config import ClusterConfig
 from fourfold.cluster.local import LocalWorkers
@@ -24,7 +27,8 @@ from fourfold.errors import (
     FourfoldError,
 )
 from fourfold.gateway.fleet.config import FleetConfig
-from fourfold.gateway.fleet.members import State
+from fourfold.gateway.fleet.fleet import Fleet
+from fourfold.gateway.fleet.members import Member, State
 from fourfold.gateway.gateway import Gateway
 from fourfold.gateway.generation import GenerationOptions
 from fourfold.gateway.local import GatewaySetup, make_gateway
@@ -203,3 +207,72 @@ def test_a_process_that_dies_while_loading_is_said_so(
     monkeypatch.setattr(LocalWorkers, "_start", start_and_kill)
     with pytest.raises(FourfoldError, match=r"SIGKILL.*while it was loading"):
         make_cluster(setup())
+
+
+@pytest.fixture
+def loading(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Waits until a worker has said hello and speaks again, for it was told what to load."""
+    members: list[Member] = []
+    connections: list[socket.socket] = []
+    add = Fleet.add
+
+    def noted(self: Fleet, connection: socket.socket, **where: Any) -> Member:
+        connections.append(connection)
+        members.append(add(self, connection, **where))
+        return members[-1]
+
+    def wait() -> None:
+        assert [member.state for member in members] == [State.LOADING]
+        assert select.select(connections, [], [], 60)[0], "it waits to be told"
+
+    monkeypatch.setattr(Fleet, "add", noted)
+    return wait
+
+
+def test_the_tokenizer_is_read_while_the_model_loads(
+    setup: Setup, loading: Callable[[], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = clusters.load_tokenizer
+
+    def read_late(*arguments: Any, **options: Any) -> Any:
+        loading()
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(clusters, "load_tokenizer", read_late)
+    cluster = make_cluster(setup())
+    assert [worker.state for worker in cluster.fleet.workers] == [State.READY]
+
+    async def stop() -> None:
+        cluster.start()
+        await cluster.stop()
+
+    asyncio.run(stop())
+
+
+@pytest.mark.parametrize("error", [CheckpointError("words"), KeyboardInterrupt()])
+def test_what_ends_the_reading_of_a_tokenizer_ends_the_workers(
+    error: BaseException,
+    setup: Setup,
+    loading: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    pids: list[int] = []
+    start = LocalWorkers._start
+
+    def noted(self: LocalWorkers, place: Any) -> None:
+        start(self, place)
+        pids.append(place.process.pid)
+
+    def fail(*_: Any, **__: Any) -> None:
+        loading()
+        raise error
+
+    monkeypatch.setattr(LocalWorkers, "_start", noted)
+    monkeypatch.setattr(clusters, "load_tokenizer", fail)
+    with pytest.raises(type(error)) as caught:
+        make_cluster(setup())
+    assert caught.value is error
+    [pid] = pids
+    assert running_nowhere(pid)
+    assert not caplog.records, "nothing is left over on the loop"
