@@ -21,7 +21,9 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from fourfold.errors import CheckpointError
+from fourfold.models.checkpoint.config_json import read_config_json
 from fourfold.models.checkpoint.source import Source, SourceKind
+from fourfold.models.config import ConfigReader, read_vocabulary
 
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -153,16 +155,13 @@ def load_tokenizer(source: Source, *, dummy: bool = False) -> Tokenizer:
     if source.kind is not SourceKind.DIRECTORY:
         return _from_gguf(source.path)
     if dummy and not any((source.path / name).exists() for name in _FILES):
-        return _numbered(source)
+        return _numbered(source.path)
     return _from_directory(source.path)
 
 
-def _numbered(source: Source) -> Tokenizer:
-    from fourfold.models.loading import open_checkpoint, read_model_config
-
-    checkpoint = open_checkpoint(source)
-    _, config = read_model_config(checkpoint.fields(), checkpoint.where)
-    ids = {f"<{number}>": number for number in range(config.vocabulary)}
+def _numbered(path: Path) -> Tokenizer:
+    vocabulary = read_vocabulary(ConfigReader(read_config_json(path), str(path)))
+    ids = {f"<{number}>": number for number in range(vocabulary)}
     backend = Backend(models.WordLevel(ids, unk_token="<0>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return Tokenizer(backend, None, {}, ())
@@ -246,7 +245,7 @@ def _converted(path: Path) -> Backend:
 
 
 def _from_gguf(path: Path) -> Tokenizer:
-    from fourfold.models.checkpoint.gguf import read_gguf, read_value
+    from fourfold.models.checkpoint.gguf_metadata import read_gguf, read_value
 
     reader = read_gguf(path)
 

@@ -281,6 +281,11 @@ def read_rope(reader: ConfigReader, theta_default: float) -> RopeConfig:
     return RopeConfig(theta=theta, kind=kind, **keywords)
 
 
+def read_vocabulary(reader: ConfigReader) -> int:
+    """The number of token ids."""
+    return reader.integer("vocab_size", most=_MOST_VOCABULARY)
+
+
 def read_common(reader: ConfigReader, *, theta_default: float = 10000.0) -> dict[str, Any]:
     """The fields that every family spells alike, as keywords of `ModelConfig`. `theta_default` is
     what the family means by a `rope_theta` that is absent."""
@@ -297,7 +302,7 @@ def read_common(reader: ConfigReader, *, theta_default: float = 10000.0) -> dict
         raise reader.error(f"layer_types = {layer_types!r} is not supported (only full_attention)")
     reader.expect("quantization_config")
     return {
-        "vocabulary": reader.integer("vocab_size", most=_MOST_VOCABULARY),
+        "vocabulary": read_vocabulary(reader),
         "layers": reader.integer("num_hidden_layers", most=MOST_LAYERS),
         "width": width,
         "query_heads": heads,

@@ -11,7 +11,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fourfold.gateway.tokenizer import Tokenizer
-from fourfold.models.checkpoint.gguf import read_gguf, read_value
+from fourfold.models.checkpoint.gguf_metadata import read_gguf, read_value
 from tests.cpu.models import default_model
 
 # GPT-2's way of cutting text, each digit by itself first (SmolLM2's tokenizer.json says so).

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from fourfold.errors import CheckpointError
+from fourfold.models.checkpoint.config_json import read_config_json
 from fourfold.models.checkpoint.fourfold_format import FourfoldFormat, read_fourfold
 from fourfold.models.checkpoint.published import (
     PublishedFormat,
@@ -138,14 +139,7 @@ class DirectoryCheckpoint:
 
     @functools.cached_property
     def _config(self) -> Mapping[str, Any]:
-        file = self._path / "config.json"
-        try:
-            fields = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise CheckpointError(f"{file} is not readable JSON ({error})") from error
-        if not isinstance(fields, dict):
-            raise CheckpointError(f"{file} is not a JSON object")
-        return fields
+        return read_config_json(self._path)
 
     @functools.cached_property
     def _format(self) -> PublishedFormat | FourfoldFormat | None:

@@ -8,7 +8,6 @@ rotary kernel, which is undone here.
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fourfold.errors import CheckpointError
+from fourfold.models.checkpoint.gguf_metadata import read_gguf, read_value
 from fourfold.models.checkpoint.streaming import StreamingReader
 
 _MODEL_TYPES = {"llama": "llama", "qwen3": "qwen3", "qwen3moe": "qwen3_moe", "olmoe": "olmoe"}
@@ -66,21 +66,6 @@ _EXPERT_NAMES = {
 }
 _BLOCK = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
 _DERIVED = {"rope_freqs.weight"}
-
-
-@functools.lru_cache(maxsize=1)
-def read_gguf(path: Path) -> gguf.GGUFReader:
-    """The opened file; kept, because weights and tokenizer both read it."""
-    try:
-        return gguf.GGUFReader(path)
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} is not a readable GGUF file ({error})") from error
-
-
-def read_value(reader: gguf.GGUFReader, key: str) -> Any:
-    """A metadata value as Python's own type, None where it is absent."""
-    field = reader.get_field(key)
-    return None if field is None else field.contents()
 
 
 class GGUFCheckpoint:
