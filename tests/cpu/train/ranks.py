@@ -1,13 +1,16 @@
-"""One of several processes of the toy runs: `python -m tests.cpu.train.ranks FOLDER DEVICE`.
+"""Several processes of the toy runs: `python -m tests.cpu.train.ranks FOLDER DEVICE`.
 
-The processes are started together with `RANK`, `WORLD_SIZE` and where to meet in the environment,
-as torchrun does, and run every case one after the other.
+`WORLD_SIZE` and where to meet are in the environment, as with torchrun. The processes run every
+case that is for so many, one after the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import multiprocessing
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -22,18 +25,25 @@ from fourfold.train.parallel import Parallel, joined
 from tests.cpu.train import toy
 
 MUON: dict[str, Any] = {"optimizer": {"kind": "muon"}}
-TWO_GROUPS: dict[str, Any] = {"parallel": {"experts": 2}}
+GROUPS_OF_TWO: dict[str, Any] = {"parallel": {"experts": 2}}
 CASES: dict[str, tuple[dict[str, Any], ...]] = {
-    "experts apart": (TWO_GROUPS,),
-    "experts apart, sigmoid, muon": (toy.SIGMOID, MUON, TWO_GROUPS),
+    "experts apart": (GROUPS_OF_TWO,),
+    "experts apart, sigmoid, muon": (toy.SIGMOID, MUON, GROUPS_OF_TWO),
     "experts sharded": (),
     "experts sharded, muon, micro-batches": (
         MUON,
         {"run": {"micro_rows": 2}, "router": {"balance_over": "sequence"}},
     ),
     "dense": (toy.DENSE,),
-    "experts apart, bfloat16": ({"run": {"dtype": "bfloat16"}}, TWO_GROUPS),
+    "experts apart, bfloat16": ({"run": {"dtype": "bfloat16"}}, GROUPS_OF_TWO),
 }
+# As weights are usually drawn, experts' gradients are a fiftieth of the norm of all.
+STEEP: dict[str, Any] = {"model": {"deviation": 0.3}}
+OF_FOUR: dict[str, tuple[dict[str, Any], ...]] = {
+    "two groups": (STEEP, GROUPS_OF_TWO),
+    "two groups, sigmoid, muon": (toy.SIGMOID, MUON, STEEP, GROUPS_OF_TWO),
+}
+"""Cases of four processes: each expert is held by two."""
 STEPS = 3
 STOPPED = 3
 
@@ -44,47 +54,73 @@ def config_of(case: str, folder: Path, *changes: dict[str, Any]) -> TrainConfig:
         "run": {"evaluate_batches": 1},
     }
     return toy.config(
-        folder / case.replace(", ", "-").replace(" ", "-"), *CASES[case], short, *changes
+        folder / case.replace(", ", "-").replace(" ", "-"),
+        *(CASES | OF_FOUR)[case],
+        short,
+        *changes,
     )
 
 
 def run_two(folder: Path, device: str) -> Path:
-    """Has two processes run every case; returns the folder that has what they left."""
+    """Has two processes run all of `CASES`; returns the folder that has what they left."""
+    return _run(folder, device, 2)
+
+
+def run_four(folder: Path) -> Path:
+    """Has four processes run all of `OF_FOUR` on the CPU, likewise."""
+    return _run(folder, "cpu", 4)
+
+
+def _run(folder: Path, device: str, world: int) -> Path:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-m", "tests.cpu.train.ranks", str(folder), device],
-            env={**os.environ, **meeting, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    said = []
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "tests.cpu.train.ranks", str(folder), device],
+        env={**os.environ, **meeting},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    said = ""
     try:
-        said = [process.communicate(timeout=110)[0] for process in processes]
+        said = launcher.communicate(timeout=110)[0]
     finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], said
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(launcher.pid, signal.SIGKILL)
+    assert launcher.returncode == 0, said
     return folder
 
 
-def main(folder: Path, device: str) -> None:
+def main(folder: Path, device: str) -> int:
+    """Forks the processes, so that what they import is imported once; how many failed."""
+    forking = multiprocessing.get_context("fork")
+    processes = [
+        forking.Process(target=_take_steps, args=(folder, device, rank))
+        for rank in range(int(os.environ["WORLD_SIZE"]))
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return sum(process.exitcode != 0 for process in processes)
+
+
+def _take_steps(folder: Path, device: str, rank: int) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
     torch.set_num_threads(1)
     section = toy.config(folder).parallel
     with joined(section, torch.device(device)) as parallel:
-        for case in CASES:
+        for case in CASES if parallel.world == 2 else OF_FOUR:
             config = config_of(case, folder)
             size = config.parallel.experts
             mesh = init_device_mesh(device, (parallel.world // size, size))
             trainer = toy.trainer(config, parallel=dataclasses.replace(parallel, mesh=mesh))
             trainer.run(held_out=toy.chain(config, seed=1))
             trainer.export(Path(config.run.folder) / "model")
-        _stop(folder, parallel)
+        if parallel.world == 2:
+            _stop(folder, parallel)
 
 
 def _stop(folder: Path, parallel: Parallel) -> None:
@@ -98,4 +134,4 @@ def _stop(folder: Path, parallel: Parallel) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2])
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

@@ -1,4 +1,4 @@
-"""Two processes take the same steps as one, however weights and experts are dealt to them."""
+"""Several processes take the same steps as one, however weights and experts are dealt to them."""
 
 from __future__ import annotations
 
@@ -25,8 +25,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return ranks.run_two(tmp_path_factory.mktemp("together"), "cpu")
 
 
-@pytest.mark.parametrize("case", sorted(ranks.CASES))
-def test_two_processes_take_the_steps_of_one(case: str, together: Path, tmp_path: Path) -> None:
+def takes_the_steps_of_one(case: str, together: Path, tmp_path: Path) -> None:
     config = ranks.config_of(case, tmp_path, ALONE)
     # Sums that are added in another order round to other bfloat16s.
     near = 5e-2 if config.run.dtype == "bfloat16" else 1e-3
@@ -59,6 +58,24 @@ def test_two_processes_take_the_steps_of_one(case: str, together: Path, tmp_path
             # AdamW moves a weight by its gradient's sign, however small that gradient is.
             off = (two[name].float() - tensor.float()).norm() / tensor.float().norm().clamp_min(1)
             assert off < near, name
+
+
+@pytest.fixture(scope="module")
+def in_groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What four processes left of theirs."""
+    return ranks.run_four(tmp_path_factory.mktemp("in_groups"))
+
+
+@pytest.mark.parametrize("case", sorted(ranks.CASES))
+def test_two_processes_take_the_steps_of_one(case: str, together: Path, tmp_path: Path) -> None:
+    takes_the_steps_of_one(case, together, tmp_path)
+
+
+@pytest.mark.parametrize("case", sorted(ranks.OF_FOUR))
+def test_groups_that_hold_the_same_experts_take_the_steps_of_one(
+    case: str, in_groups: Path, tmp_path: Path
+) -> None:
+    takes_the_steps_of_one(case, in_groups, tmp_path)
 
 
 def test_two_processes_end_at_the_same_step(together: Path) -> None:
