@@ -10,7 +10,9 @@ import torch
 
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.engine import Engine
+from fourfold.engine.graphs import StepGraph
 from fourfold.engine.messages import SamplingParams, Submit, TokenOutput
+from fourfold.engine.program import StepOutputs
 from fourfold.engine.runner import Runner
 from fourfold.models.checkpoint.source import find_source
 from fourfold.models.decoder import Decoder
@@ -136,13 +138,51 @@ def test_after_memory_ran_out_steps_are_recorded_again(model: Decoder) -> None:
     assert runner.graphs > before
 
 
-def test_the_largest_room_is_recorded_first(model: Decoder) -> None:
-    """So that no later room needs pieces of memory of its own."""
+@pytest.mark.parametrize("amid", [False, True])
+def test_a_step_that_cannot_be_recorded_is_launched(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch, amid: bool
+) -> None:
+    """Where a step breaks its recording, or CUDA does; later rooms are recorded in another pool."""
+    wanted, plain = answers(model, unstopped(), graphs=True, overlap=False)
+    enqueue, end = StepGraph._enqueue, torch.cuda.CUDAGraph.capture_end
+    failed = []
+
+    def fail_once() -> None:
+        if not failed:
+            failed.append(True)
+            raise RuntimeError("cannot be recorded")
+
+    def enqueued(graph: StepGraph) -> StepOutputs:
+        outputs = enqueue(graph)
+        if torch.cuda.is_current_stream_capturing():
+            fail_once()
+        return outputs
+
+    def ended(graph: torch.cuda.CUDAGraph) -> None:
+        end(graph)
+        fail_once()
+
+    if amid:
+        monkeypatch.setattr(StepGraph, "_enqueue", enqueued)
+    else:
+        monkeypatch.setattr(torch.cuda.CUDAGraph, "capture_end", ended)
+    launched, engine = answers(model, unstopped(), graphs=True, overlap=False)
+    assert failed
+    assert engine.stats.graphs == plain.stats.graphs - 1
+    assert launched == wanted
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_largest_room_is_recorded_first(model: Decoder, again: bool) -> None:
+    """So that no later room needs pieces of memory of its own; also after memory ran short."""
     config = EngineConfig(kv_memory_gib=0.25, max_running=64, step_tokens=4096)
     runner = Runner(model, config, pages_of(model, PageFormat.INT8))
     runner.warm()
-    reserved = torch.cuda.memory_reserved()
     engine = Engine(runner, config)
+    if again:
+        runner.free_memory()
+        run(engine, [submit(0, [3], GREEDY)])
+    reserved = torch.cuda.memory_reserved()
     for length in (130, 300, 520, 700, 950):
         prompts = [[3 + (7 * i + n) % 300 for i in range(length)] for n in range(8)]
         params = SamplingParams(temperature=0.0, max_tokens=20)

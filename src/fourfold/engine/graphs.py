@@ -3,14 +3,16 @@
 A launch from Python costs tens of microseconds, and a step makes hundreds. A graph costs one. Steps
 are rounded up to few rooms (`round_room`), and a room's graph is recorded when the first step needs
 it. All graphs share one pool of memory: they never run at the same time, and what is read of one is
-copied before the next. The largest room is recorded first, for its pieces of memory are then large
-enough for all others; recorded in the order of their sizes, each room would need pieces of its own.
+copied before the next. The largest room is recorded first in a pool, for its pieces of memory are
+then large enough for all others; recorded in the order of their sizes, each room would need pieces
+of its own.
 
 Shapes: T rows of a step, S sampled rows.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -23,6 +25,7 @@ from torch import Tensor
 
 from fourfold.engine.program import StepOutputs, input_sizes, run_step
 from fourfold.engine.sampler import Adjustment, Samples
+from fourfold.engine.shortage import is_shortage
 from fourfold.kernels.decode_attention import DecodeShape, PlanCapacity
 from fourfold.kernels.decode_attention.buffers import empty_partials
 from fourfold.kernels.prefill_attention import PrefillRoom
@@ -173,7 +176,8 @@ class StepGraph:
         return self._recorded is not None
 
     def _record(self) -> None:
-        """Records the graph; where that fails, steps of this room are launched one by one."""
+        """Records the graph; where that fails, steps of this room are launched kernel by kernel.
+        Raises what says that memory ran short: then all graphs are to be forgotten."""
         graph = torch.cuda.CUDAGraph()
         # A collection during the recording could free what CUDA then must not free.
         collecting = gc.isenabled()
@@ -183,14 +187,16 @@ class StepGraph:
             graph.capture_begin(self._graphs.pool, capture_error_mode="relaxed")
             try:
                 outputs = self._enqueue()
-            finally:
-                graph.capture_end()
-        except torch.OutOfMemoryError:
-            self._tried = False
-            raise
-        except RuntimeError:
-            logger.exception("a step of %d rows could not be recorded", self._key.room.rows)
+            except Exception:
+                with contextlib.suppress(RuntimeError):  # the first error is the one that tells
+                    graph.capture_end()
+                raise
+            graph.capture_end()
+        except Exception as error:
             self._graphs.leave_pool()
+            if is_shortage(error) or not isinstance(error, RuntimeError):
+                raise
+            logger.exception("a step of %d rows could not be recorded", self._key.room.rows)
             return
         finally:
             if collecting:

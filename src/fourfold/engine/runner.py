@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -24,6 +25,7 @@ from fourfold.engine.memory import allocate_pages
 from fourfold.engine.program import StepOutputs, input_sizes, run_step
 from fourfold.engine.sampler import Samples
 from fourfold.engine.scheduler import Sampled, StepPlan, Work
+from fourfold.engine.shortage import is_shortage
 from fourfold.engine.warming import largest_work, usual_decodes, usual_mixes
 from fourfold.errors import ConfigError
 from fourfold.kernels.decode_attention import DecodePlanner
@@ -32,6 +34,8 @@ from fourfold.models.decoder import Decoder
 from fourfold.quadrants.decode_attention import decode_planner
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, PageShape, Span
 from fourfold.quadrants.step import CodedWork, lay_out
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,10 @@ class Runner:
         self._graphs: StepGraphs | None = None
         self._planner: DecodePlanner | None = None
         self._ahead: Iterator[tuple[list[Span], list[Span]]] = iter(())
+        self._largest_due = False
+        """Whether the largest room is to be recorded before the next graph is."""
+        self._largest_again = False
+        """Whether that was done since graphs were forgotten last."""
         if config.cuda_graphs and isinstance(self.pages, CodedPages) and self._stream is not None:
             self._graphs = StepGraphs(model, self.pages, self._samples)
             self._planner = decode_planner(self.pages, model.config.query_heads)
@@ -95,13 +103,20 @@ class Runner:
 
     def free_memory(self) -> None:
         """Gives up what can be made again, graphs above all, and what a step that failed may have
-        left of its samples. Every step before it must be read before the next is launched."""
+        left of its samples. Every step before it must be read before the next is launched.
+
+        Graphs are recorded again as they are needed, after the largest, for the sake of the pool;
+        but not where the last shortage came although that was done: then smaller rooms alone may
+        fit.
+        """
         self._samples.restart()
+        self._ahead = iter(())
         if self._stream is not None:
             torch.cuda.synchronize(self.device)
-            if self._graphs is not None:
-                self._graphs.forget()
-            torch.cuda.empty_cache()
+        if self._graphs is not None:
+            self._graphs.forget()
+            self._largest_due, self._largest_again = not self._largest_again, False
+        torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def warm(self) -> None:
@@ -110,13 +125,14 @@ class Runner:
         does not fit beside the pages."""
         if self._graphs is None:
             return
-        largest = largest_work(self._config, self.max_context, self.page_count, self._planner)
         with self.on_stream():
             try:
-                self._padded_step(largest, StepGraph.record)
+                self._padded_step(self._largest_work(), StepGraph.record)
                 for work in usual_decodes(self._config.running, self.page_count, self._planner):
                     self._padded_step(work, StepGraph.run)
-            except torch.OutOfMemoryError:
+            except Exception as error:
+                if not is_shortage(error):
+                    raise
                 raise ConfigError(
                     f"a step of {self._config.tokens} tokens does not fit beside the KV pages; "
                     "lower --kv-memory-gib or --step-tokens"
@@ -132,13 +148,36 @@ class Runner:
         if mix is None:
             return False
         with self.on_stream():
-            try:
-                recorded = self._padded_step(CodedWork(*mix, self._planner), StepGraph.record)
-            except torch.OutOfMemoryError:
-                recorded = False
-            if not recorded:
-                self._ahead = iter(())
+            recorded = self._record_if_it_fits(CodedWork(*mix, self._planner))
+        if recorded is None:
+            self.free_memory()
+        elif not recorded:
+            self._ahead = iter(())
         return True
+
+    def _record_largest(self) -> None:
+        """Records the largest room in a pool without graphs, if it fits."""
+        assert self._graphs is not None
+        self._largest_due = False
+        torch.cuda.empty_cache()  # a recording cannot take what is kept for other steps
+        recorded = self._record_if_it_fits(self._largest_work())
+        if recorded is None:
+            logger.warning("the largest step did not fit into memory again; recording smaller ones")
+            self._graphs.forget()
+            torch.cuda.empty_cache()
+        self._largest_again = bool(recorded)
+
+    def _record_if_it_fits(self, work: CodedWork) -> bool | None:
+        """Whether there is a graph for some work now; None where memory ran short."""
+        try:
+            return bool(self._padded_step(work, StepGraph.record))
+        except Exception as error:
+            if not is_shortage(error):
+                raise
+            return None  # the caller frees memory, since the error holds what had been allocated
+
+    def _largest_work(self) -> CodedWork:
+        return largest_work(self._config, self.max_context, self.page_count, self._planner)
 
     def _padded_step(
         self, work: CodedWork, do: Callable[[StepGraph, CodedWork, Mapping[str, Ints]], object]
@@ -185,6 +224,8 @@ class Runner:
             coded = CodedWork(decodes, prefills, self._planner)
             room = round_room(coded, self._max_pages)
             if room is not None:
+                if self._largest_due:
+                    self._record_largest()
                 graph = self._graphs.step(room, adjustment=adjustment, kept=kept)
                 rows = (room.decode_rows, room.prefill_rows, sampled_rows(room))
                 return graph.run(coded, self._inputs(plan, params, *rows)), room.decode_rows
