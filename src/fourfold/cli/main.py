@@ -30,6 +30,7 @@ COMMANDS = {
     "quantize": "write a model with 4-bit weights, calibrated on a text",
     "tokenize": "write texts as shards of token ids, to train on",
     "train": "train a sparse model that is served, or go on with a run",
+    "train plot": "draw losses, speed and expert loads of runs",
     "corpus packages": "gather real text from installed packages, with their licences",
     "corpus sample": "write text that a model draws, in order and resumable",
     "corpus grammar": "write made-up text whose entropy is known",

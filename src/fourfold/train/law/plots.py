@@ -10,6 +10,8 @@ import numpy as np
 from msgspec import UnsetType
 
 from fourfold.errors import ConfigError
+from fourfold.train.figures import write_figures
+from fourfold.train.law.checks import dense_twins
 from fourfold.train.law.fitting import Fit
 from fourfold.train.law.forms import Points
 from fourfold.train.law.leverage import CLAIMED, Estimate, Leverage, on_most_tokens
@@ -32,22 +34,10 @@ _APART = 1.06
 def draw(report: LawReport, records: Sequence[RunRecord], folder: Path, ending: str) -> list[Path]:
     """Writes all figures; the same report gives the same files. ConfigError without matplotlib, or
     where the records are not those of the report."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ConfigError("figures need `pip install matplotlib`") from error
     known = set(next(iter(report.forms.values())).residuals)
     if known != {record.name for record in records}:
         raise ConfigError("the fit is of other records; run `fourfold law fit` again")
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = {"svg.hashsalt": "fourfold", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
-    paths = []
-    with matplotlib.rc_context(settings):
-        for name, figure in _figures(report, records):
-            paths.append(folder / f"{name}.{ending}")
-            metadata = {"svg": {"Date": None}, "pdf": {"CreationDate": None}}.get(ending, {})
-            figure.savefig(paths[-1], metadata=metadata, bbox_inches="tight", dpi=150)
-    return paths
+    return write_figures(_figures(report, records), folder, ending)
 
 
 def _figures(report: LawReport, records: Sequence[RunRecord]) -> Iterator[tuple[str, Figure]]:
@@ -98,12 +88,11 @@ def _losses_by_size(axes: Axes, fit: Fit, records: Sequence[RunRecord]) -> None:
 
 
 def _losses_by_tokens(axes: Axes, fit: Fit, records: Sequence[RunRecord]) -> None:
-    size = max((r for r in records if r.ratio > 1), key=lambda record: record.active).model
+    largest = max((r for r in records if r.ratio > 1), key=lambda record: record.active)
+    alike = [r for r in records if r.ratio > 1 and r.model == largest.model]
+    alike += dense_twins(largest, records)
     for color, ratio in enumerate(_ratios(records)):
-        own = sorted(
-            (record for record in records if record.ratio == ratio and record.model == size),
-            key=lambda record: record.tokens,
-        )
+        own = sorted((r for r in alike if r.ratio == ratio), key=lambda record: record.tokens)
         if not own:
             continue
         tokens = [record.tokens for record in own]
@@ -115,7 +104,7 @@ def _losses_by_tokens(axes: Axes, fit: Fit, records: Sequence[RunRecord]) -> Non
         xscale="log",
         xlabel="tokens",
         ylabel="held-out loss, nats a token",
-        title=f"{size} active parameters (lines: joint form)",
+        title=f"{largest.model}: {largest.active / 1e6:.2g}M active parameters (lines: joint form)",
     )
     _count_ticks(axes.xaxis, {record.tokens for record in records})
     axes.legend()
