@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import msgspec
 import tyro
+from msgspec import UnsetType
 
 from fourfold.errors import ConfigError
 from fourfold.train.config import TrainConfig, read_config
@@ -75,7 +76,7 @@ def run(options: Options) -> int:
                 tell(f"stopped at {steps}, with a checkpoint; the same command goes on from it")
                 raise KeyboardInterrupt
             if config.run.export:
-                # Beside the shards, where `fourfold tokenize` puts it; made-up sources have none.
+                # Beside the shards, where `fourfold tokenize` puts it; a grammar has none.
                 tokenizer = Path(data.train).parent / "tokenizer"
                 given = tokenizer if tokenizer.is_dir() else None
                 trainer.export(folder / "model", given)
@@ -148,7 +149,8 @@ def _held_out(
 
 @contextlib.contextmanager
 def _bar(trainer: Trainer, config: TrainConfig, *, shown: bool) -> Iterator[Watch]:
-    """A progress bar on stderr with what the last record says; in a log, a line for each record."""
+    """A progress bar on stderr with what the last record says, and above it lines for what went
+    wrong; in a log, a line for each record."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
     from rich.progress import TimeRemainingColumn as Remaining
@@ -162,11 +164,17 @@ def _bar(trainer: Trainer, config: TrainConfig, *, shown: bool) -> Iterator[Watc
     with Progress(*columns, console=console, disable=not shown) as bar:
         task = bar.add_task("training", total=config.schedule.steps, completed=trainer.steps)
 
+        dead = 0
+
         def watch(record: Record) -> None:
-            line = _line(record)
+            nonlocal dead
+            line, stays = _line(record), True
             if shown and isinstance(record, StepRecord):
                 bar.update(task, completed=record.step, description=line)
-            else:
+                found = dead if isinstance(record.dead_experts, UnsetType) else record.dead_experts
+                # Experts stay dead for long: a line where there are others than before.
+                stays, dead = record.spike or 0 < found != dead, found
+            if stays:
                 console.print(f"step {record.step}  {line}", markup=False, highlight=False)
 
         yield watch

@@ -29,12 +29,15 @@ _PEAKS = {
 _SPIKE = 6.0
 _SPIKE_AFTER = 50
 _MEMORY = 0.98
-# An expert with less than this share of the mean load between two logged steps is dead.
+# An expert with less than this share of the mean load is dead. With fewer rows than this for each
+# expert of a layer, chance alone leaves some without any.
 _DEAD = 0.01
+_JUDGED = 20
 
 
 class StepRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
-    """One logged step. Times and loads are over the steps since the last logged one."""
+    """One logged step. Times are over the steps since the last logged one, loads since they were
+    last told: they are, where enough rows were routed to judge them."""
 
     step: int
     """Steps taken."""
@@ -146,6 +149,11 @@ class Metrics:
         self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def can_judge(load_LE: torch.Tensor) -> bool:
+    """Whether enough rows [layers, E] went to the experts to tell uneven loads from chance."""
+    return bool(load_LE.sum(1).min() >= _JUDGED * load_LE.shape[1])
 
 
 def loads(load_LE: torch.Tensor) -> tuple[float, float, int]:

@@ -13,7 +13,7 @@ from msgspec import UNSET
 from torch import Tensor
 
 from fourfold.errors import FourfoldError
-from fourfold.train.metrics import Metrics, Record, SpikeWatch, StepRecord, loads
+from fourfold.train.metrics import Metrics, Record, SpikeWatch, StepRecord, can_judge, loads
 
 Watch = Callable[[Record], None]
 """Is told every record."""
@@ -168,11 +168,14 @@ class Reporter:
             spike=spike,
         )
         if self._load_LE is not None:
-            most, least, dead = loads(self._load_LE)
-            record = msgspec.structs.replace(
-                record, balance=balance, z=z, load_most=most, load_least=least, dead_experts=dead
-            )
-        self._window, self._load_LE = (0, 0.0), None
+            record = msgspec.structs.replace(record, balance=balance, z=z)
+            if can_judge(self._load_LE):
+                most, least, dead = loads(self._load_LE)
+                record = msgspec.structs.replace(
+                    record, load_most=most, load_least=least, dead_experts=dead
+                )
+                self._load_LE = None
+        self._window = (0, 0.0)
         self.tell(record)
 
     def tell(self, record: Record) -> None:

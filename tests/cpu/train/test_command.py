@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import functools
+import io
 import json
+import re
 import resource
 import shutil
+import types
 from pathlib import Path
+from typing import cast
 
 import pytest
+from msgspec import UNSET, UnsetType
+from rich.console import Console
 
 from fourfold import LLM
 from fourfold.cli.main import run
+from fourfold.cli.train import _bar
 from fourfold.llm import Asked
 from fourfold.train.data.shards import Shards
-from fourfold.train.metrics import EvaluationRecord, read_records
+from fourfold.train.loop import Trainer
+from fourfold.train.metrics import EvaluationRecord, StepRecord, read_records
+from tests.cpu.train import toy
 from tests.cpu.train.test_bench import FILE
 
 
@@ -186,6 +196,38 @@ def test_a_full_disk_leaves_the_checkpoint_that_there_is(
     assert [path.name for path in folder.iterdir()] == ["step-00000002"]
     assert train(shards, tmp_path, "schedule.steps=4") == 0
     assert ", from step 2; " in capsys.readouterr().err
+
+
+def test_what_goes_wrong_stays_above_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a terminal: spikes, and dead experts where their number changes."""
+    screen = io.StringIO()
+    terminal = functools.partial(Console, file=screen, force_terminal=True, width=200)
+    monkeypatch.setattr("rich.console.Console", lambda stderr: terminal())
+    config = toy.config(Path("nowhere"))
+    trainer = cast(Trainer, types.SimpleNamespace(steps=0))
+    dead: list[int | UnsetType] = [0, 2, UNSET, 2, 3, 0, 2, 0, 0]
+    with _bar(trainer, config, shown=True) as watch:
+        for number, count in enumerate(dead, start=1):
+            watch(
+                StepRecord(
+                    step=number,
+                    tokens=number,
+                    loss=number,
+                    gradient_norm=1,
+                    rate=1,
+                    tokens_per_second=1,
+                    dead_experts=count,
+                    spike=number == 8,
+                )
+            )
+    plain = re.sub(r"\x1b\[[\d;?]*[A-Za-z]|\r", "", screen.getvalue())
+    kept = re.findall(r"step (\d+)  loss [\d.]+  1 tok/s *(.*)\n", plain)
+    assert [(step, said.strip()) for step, said in kept] == [
+        ("2", "2 experts dead"),
+        ("5", "3 experts dead"),
+        ("7", "2 experts dead"),
+        ("8", "spike"),
+    ]
 
 
 def test_an_error_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from msgspec import UNSET
 
 from fourfold.errors import ConfigError
 from fourfold.train.metrics import Metrics, Record, SpikeWatch, StepRecord, loads, read_records
@@ -179,3 +180,22 @@ def test_tensorboard_gets_every_figure(tmp_path: Path, monkeypatch: pytest.Monke
     assert seen["tokens_per_second"] == (7, 5)
     assert "mfu" not in seen
     assert "closed" in seen
+
+
+def test_experts_are_judged_once_enough_rows_were_routed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """20 rows for each of 4 experts: what two steps of 48 rows tell together."""
+    monkeypatch.chdir(tmp_path)
+    records: list[Record] = []
+    reporter = reporter_of(records, monkeypatch, every=1, last=4)
+    for step, load_E in enumerate(([24, 24, 0, 0], [0, 24, 24, 0], [9, 9, 9, 9]), start=1):
+        load_LE = torch.tensor([load_E], dtype=torch.float32)
+        launched = Launched(step, 9, 9, 0.1, torch.ones(5), load_LE, At(float(step)))
+        reporter.read(launched)
+    found = [
+        (r.load_most, r.load_least, r.dead_experts) for r in records if isinstance(r, StepRecord)
+    ]
+    none = (UNSET, UNSET, UNSET)
+    assert found == [none, (2.0, 0.0, 1), none]
+    assert all(isinstance(r, StepRecord) and r.balance == 1 for r in records)
