@@ -21,14 +21,17 @@ _ROWS = 256
 
 
 def find_inputs(paths: Sequence[Path]) -> list[Path]:
-    """The files among `paths` and, of folders, those in them whose ending is known; sorted, each
-    once. ConfigError where there are none."""
+    """The files among `paths` and, of folders, those in them whose ending is known: absolute, so
+    that it does not matter from where a folder is named; sorted, each once. ConfigError where there
+    are none."""
     found: set[Path] = set()
     for path in paths:
         if path.is_dir():
-            found.update(p for p in path.rglob("*") if p.name.endswith(_ENDINGS) and p.is_file())
+            inside = path.resolve().rglob("*")
+            found.update(p for p in inside if p.name.endswith(_ENDINGS) and p.is_file())
         elif path.is_file():
-            found.add(path)
+            # Its own name stays: what a link points to may have no ending.
+            found.add(path.parent.resolve() / path.name)
         else:
             raise ConfigError(f"{path} does not exist; name files or folders with texts")
     if not found:

@@ -182,8 +182,10 @@ def _saved(out: Path) -> Tokenizer:
 
 
 def _work(config: TokenizeConfig, files: Sequence[Path]) -> str:
-    """What must be the same for a run to continue another."""
-    sizes = [(path.as_posix(), path.stat().st_size) for path in files]
+    """What must be the same for a run to continue another. A file is taken to be the same while its
+    size and the time of its last change are."""
+    stats = [(path.as_posix(), path.stat()) for path in files]
+    sizes = [(path, stat.st_size, stat.st_mtime_ns) for path, stat in stats]
     how = (config.field, config.held_out, config.shard_tokens, config.train_bpe, config.tokenizer)
     return hashlib.sha256(repr((sizes, how, config.bpe_megabytes)).encode()).hexdigest()
 
@@ -200,8 +202,8 @@ def _read_state(out: Path, work: str) -> _State:
         ) from error
     if state.work != work:
         raise ConfigError(
-            f"{out} was begun from other texts or with other options; repeat those, delete it, or "
-            "name another --out"
+            f"{out} was begun from other texts, or ones that have changed since, or with other "
+            "options; repeat those, delete it, or name another --out"
         )
     return state
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from fourfold.cli.main import run
 from fourfold.errors import ConfigError
 from fourfold.train.data import encoding, tokenizing
 from fourfold.train.data.config import TokenizeConfig
+from fourfold.train.data.documents import find_inputs
 from fourfold.train.data.encoding import Encoder, PlainText
 from fourfold.train.data.shards import IdType, Shards
 from fourfold.train.data.tokenizing import is_held_out, tokenize
@@ -133,8 +135,41 @@ def test_other_work_is_not_continued(texts: tuple[Path, list[str]]) -> None:
     folder, _ = texts
     tokenize(options(folder), None)
     (folder / "f.txt").write_text("one more")
-    with pytest.raises(ConfigError, match="other texts or with other options"):
+    with pytest.raises(ConfigError, match="begun from other texts"):
         tokenize(options(folder), None)
+
+
+def test_a_text_edited_to_the_same_length_is_other_work(texts: tuple[Path, list[str]]) -> None:
+    folder, known = texts
+    tokenize(options(folder), None)
+    (folder / "a.txt").write_text(known[0].swapcase())
+    later = (folder / "b.jsonl").stat().st_mtime_ns + 10**9  # whatever a clock's steps are
+    os.utime(folder / "a.txt", ns=(later, later))
+    with pytest.raises(ConfigError, match="have changed since"):
+        tokenize(options(folder), None)
+
+
+def test_the_same_folder_by_another_path_is_the_same_work(
+    texts: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, _ = texts
+    metas = tokenize(options(folder), None)
+    (folder.parent / "link").symlink_to(folder)
+    monkeypatch.chdir(folder)
+    for path in (Path(), Path("../texts"), folder.parent / "link"):
+        assert tokenize(options(folder, inputs=(path,)), None) == metas
+
+
+def test_a_file_named_twice_is_read_once_under_its_own_name(
+    texts: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link's target may have no ending that says what it is."""
+    folder, _ = texts
+    (folder / "b.jsonl").rename(folder.parent / "blob")
+    (folder / "b.jsonl").symlink_to(folder.parent / "blob")
+    monkeypatch.chdir(folder)
+    found = find_inputs((Path("b.jsonl"), folder / "b.jsonl", Path("../texts")))
+    assert [path.name for path in found] == ["a.txt", "b.jsonl", "c.jsonl.gz", "d.parquet"]
 
 
 def test_long_texts_are_encoded_in_pieces(
