@@ -104,7 +104,7 @@ def _of_paths(workers: Sequence[WorkerStatus]) -> Iterator[Metric]:
             if path.rate:
                 rate.add_metric(values, path.rate)
             if path.tested:
-                tested.add_metric(values, path.tested)
+                tested.add_metric((*values[:-1], path.tested_path), path.tested)
             for field, metric in metrics.items():
                 metric.add_metric(values, getattr(path, field))
     yield rate

@@ -318,7 +318,7 @@ class Link:
             return
         self._probe = None
         rate = probe.bytes / (time.perf_counter() - probe.start)
-        self._counters.tested = rate
+        self._counters.tested, self._counters.tested_path = rate, self._path()
         logger.info(
             "linked to %s (%s:%d) over %s: %.2f GB/s in a test, a message there and back %.0f us",
             self.peer.name,

@@ -37,6 +37,8 @@ class PathStats(msgspec.Struct, frozen=True, kw_only=True):
     """That stood so far: more than one means that some broke."""
     tested: float
     """Bytes per second in the test of the last link, at the sender."""
+    tested_path: str
+    """By which the test went; pages may take another."""
     round_trip: float
     """Of the last heartbeat, in seconds; 0 where none came back yet, or at the receiver."""
     duplicate: int
@@ -70,7 +72,7 @@ class Counters:
         self._under_way, self._since = 0, 0.0
         self._standing = 0
         self._path = ""
-        self.tested = 0.0
+        self.tested, self.tested_path = 0.0, ""
         self.round_trip = 0.0
 
     def stands(self) -> None:
@@ -127,6 +129,7 @@ class Counters:
                 seconds=self._seconds + running,
                 frames=self._frames,
                 tested=self.tested,
+                tested_path=self.tested_path,
                 round_trip=self.round_trip,
                 **self._events,
             )

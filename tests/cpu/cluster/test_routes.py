@@ -29,6 +29,7 @@ PATH = PathStats(
     frames=9,
     links=1,
     tested=1e9,
+    tested_path=SHARED_MEMORY,
     round_trip=0.001,
     duplicate=0,
     stale=3,
@@ -135,6 +136,8 @@ def test_metrics_of_workers_and_of_the_paths_between_them() -> None:
         assert seen["fourfold_transport_bytes_total", *path] == 4000
         assert seen["fourfold_transport_bytes_per_second", *path] == 2000
         assert seen["fourfold_transport_stale_total", *path] == 3
+        # A test goes by the link's own way, whichever pages took.
+        assert seen["fourfold_transport_tested_bytes_per_second", *path[:-1], SHARED_MEMORY] == 1e9
         # How fast the receiver copies, the sender does not know.
         shared = ("e", "p", "sends", SHARED_MEMORY)
         assert ("fourfold_transport_bytes_per_second", *shared) not in seen
