@@ -6,7 +6,7 @@ import struct
 import zlib
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourfold.transport.frames import (
@@ -54,6 +54,7 @@ def headers(draw: st.DrawFn) -> Header:
     )
 
 
+@settings(deadline=None)
 @given(headers())
 def test_a_header_comes_back(header: Header) -> None:
     data = encode_header(header)
@@ -61,6 +62,7 @@ def test_a_header_comes_back(header: Header) -> None:
     assert decode_header(data, LIMIT) == header
 
 
+@settings(deadline=None)
 @given(headers(), st.integers(0, 8 * HEADER_BYTES - 1))
 def test_a_flipped_bit_is_found(header: Header, bit: int) -> None:
     data = bytearray(encode_header(header))
@@ -69,12 +71,14 @@ def test_a_flipped_bit_is_found(header: Header, bit: int) -> None:
         decode_header(data, LIMIT)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=200))
 def test_garbage_is_refused(data: bytes) -> None:
     with pytest.raises(FrameError):
         decode_header(data, LIMIT)
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=55, max_size=55))
 def test_what_decodes_despite_nonsense_is_sensible(body: bytes) -> None:
     """Even with the right beginning and checksum a header says nothing that must not be."""
@@ -105,6 +109,7 @@ def test_a_longer_payload_than_allowed_is_refused() -> None:
         decode_header(encode_header(header), 1000)
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(U32, st.integers(1, 1000), U64), min_size=1, max_size=20))
 def test_extents_come_back(fields: list[tuple[int, int, int]]) -> None:
     extents = [Extent(*values) for values in fields]
@@ -116,6 +121,7 @@ def test_extents_come_back(fields: list[tuple[int, int, int]]) -> None:
         decode_extents(data, length + 1)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=100), st.integers(0, 100))
 def test_a_checksum_does_not_depend_on_cuts(data: bytes, cut: int) -> None:
     view = memoryview(data)

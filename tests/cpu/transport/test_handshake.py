@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourfold.errors import AuthenticationError, ConfigError
@@ -45,6 +45,7 @@ def meet(one: Handshake, other: Handshake, cut: int = 1 << 20) -> None:
             waiting[id(there)] += here.feed(data)
 
 
+@settings(deadline=None)
 @given(st.integers(1, 200), st.sampled_from([KEY, None]))
 def test_they_meet_however_the_bytes_are_cut(cut: int, key: bytes | None) -> None:
     one, other = dialler(key=key), listener(key=key)
@@ -148,6 +149,7 @@ def test_both_learn_that_their_versions_differ(monkeypatch: pytest.MonkeyPatch) 
     assert f"speaks version {now + 1} of the handshake, this one {now}" in str(one.error)
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=200, max_size=400))
 def test_garbage_is_no_handshake(data: bytes) -> None:
     for side in (dialler(), listener()):
@@ -155,6 +157,7 @@ def test_garbage_is_no_handshake(data: bytes) -> None:
         assert isinstance(side.error, ForeignError)
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=100))
 def test_garbage_after_the_proofs_is_no_identity(data: bytes) -> None:
     one, other = dialler(), listener()

@@ -6,7 +6,7 @@ import mmap
 import random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourfold.transport.memory import Staging, copy, length_of, places_of
@@ -38,6 +38,7 @@ layouts = st.tuples(
 
 
 @pytest.mark.parametrize("streams", [1, 2, 3, 8])
+@settings(deadline=None)
 @given(layouts)
 def test_bytes_come_through_a_stream(streams: int, layout: tuple[int, list[int], int]) -> None:
     """From pieces here to other pieces there, as a sender and a receiver take and put them."""
