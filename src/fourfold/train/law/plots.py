@@ -104,7 +104,7 @@ def _losses_by_tokens(axes: Axes, fit: Fit, records: Sequence[RunRecord]) -> Non
         xscale="log",
         xlabel="tokens",
         ylabel="held-out loss, nats a token",
-        title=f"{largest.model}: {largest.active / 1e6:.2g}M active parameters (lines: joint form)",
+        title=f"{largest.model} and its dense twin (lines: joint form)",
     )
     _count_ticks(axes.xaxis, {record.tokens for record in records})
     axes.legend()

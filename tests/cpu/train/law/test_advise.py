@@ -227,6 +227,25 @@ def test_what_the_runs_do_not_tell_is_said(
     )
 
 
+def test_a_dense_twin_is_drawn_whatever_it_is_called(
+    records: list[RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside the largest sparse models, by tokens."""
+    named = [
+        msgspec.structs.replace(r, model=f"{r.model}-sparse") if r.ratio > 1 else r for r in records
+    ]
+    figures: dict[str, Figure] = {}
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, path, **_: figures.setdefault(Path(path).stem, figure)
+    )
+    draw(make_report(named, starts=8, resamplings=10, seed=0), named, tmp_path, "svg")
+    _, by_tokens = figures["losses"].axes
+    losses = {float(y) for dots in by_tokens.collections for _, y in np.asarray(dots.get_offsets())}
+    largest = [r for r in records if r.model == "8M"]
+    assert len(largest) == len(TOKENS) * (1 + len(RATIOS))
+    assert losses == {record.loss for record in largest}
+
+
 def test_what_is_beyond_a_figure_is_an_arrow(
     records: list[RunRecord], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
