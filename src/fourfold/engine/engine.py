@@ -25,7 +25,7 @@ import msgspec
 import torch
 
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.handover import Arrived, Delivered, Handover, Lost, page_format
+from fourfold.engine.handover import Arrived, Delivered, Handover, Left, Lost, page_format
 from fourfold.engine.messages import (
     Abort,
     Continue,
@@ -61,7 +61,7 @@ class _Order(enum.Enum):
     ABORT_ALL = 0
 
 
-_Message = Submit | Abort | _Order | Lost | _OfParts
+_Message = Submit | Abort | _Order | Lost | Left | _OfParts
 
 
 class Engine:
@@ -319,6 +319,11 @@ class Engine:
         if isinstance(message, Lost):
             if self._handover is not None:
                 self._handover.detach(message.epoch)
+            return []
+        if isinstance(message, Left):
+            if self._handover is not None and message.spoilt is not None:
+                self._handover.clear(message.spoilt)
+            self.scheduler.left(message.sequence)
             return []
         part = self.scheduler.part(message.request_id)
         if part is not None:

@@ -99,9 +99,12 @@ class Scheduler:
         self.moving: dict[int, Sequence] = {}
         self.granted: list[Sequence] = []
         """Those that hold pages now and wait for what belongs in them; for the engine to take."""
-        self.before_leaving: Callable[[Sequence], None] = lambda sequence: None
-        """Called before the pages of a part of a request are given up."""
+        self.before_leaving: Callable[[Sequence], bool] = lambda sequence: True
+        """Called before the pages of a part of a request are given up; False where others still
+        read or write them, so that nobody may have them before `left`."""
         self.preemptions = 0
+        self._leaving: dict[Sequence, tuple[int, list[int]]] = {}
+        """Slots and pages of parts that have ended, which others still read or write."""
         self._parts: dict[int, Sequence] = {}
         """By their requests, those that are computed here in part."""
         self.tokens = Limit(config.tokens, max(config.tokens // 16, chunk_multiple))
@@ -234,6 +237,10 @@ class Scheduler:
         if sequence.finish is None:  # so that a step under way is not heard of it
             sequence.finish = FinishReason.CANCELLED
         self._retire(sequence)
+
+    def left(self, sequence: Sequence) -> None:
+        """Others neither read nor write the pages of a part that has ended any more."""
+        self._free(*self._leaving.pop(sequence))
 
     def retry_smaller(self, plan: StepPlan) -> bool:
         """Takes back a step that did not fit into memory, so that the next one is smaller: half its
@@ -399,14 +406,21 @@ class Scheduler:
         self.waiting.insert(position, sequence)
 
     def _leave(self, sequence: Sequence) -> None:
-        self._let_go(sequence)
+        free = self._let_go(sequence)
         if self.moving.get(sequence.request.request_id) is sequence:
             del self.moving[sequence.request.request_id]
         else:
             self.running.remove(sequence)
-        self._slots.append(sequence.slot)
-        sequence.slot = -1
-        self.pool.release(sequence.forget_pages())
+        slot, sequence.slot = sequence.slot, -1
+        pages = sequence.forget_pages()
+        if free:
+            self._free(slot, pages)
+        else:
+            self._leaving[sequence] = slot, pages
+
+    def _free(self, slot: int, pages: list[int]) -> None:
+        self._slots.append(slot)
+        self.pool.release(pages)
 
     def _output(self, sequence: Sequence, result: Sampled) -> TokenOutput:
         token = sequence.tokens[-1]
@@ -450,10 +464,12 @@ class Scheduler:
             self._let_go(sequence)
             self.waiting.remove(sequence)
 
-    def _let_go(self, sequence: Sequence) -> None:
-        if sequence.stage is not Stage.WHOLE:
-            del self._parts[sequence.request.request_id]
-            self.before_leaving(sequence)
+    def _let_go(self, sequence: Sequence) -> bool:
+        """Whether nobody else has to do with its pages."""
+        if sequence.stage is Stage.WHOLE:
+            return True
+        del self._parts[sequence.request.request_id]
+        return self.before_leaving(sequence)
 
 
 def _waits_for_leader(sequence: Sequence) -> bool:

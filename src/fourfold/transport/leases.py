@@ -2,12 +2,13 @@
 
 Only threads of this node write into its pages, and only between `claim` and `land`. A lease ends
 when everything came or when something went wrong, but not before the last writer has left; the one
-who forgets it waits for that too.
+who forgets it is told of that too.
 """
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
@@ -18,9 +19,8 @@ from fourfold.transport.pieces import Landing, Part
 
 Done = Callable[[str | None], None]
 
-_GRACE_SECONDS = 0.5
-"""For a writer to leave of itself; then its link is closed, which makes it leave."""
-_LEAVE_SECONDS = 30.0
+_GRACE_SECONDS = 1.0
+"""For a writer to leave by itself after its lease was forgotten."""
 
 
 class Writer(Protocol):
@@ -41,10 +41,6 @@ class Writer(Protocol):
         ...
 
     def count(self, event: str) -> None: ...
-
-    def close(self, reason: str) -> None:
-        """Breaks the link."""
-        ...
 
 
 class _Split:
@@ -88,7 +84,10 @@ class Lease:
         self.over = False
         self.problem: str | None = None
         self.settled = False
-        self.forgotten = False
+        self.forgotten: float | None = None
+        """When it was."""
+        self.left: Callable[[], None] | None = None
+        """To be called when nobody writes into it any more."""
 
     def lets(self, writer: Writer) -> bool:
         """Whether this is the link to write: its peer is meant, and no other has begun. A broken
@@ -157,46 +156,50 @@ class Leases:
 
     def __init__(self, notifier: Notifier) -> None:
         self._notifier = notifier
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()
         self._leases: dict[int, Lease] = {}
+        self._leaving: set[Lease] = set()
+        """Those that were forgotten while somebody wrote into them, and still does."""
 
     def expect(self, number: int, writer_epoch: int | None, landing: Landing, done: Done) -> None:
         """Opens a lease. Raises `ValueError` where its number is in use."""
         lease = Lease(number, writer_epoch, landing, done)
-        with self._changed:
+        with self._lock:
             if number in self._leases:
                 raise ValueError(f"lease {number} is in use")
             self._leases[number] = lease
             if not lease.missing:
                 self._end(lease, None)
 
-    def forget(self, number: int) -> None:
-        """Closes a lease, if there is one: when this returns nobody writes into its memory, and
-        `done` is not called any more. Not to be called from a landing."""
-        with self._changed:
+    def forget(self, number: int, left: Callable[[], None]) -> bool:
+        """See `Node.forget`."""
+        with self._lock:
             lease = self._leases.pop(number, None)
             if lease is None:
-                return
-            lease.forgotten = True
+                return True
+            lease.forgotten = time.monotonic()
             if lease.writer is not None and not lease.settled:
                 why = "the receiver has taken its pages back"
                 lease.writer.tell(Failed(number, why, unwanted=True))
-            if self._left(lease, _GRACE_SECONDS):
-                return
-            writer = lease.writer
-        assert writer is not None, "somebody writes into a lease without a link"
-        writer.close("it stood still amid pages that were taken back")
-        with self._changed:
-            if not self._left(lease, _LEAVE_SECONDS):
-                raise RuntimeError(f"a thread still writes into the pages of lease {number}")
+            if not lease.writing:
+                return True
+            lease.left = left
+            self._leaving.add(lease)
+            return False
 
-    def _left(self, lease: Lease, seconds: float) -> bool:
-        return self._changed.wait_for(lambda: not lease.writing, seconds)
+    def clings(self, writer: Writer) -> bool:
+        """Whether a link has been writing into a lease for long since that was forgotten."""
+        with self._lock:
+            latest = time.monotonic() - _GRACE_SECONDS
+            return any(
+                lease.writer is writer and lease.forgotten is not None and lease.forgotten < latest
+                for lease in self._leaving
+            )
 
     def claim(self, header: Header, writer: Writer) -> Claim | None:
         """The right to write a frame's payload, to be given back by `land`; None where the payload
         is to be dropped, for a reason that has been counted."""
-        with self._changed:
+        with self._lock:
             lease = self._leases.get(header.lease)
             if lease is None or lease.over or not lease.lets(writer):
                 writer.count("stale")
@@ -263,9 +266,9 @@ class Leases:
         """Gives a claim back: its payload has been written and is right, unless there is a problem.
         Returns whether its lease wanted it to the end."""
         lease, header = claim.lease, claim.header
-        with self._changed:
+        with self._lock:
             lease.writing -= 1
-            wanted = not lease.over and not lease.forgotten
+            wanted = not lease.over and lease.forgotten is None
             if problem is not None:
                 self._end(lease, problem)
             elif not lease.over:
@@ -277,7 +280,9 @@ class Leases:
                     self._check_sent(lease)
             if not lease.writing:
                 self._settle(lease)
-                self._changed.notify_all()
+                self._leaving.discard(lease)
+                if lease.left is not None:
+                    self._notifier.put(lease.left)
             return wanted and problem is None
 
     def _landed(self, lease: Lease, header: Header) -> int:
@@ -291,7 +296,7 @@ class Leases:
 
     def sent(self, number: int, writer: Writer, frames: int) -> None:
         """The sender says that it has sent everything, in so many frames."""
-        with self._changed:
+        with self._lock:
             lease = self._leases.get(number)
             if lease is None or not lease.lets(writer):
                 writer.refuse(number)
@@ -311,7 +316,7 @@ class Leases:
 
     def cancel(self, number: int, writer: Writer) -> None:
         """The sender gives up."""
-        with self._changed:
+        with self._lock:
             lease = self._leases.get(number)
             if lease is not None and lease.lets(writer):
                 lease.writer = writer
@@ -319,7 +324,7 @@ class Leases:
 
     def lose(self, writer: Writer | None, reason: str) -> None:
         """A link has broken, or every one for None: what it had begun fails."""
-        with self._changed:
+        with self._lock:
             if writer is not None:
                 writer.lost = True
             for lease in self._leases.values():
@@ -335,7 +340,7 @@ class Leases:
 
     def _settle(self, lease: Lease) -> None:
         """Tells both sides how a lease ended, when nobody writes into it any more."""
-        if not lease.over or lease.writing or lease.settled or lease.forgotten:
+        if not lease.over or lease.writing or lease.settled or lease.forgotten is not None:
             return
         lease.settled = True
         if lease.writer is not None:
@@ -346,7 +351,7 @@ class Leases:
         self._notifier.put(lambda: self._call(lease))
 
     def _call(self, lease: Lease) -> None:
-        with self._changed:
-            if lease.forgotten:
+        with self._lock:
+            if lease.forgotten is not None:
                 return
         lease.done(lease.problem)

@@ -209,6 +209,8 @@ class Link:
         seconds = self._config.stall_seconds
         if self._transfers.stalled(seconds):
             self._control.end(f"nothing has moved for {seconds:g} s")
+        elif self._transfers.clings():
+            self._control.end("a stream stood still amid pages of a transfer that was cancelled")
 
     def _hear(self, message: ToSender) -> None:
         assert self._control is not None

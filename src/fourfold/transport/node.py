@@ -111,10 +111,14 @@ class Node:
         """
         self._leases.expect(lease, writer_epoch, landing, done)
 
-    def forget(self, lease: int) -> None:
-        """Closes a lease, done or not; idempotent. When this returns no thread of ours writes into
-        its memory, and `done` is not called any more. Not to be called from a landing."""
-        self._leases.forget(lease)
+    def forget(self, lease: int, left: Callable[[], None] = lambda: None) -> bool:
+        """Closes a lease, done or not, if there is one; never waits. `done` is not called any more.
+
+        Returns whether no thread of ours writes into its memory: so it is after `done`. Else `left`
+        is called, as `done` would be, when none does any more: after a moment, for a link that
+        stands still is closed.
+        """
+        return self._leases.forget(lease, left)
 
     def link(self, peer: Peer) -> Link:
         """The link to a peer: the same for each call until it breaks, then another."""

@@ -97,7 +97,7 @@ class Session:
             wire,
             ToReceiver,
             hear=self._hear,
-            beat=lambda: None,
+            beat=self._beat,
             silence_seconds=config.stall_seconds,
         )
 
@@ -187,6 +187,10 @@ class Session:
 
     def _why(self) -> str:
         return f"the link from {self.peer.name} ended: {self._closed}"
+
+    def _beat(self) -> None:
+        if self._leases.clings(self):
+            self._control.end("it stood still amid pages that were taken back")
 
     def _hear(self, message: ToReceiver) -> None:
         match message:

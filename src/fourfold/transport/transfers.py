@@ -1,7 +1,7 @@
 """The sender's transfers: what waits to be sent, what may be, and how each ends.
 
 The mirror of `leases`. A transfer ends when the receiver says so or its link breaks, but not before
-the last thread has left its pages; the one who cancels it waits for that too.
+the last thread has left its pages; the one who cancels it is told of that too.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from fourfold.transport.stats import Counters
 
 Done = Callable[[str | None], None]
 
-_LEAVE_SECONDS = 30.0
+_GRACE_SECONDS = 1.0
+"""For a frame to leave by itself after its transfer was cancelled."""
 
 
 class Transfer:
@@ -44,7 +45,10 @@ class Transfer:
         self.over = False
         self.problem: str | None = None
         self.settled = False
-        self.cancelled = False
+        self.cancelled: float | None = None
+        """When it was."""
+        self.left: Callable[[], None] | None = None
+        """To be called instead of `done` when no thread reads its pieces."""
 
     def write(self, pieces: Sequence[Piece]) -> None:
         """Queues runs, in any order; never waits for the network.
@@ -59,10 +63,14 @@ class Transfer:
         everything it expects."""
         self._transfers.finish(self)
 
-    def cancel(self) -> None:
-        """Gives the transfer up; idempotent. When this returns, no thread of ours reads its pieces,
-        and `done` is not called any more."""
-        self._transfers.cancel(self)
+    def cancel(self, left: Callable[[], None]) -> bool:
+        """Gives the transfer up, once; never waits. `done` is not called any more.
+
+        Returns whether no thread of ours reads its pieces. Else one still sends from them, and
+        `left` is called from a thread of the transport when it does not any more: after a moment,
+        for a link that stands still is closed.
+        """
+        return self._transfers.cancel(self, left)
 
 
 class Transfers:
@@ -115,16 +123,19 @@ class Transfers:
             self._say_finished(transfer)
             self._settle(transfer)
 
-    def cancel(self, transfer: Transfer) -> None:
+    def cancel(self, transfer: Transfer, left: Callable[[], None]) -> bool:
         with self._changed:
-            transfer.cancelled = True
+            assert transfer.cancelled is None, "a transfer is cancelled once"
+            transfer.cancelled = time.monotonic()
             if not transfer.over:
                 if self._open:
                     self._tell(Cancel(transfer.lease))
                 self._end(transfer, "it was cancelled", counts=False)
             self._settle(transfer)
-            if not self._changed.wait_for(lambda: not transfer.sending, _LEAVE_SECONDS):
-                raise RuntimeError(f"a thread still reads the pages for lease {transfer.lease}")
+            if not transfer.sending:
+                return True
+            transfer.left = left
+            return False
 
     def open(self, window: int, slice_bytes: int) -> None:
         """Frames may be sent from now on, with so many bytes under way, and so many in each."""
@@ -203,6 +214,15 @@ class Transfers:
         with self._changed:
             return self._busy() and time.monotonic() - self._moved > seconds
 
+    def clings(self) -> bool:
+        """Whether a frame has been on its way for long since its transfer was cancelled."""
+        with self._changed:
+            latest = time.monotonic() - _GRACE_SECONDS
+            return any(
+                transfer.sending and transfer.cancelled is not None and transfer.cancelled < latest
+                for transfer in self._transfers.values()
+            )
+
     def _start_clock(self) -> None:
         """What is asked for while nothing else is has all its time from now."""
         if not self._busy():
@@ -233,7 +253,8 @@ class Transfers:
         """Tells how a transfer ended, when no thread reads its pieces any more."""
         if not transfer.over or transfer.sending or transfer.settled:
             return
-        if transfer.problem is None and not (transfer.finishing or transfer.cancelled):
+        ended = transfer.finishing or transfer.cancelled is not None
+        if transfer.problem is None and not ended:
             return  # its owner may still call `finish`
         transfer.settled = True
         del self._transfers[transfer.lease]
@@ -241,6 +262,8 @@ class Transfers:
 
     def _call(self, transfer: Transfer) -> None:
         with self._changed:
-            if transfer.cancelled:
-                return
-        transfer.done(transfer.problem)
+            cancelled, left = transfer.cancelled is not None, transfer.left
+        if not cancelled:
+            transfer.done(transfer.problem)
+        elif left is not None:
+            left()

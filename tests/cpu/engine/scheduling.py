@@ -150,10 +150,13 @@ class Drive:
         holding = [*running, *scheduler.moving.values()]
         slots = [sequence.slot for sequence in holding]
         assert len(set(slots)) == len(slots) <= self.config.max_running
-        assert all(0 <= slot < self.config.max_running for slot in slots)
+        leaving = scheduler._leaving.values()
+        everywhere = [*slots, *(slot for slot, _ in leaving), *scheduler._slots]
+        assert sorted(everywhere) == list(range(self.config.max_running))
         assert [s.arrival for s in running] == sorted(s.arrival for s in running)
         assert all(not s.pages and s.slot < 0 and not s.computed for s in scheduler.waiting)
-        owners = Counter(page for sequence in holding for page in sequence.pages)
+        held = [*(sequence.pages for sequence in holding), *(pages for _, pages in leaving)]
+        owners = Counter(page for pages in held for page in pages)
         assert [pool.owners(page) for page in range(pool.total)] == [
             owners[page] for page in range(pool.total)
         ]

@@ -181,15 +181,16 @@ def test_a_short_prompt_is_sent_as_one() -> None:
 
 def test_a_cancelled_sending_sends_nothing_more() -> None:
     class Cancelled(Wire):
-        def cancel(self) -> None:
+        def cancel(self, left: Callable[[], None]) -> bool:
             self.finished = True
+            return True
 
     pages, prompt = pages_of("int8"), Prompt([0, 1], 0, 100)
     wire = Cancelled(host(pages, prompt, 0))
     sending = Sending(prompt, LAYERS, pytest.fail)
     sending.begin(Route(wire, HostPages(pages), page_format(pages), 0))  # type: ignore[arg-type]
     sending.stored(range(LAYERS), 64)
-    sending.cancel()
+    assert sending.cancel(pytest.fail)
     sending.stored(range(LAYERS), 100)
     sending.advance()
     assert wire.finished

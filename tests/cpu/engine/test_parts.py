@@ -40,7 +40,17 @@ class Pair:
         self.on_their_way: set[int] = set()
         """Requests whose first token is in the mail."""
         self.most_moving = 0
-        first.scheduler.before_leaving = lambda s: self.let_go.append(s.request.request_id)
+        for drive in (first, second):
+            drive.scheduler.before_leaving = lambda s, drive=drive: self.leave(drive, s)
+
+    def leave(self, drive: Drive, sequence: Sequence) -> bool:
+        """Somebody may still be at its pages, until the mail says otherwise."""
+        if drive is self.first:
+            self.let_go.append(sequence.request.request_id)
+        if sequence.slot < 0 or self.random.random() < 0.5:
+            return True
+        self.mail.append(lambda: drive.scheduler.left(sequence))
+        return False
 
     def add(self, request: Submit) -> None:
         self.requests[request.request_id] = request

@@ -227,6 +227,18 @@ def send(sender: Node, receiver: Node, lease: int, source: Memory) -> tuple[Tran
     return transfer, outcome
 
 
+def forget(node: Node, lease: int) -> None:
+    """Closes a lease, and waits until nobody writes into its memory."""
+    left = threading.Event()
+    assert node.forget(lease, left.set) or left.wait(WAIT_SECONDS)
+
+
+def cancel(transfer: Transfer) -> None:
+    """Gives a transfer up, and waits until nobody reads its pieces."""
+    left = threading.Event()
+    assert transfer.cancel(left.set) or left.wait(WAIT_SECONDS)
+
+
 def works(receiver: Node) -> None:
     """A good peer is still served."""
     sender = make_node("good", 77)

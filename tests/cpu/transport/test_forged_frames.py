@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import random
+import threading
 
 import pytest
 
 from fourfold.transport import Node, Part
 from fourfold.transport.control import Complete, Failed
 from tests.cpu.transport.forger import Forger
-from tests.cpu.transport.nodes import Memory, Outcome, make_node, until, works
+from tests.cpu.transport.nodes import WAIT_SECONDS, Memory, Outcome, make_node, until, works
 
 
 def forged(receiver: Node) -> tuple[int, int, int]:
@@ -149,13 +150,16 @@ def test_two_links_do_not_write_one_lease(receiver: Node, forger: Forger) -> Non
 
 
 def test_pages_taken_back_amid_a_frame_are_not_written(receiver: Node, forger: Forger) -> None:
-    """The sender stands still in the middle of a page; its receiver does not wait for it."""
+    """The sender stands still in the middle of a page; its receiver does not wait for it, but is
+    told when nobody writes into the page any more."""
     target, arrived = Memory(1, 1, 1 << 20), Outcome()
     receiver.expect(1, None, target, arrived)
     frame = forger.frame(1, 0, 0, b"x" * (1 << 20))
     forger.send(0, frame[: 1 << 19])
     until(lambda: any(target.buffer[:1000]))
-    receiver.forget(1)
+    left = threading.Event()
+    assert not receiver.forget(1, left.set)
+    assert left.wait(WAIT_SECONDS)
     target.buffer[:] = bytes(1 << 20)
     forger.wait_until_closed()
     with contextlib.suppress(OSError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import time
 
 import msgspec
 import pytest
@@ -13,7 +13,7 @@ from fourfold.transport.control import Complete, Failed
 from fourfold.transport.frames import Header, Kind
 from fourfold.transport.leases import Leases
 from fourfold.transport.notifier import Notifier
-from tests.cpu.transport.nodes import WAIT_SECONDS, Memory, Outcome, until
+from tests.cpu.transport.nodes import Memory, Outcome
 
 LEASE = 5
 FRAME = Header(
@@ -50,9 +50,6 @@ class Sender:
     def count(self, event: str) -> None:
         self.events.append(event)
 
-    def close(self, reason: str) -> None:
-        raise AssertionError(f"the link was closed: {reason}")
-
 
 def test_a_broken_link_begins_nothing() -> None:
     """Its streams may still bring what they had received before; nothing would end that lease."""
@@ -69,15 +66,12 @@ def test_a_broken_link_begins_nothing() -> None:
     assert leases.land(claim, None)
     assert done.wait() is None
     assert good.told == [Complete(LEASE)]
-    leases.forget(LEASE)
+    assert leases.forget(LEASE, pytest.fail)
     notifier.close(10)
 
 
-def test_the_sender_learns_of_a_lease_that_is_forgotten_after_it_failed_amid_a_page(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_the_sender_learns_of_a_lease_that_is_forgotten_after_it_failed_amid_a_page() -> None:
     """It has sent all it had, so nothing it would still do brings it an answer."""
-    monkeypatch.setattr(leases_module, "_GRACE_SECONDS", WAIT_SECONDS)
     notifier = Notifier("decode")
     leases, sender, done = Leases(notifier), Sender(), Outcome()
     leases.expect(LEASE, None, Memory(1, 2, 100), done)
@@ -88,11 +82,36 @@ def test_the_sender_learns_of_a_lease_that_is_forgotten_after_it_failed_amid_a_p
     leases.sent(LEASE, sender, 2)
     leases.land(altered, "it arrived altered")
     assert not sender.told  # a thread still writes into the lease
-    forgetting = threading.Thread(target=leases.forget, args=(LEASE,))
-    forgetting.start()
-    until(lambda: sender.told)
-    leases.land(late, None)
-    forgetting.join()
+    left: list[bool] = []
+    assert not leases.forget(LEASE, lambda: left.append(True))
     assert sender.told == [Failed(LEASE, "the receiver has taken its pages back", unwanted=True)]
+    assert not left
+    leases.land(late, None)
     notifier.close(10)
+    assert left == [True]
     assert not done.calls
+
+
+def test_a_link_that_stays_in_pages_that_were_taken_back_is_told_from_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(leases_module, "_GRACE_SECONDS", 0.0)
+    notifier = Notifier("decode")
+    leases, sender, other, left = Leases(notifier), Sender(), Sender(), Outcome()
+    leases.expect(LEASE, None, Memory(1, 2, 100), Outcome())
+    first = leases.claim(FRAME, sender)
+    second = leases.claim(msgspec.structs.replace(FRAME, first=1), sender)
+    assert first is not None
+    assert second is not None
+    assert not leases.clings(sender)
+    assert not leases.forget(LEASE, lambda: left(None))
+    leases.land(first, None)
+    time.sleep(0.01)
+    assert leases.clings(sender)
+    assert not leases.clings(other)
+    assert not left.calls
+    leases.land(second, "its link ended")
+    assert not leases.clings(sender)
+    assert left.wait() is None
+    notifier.close(10)
+    assert left.calls == [None]

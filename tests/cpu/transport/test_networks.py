@@ -84,6 +84,30 @@ def test_a_peer_that_falls_silent() -> None:
         assert "silent for 2 s" in arrived.failure()
 
 
+def test_who_cancels_amid_a_frame_does_not_wait_for_a_peer_that_stands_still(
+    patient: Network,
+) -> None:
+    sender, receiver, proxy = patient
+    start(sender, receiver, proxy, Memory(2, 20, 5000).fill(1))
+    proxy.freeze()
+    link, sent, left = sender.link(proxy.peer), Outcome(), threading.Event()
+    transfer = link.begin(2, sent)
+    transfer.write(list(Memory(4, 200, 1 << 16).pieces(32)))
+
+    def stands_still() -> bool:
+        before = transfer.queued
+        time.sleep(0.5)
+        return transfer.sending > 0 and transfer.queued == before
+
+    until(stands_still)
+    assert not transfer.cancel(left.set)
+    assert link.broken is None
+    assert left.wait(WAIT_SECONDS)
+    assert not transfer.sending
+    assert "stood still amid pages of a transfer that was cancelled" in str(link.broken)
+    assert not sent.calls
+
+
 def test_bytes_that_change_on_their_way(patient: Network) -> None:
     sender, receiver, proxy = patient
     marker = b"this is what the first page holds"

@@ -23,7 +23,16 @@ from fourfold.transport.frames import Extent, Kind, encode_extents
 from fourfold.transport.rdma import Exposure
 from tests.cpu.transport import owner
 from tests.cpu.transport.forger import Forger
-from tests.cpu.transport.nodes import Memory, Outcome, make_node, needs_nixl, send, until, works
+from tests.cpu.transport.nodes import (
+    Memory,
+    Outcome,
+    forget,
+    make_node,
+    needs_nixl,
+    send,
+    until,
+    works,
+)
 from tests.cpu.transport.proxy import Proxy
 
 SIZE = 1 << 16
@@ -317,7 +326,7 @@ def test_pages_taken_back_amid_a_read_are_not_written(reader: Node) -> None:
         reader.expect(2, None, target, arrived)
         describe(liar, 2, bytes([owner.BYTE]) * owner.SIZE, part_of(0, 0, owner.SIZE))
         until(lambda: under_way(reader))
-        reader.forget(2)
+        forget(reader, 2)
         target.fill(2)
         expected = bytes(target.buffer)
         process.send_signal(signal.SIGCONT)

@@ -20,6 +20,8 @@ from tests.cpu.transport.nodes import (
     Outcome,
     Pair,
     Way,
+    cancel,
+    forget,
     make_node,
     send,
     until,
@@ -253,12 +255,11 @@ def test_a_cancelled_transfer_reads_nothing_more_and_says_nothing(pair: Pair) ->
     pair.receiver.expect(first, None, target, arrived)
     transfer = pair.sender.link(pair.receiver.peer).begin(first, sent)
     transfer.write(list(source.pieces()))
-    transfer.cancel()
-    transfer.cancel()
+    cancel(transfer)
     assert "cancelled" in arrived.failure()
     expected = source.content()
     source.fill(2)  # whatever is written after this would be noticed
-    pair.receiver.forget(first)
+    forget(pair.receiver, first)
     for got, want in zip(target.content(), expected, strict=True):
         assert got in (want, bytes(4096))
     again = Outcome()
@@ -281,7 +282,7 @@ def test_a_transfer_that_is_done_before_it_is_finished_can_be_cancelled(pair: Pa
         transfer.write(list(source.pieces()))
         arrived.wait()
         link.round_trips(1, WAIT_SECONDS)  # the sender has heard of it, too
-        transfer.cancel()
+        cancel(transfer)
         pair.receiver.forget(lease)
 
 
@@ -297,8 +298,7 @@ def take_back_amid(pair: Pair, lease: int) -> None:
     pair.receiver.expect(lease, None, target, Outcome())
     _, sent = send(pair.sender, pair.receiver, lease, source)
     until(lambda: any(target.buffer) or sent.calls)
-    pair.receiver.forget(lease)
-    pair.receiver.forget(lease)
+    forget(pair.receiver, lease)
     target.fill(2)
     expected = target.content()
     sent.wait()
@@ -337,7 +337,7 @@ def test_a_piece_that_makes_no_sense_is_refused(pair: Pair, piece: Piece) -> Non
     transfer = pair.sender.link(pair.receiver.peer).begin(lease, Outcome())
     with pytest.raises(ValueError, match=r"pages of one size|one run a layer|in a frame"):
         transfer.write([piece])
-    transfer.cancel()
+    cancel(transfer)
 
 
 def test_one_lease_has_one_transfer_and_one_landing(pair: Pair) -> None:
@@ -345,7 +345,7 @@ def test_one_lease_has_one_transfer_and_one_landing(pair: Pair) -> None:
     transfer = pair.sender.link(pair.receiver.peer).begin(lease, Outcome())
     with pytest.raises(ValueError, match="under way"):
         pair.sender.link(pair.receiver.peer).begin(lease, Outcome())
-    transfer.cancel()
+    cancel(transfer)
     for number in (-1, 1 << 64):
         with pytest.raises(ValueError, match="no number of a lease"):
             pair.sender.link(pair.receiver.peer).begin(number, Outcome())

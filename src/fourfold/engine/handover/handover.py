@@ -50,6 +50,20 @@ class Lost(NamedTuple):
     epoch: int
 
 
+class Spoilt(NamedTuple):
+    """Pages and the open rows of a slot that a prompt did not fill as it was sent."""
+
+    pages: list[int]
+    slot: int
+
+
+class Left(NamedTuple):
+    """Nobody reads or writes the pages of a part that has ended any more."""
+
+    sequence: Sequence
+    spoilt: Spoilt | None
+
+
 class Handover:
     """The parts of requests that one engine shares with others."""
 
@@ -57,7 +71,7 @@ class Handover:
         self,
         node: Node,
         pages: KVPages,
-        post: Callable[[Delivered | Arrived | Lost], None],
+        post: Callable[[Delivered | Arrived | Lost | Left], None],
         attach: Attach,
     ) -> None:
         """`attach` maps memory of other processes on the pages' device."""
@@ -126,34 +140,43 @@ class Handover:
         """Chunks of prompts are in the pages of all layers."""
         self.stored(range(self._memory.format.layers), chunks)
 
-    def let_go(self, sequence: Sequence) -> None:
-        """Returns when nothing of others reads or writes a sample's pages."""
+    def let_go(self, sequence: Sequence) -> bool:
+        """Ends what others have to do with a part's pages; waits for nobody. Returns whether no
+        thread reads or writes them any more; else `Left` follows when that is so."""
         request_id = sequence.request.request_id
         self._grants.pop(request_id, None)
         if sequence.stage is Stage.DECODE:
-            self._node.forget(request_id)
-            if self._landings.pop(request_id, None) is not None:
-                self._wipe(sequence)
-            assert sequence.request.peer is not None
-            epoch = sequence.request.peer.epoch
-            if not self._node.linked_by(epoch):  # it may have died without one: nothing tells of it
-                self.detach(epoch)
-        elif (sending := self._sendings.pop(request_id, None)) is not None:
-            sending.cancel()
+            return self._let_go_of_landing(sequence)
+        sending = self._sendings.pop(request_id, None)
+        return sending is None or sending.cancel(lambda: self._post(Left(sequence, None)))
+
+    def clear(self, spoilt: Spoilt) -> None:
+        """Clears pages that did not come as they were sent: what came may be NaN, which would spoil
+        the answers of their next owner even where it is masked."""
+        with torch.cuda.stream(self._stream):
+            self._paged.records_LPR[:, spoilt.pages] = 0
+            if self._paged.open_LPR is not None:
+                self._paged.open_LPR[:, self._paged.open_of(spoilt.slot)] = 0
+        if self._stream is not None:
+            self._stream.synchronize()
 
     def close(self) -> None:
         """Ends its thread; transfers end with the node."""
         self._courier.close()
 
-    def _wipe(self, sequence: Sequence) -> None:
-        """Clears pages that did not come as they were sent: what came may be NaN, which would spoil
-        the answers of their next owner even where it is masked."""
-        with torch.cuda.stream(self._stream):
-            self._paged.records_LPR[:, sequence.pages[sequence.computed // PAGE_TOKENS :]] = 0
-            if self._paged.open_LPR is not None:
-                self._paged.open_LPR[:, self._paged.open_of(sequence.slot)] = 0
-        if self._stream is not None:
-            self._stream.synchronize()
+    def _let_go_of_landing(self, sequence: Sequence) -> bool:
+        request_id, spoilt = sequence.request.request_id, None
+        if self._landings.pop(request_id, None) is not None:
+            came = sequence.pages[sequence.computed // PAGE_TOKENS :]
+            spoilt = Spoilt(came, sequence.slot)
+        left = self._node.forget(request_id, lambda: self._post(Left(sequence, spoilt)))
+        if left and spoilt is not None:
+            self.clear(spoilt)
+        assert sequence.request.peer is not None
+        epoch = sequence.request.peer.epoch
+        if not self._node.linked_by(epoch):  # it may have died without one: nothing tells of it
+            self.detach(epoch)
+        return left
 
     def _sending(self, sequence: Sequence) -> Sending:
         request_id = sequence.request.request_id

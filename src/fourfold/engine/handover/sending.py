@@ -56,16 +56,18 @@ class Sending:
         for layer in layers:
             self._stored[layer] = tokens
 
-    def cancel(self) -> None:
-        """Returns when nothing reads the pages any more."""
+    def cancel(self, left: Callable[[], None]) -> bool:
+        """Gives it up, once. Returns whether nothing reads the pages any more; else `left` is
+        called, from a thread of the transport, when that is so."""
         with self._lock:
-            self._end()
+            self._over = True
+            return self._route is None or self._route.transfer.cancel(left)
 
     def fail(self, error: str) -> None:
-        """Gives it up and says so, unless that was done before."""
+        """Reads no more pages and says why, once; it is still to be cancelled."""
         with self._lock:
             if not self._over:
-                self._end()
+                self._over = True
                 self._failed(error)
 
     def advance(self) -> None:
@@ -78,11 +80,6 @@ class Sending:
                 self._route.transfer.write(pieces)
             if not self._unsent:
                 self._route.transfer.finish()
-
-    def _end(self) -> None:
-        self._over = True
-        if self._route is not None:
-            self._route.transfer.cancel()
 
     def _ready(self, route: Route) -> list[Piece]:
         stored = list(self._stored)  # it grows meanwhile
