@@ -87,6 +87,7 @@ def _figure(runs: Sequence[Run], place: str) -> Figure:
     """`place`: the field of records that they lie over."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter
 
     figure = Figure(figsize=(12, 6.5))
     *panels, legend = figure.subplots(2, 3).flat
@@ -110,8 +111,11 @@ def _figure(runs: Sequence[Run], place: str) -> Figure:
     norm.set(title="norm of the gradients, before clipping")
     speed.set(title="tokens/s", ylim=(0, None))
     load.set(title="largest and least (dashed) load of an expert\nover the mean of its layer")
+    speed.yaxis.set_major_formatter(EngFormatter(sep=""))
+    last = max(getattr(each, place) for run in runs for each in (*run.steps, *run.evaluations))
     for axes in panels:
-        axes.set(xlabel=_LABELS[place])
+        axes.set(xlabel=_LABELS[place], xlim=(0, 1.03 * last))
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         if not axes.lines:
             axes.text(0.5, 0.5, "not in these runs", transform=axes.transAxes, ha="center")
     legend.axis("off")
