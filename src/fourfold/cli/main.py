@@ -18,6 +18,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from fourfold import __version__
+from fourfold.engine.shortage import is_shortage
 from fourfold.errors import ConfigError, FourfoldError
 
 COMMANDS = {
@@ -55,8 +56,6 @@ _WRONG = 2
 _INTERRUPTED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk that takes no more."""
-_NO_MEMORY = re.compile("can't allocate memory|out of memory")
-"""How torch says that a CPU or a GPU has no more memory."""
 _GAP = r"(?:[^\S\n]|\u2502|\x1b\[[\d;]*m)*"
 """Blanks, frames and colours in a row of a panel."""
 _NO_DEFAULT = re.compile(rf"\(default:({_GAP})(None)?\)")
@@ -95,9 +94,8 @@ def _remedy(error: Exception) -> str | None:
     if number in _FULL:
         _drop_output()
         return f"nothing more can be written ({error}); make room"
-    said = str(error).split("\n", 1)[0]
-    torch_has_none = isinstance(error, RuntimeError) and _NO_MEMORY.search(said)
-    if isinstance(error, MemoryError) or number == errno.ENOMEM or torch_has_none:
+    if is_shortage(error):
+        said = str(error).split("\n", 1)[0]
         return f"there is not enough memory ({said}); ask for less, or free some"
     return None
 
