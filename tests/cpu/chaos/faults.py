@@ -76,6 +76,11 @@ class Fault(NamedTuple):
     """How often the point is passed before."""
 
 
+def longest_stall(timeout: float) -> float:
+    """Seconds for which the gateway may be made to stand still: longer than silence is borne."""
+    return timeout + 0.5
+
+
 class Faults:
     """Those that are armed, and those whose consequences are not over."""
 
@@ -277,7 +282,7 @@ class Faults:
             self._run.fleet.set_role(member.name, role)
 
     def _stall(self) -> None:
-        time.sleep(self._rng.choice((0.3, self._run.timeout + 0.5)))
+        time.sleep(self._rng.choice((0.3, longest_stall(self._run.timeout))))
 
 
 _OTHER = {"prefill": Role.DECODE, "decode": Role.PREFILL}
