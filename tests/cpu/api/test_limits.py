@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import time
@@ -118,13 +119,20 @@ def test_a_slow_answer_outlives_the_head_timer(server: Server) -> None:
 
 
 def test_headers_without_end_get_431(server: Server) -> None:
-    with connected(server) as connection:
-        connection.sendall(b"GET /health HTTP/1.1\r\n")
-        answer = b""
-        line = b"A: " + b"b" * 1000 + b"\r\n"
-        for _ in range(server.config.max_head_bytes // len(line) + 1):
-            connection.sendall(line)
-        answer = read_to_end(connection)
+    def ask() -> bytes:
+        with connected(server) as connection:
+            connection.sendall(b"GET /health HTTP/1.1\r\n")
+            line = b"A: " + b"b" * 1000 + b"\r\n"
+            for _ in range(server.config.max_head_bytes // len(line) + 1):
+                connection.sendall(line)
+            return read_to_end(connection)
+
+    answer = b""
+    for _ in range(5):
+        # What the server has not read when it closes resets the connection, answer and all.
+        with contextlib.suppress(ConnectionError):
+            answer = ask()
+            break
     assert answer.startswith(b"HTTP/1.1 431 ")
     assert b'"code":"headers_too_large"' in answer
     assert_serving(server)

@@ -52,10 +52,10 @@ _END_SECONDS = 60.0
 _STUCK_SECONDS = 15.0
 """After which it is told who holds what."""
 _MOST = {
-    "cpu": Size(resident_mib=150.0, descriptors=150, threads=150),
-    "cuda": Size(resident_mib=600.0, descriptors=400, threads=300),
+    "cpu": Size(resident_mib=150.0, descriptors=100, threads=100),
+    "cuda": Size(resident_mib=600.0, descriptors=300, threads=200),
 }
-"""What a process may grow by, and what it may have. A GPU's driver has much of each."""
+"""What a process may grow by. A GPU's driver takes more as it is used."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,7 +124,7 @@ class Run:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._visits: set[asyncio.Future[str | None]] = set()
         self._asked = 0
-        self._first_size: dict[int, float] = {}
+        self._first_size: dict[int, Size] = {}
 
     @property
     def cluster(self) -> Cluster:
@@ -393,13 +393,13 @@ class Run:
             if size is None:
                 continue
             self.story.sizes.append(size)
-            first = self._first_size.setdefault(pid, size.resident_mib)
+            first = self._first_size.setdefault(pid, size)
             if (
-                size.descriptors > most.descriptors
-                or size.threads > most.threads
-                or size.resident_mib > first + most.resident_mib
+                size.descriptors > first.descriptors + most.descriptors
+                or size.threads > first.threads + most.threads
+                or size.resident_mib > first.resident_mib + most.resident_mib
             ):
-                self.story.violate("leaked", f"{name} grew from {first:.0f} MiB to {size}")
+                self.story.violate("leaked", f"{name} grew from {first} to {size}")
 
     def _ready(self) -> int:
         return sum(member.takes_requests for member in self.fleet.members)

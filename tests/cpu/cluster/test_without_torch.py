@@ -14,7 +14,6 @@ from fourfold.engine.channel import Channel, FromEngine, Hello
 from fourfold.engine.messages import Role
 from tests.cpu.gateway.made_tokenizers import byte_level
 from tests.cpu.gateway.test_tokenizer_files import merges_of, write_gguf
-from tests.cpu.models import default_model
 
 _START = """
 import sys
@@ -44,12 +43,9 @@ sys.exit("torch was imported" if "torch" in sys.modules else 0)
 """
 
 
-@pytest.mark.parametrize("model", ["default", "dummy", "gguf"])
+@pytest.mark.parametrize("model", ["dummy", "gguf"])
 def test_http_needs_none(model: str, tmp_path: Path) -> None:
-    if model == "default":
-        default_model.source()  # else this is skipped
-        arguments = ["default", "checkpoint"]
-    elif model == "dummy":
+    if model == "dummy":
         arguments = ["benchmarks/shapes/served-16m", "dummy"]
     else:
         words = byte_level()
