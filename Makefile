@@ -12,13 +12,14 @@ serve: $(VENV)/.installed
 	$(BIN)/fourfold serve $(ARGS)
 
 # Lint, types, contracts and the CPU tests, whole files side by side: fixtures are made once a file.
+# In their order: by numbers of tests, files of one long test would come last and run alone.
 test: $(VENV)/.tested-with
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m fourfold.bench.tables README.md docs/measured.md --check
-	$(BIN)/python -m pytest tests/cpu -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest tests/cpu -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Ten minutes of faults against a fleet of workers; SEED=... repeats a run.
 chaos: $(VENV)/.tested-with
