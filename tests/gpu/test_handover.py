@@ -18,8 +18,7 @@ from fourfold.models.precision import PageFormat, Precision
 from fourfold.transport.stats import DEVICE_MEMORY
 from tests.cpu import tiny
 from tests.cpu.driving import run, submit
-from tests.cpu.engine.couple import couple
-from tests.cpu.engine.test_handover import prompt_of
+from tests.cpu.engine.couple import couple, prompt_of
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 LENGTHS = (1, 63, 64, 65, 130, 300)

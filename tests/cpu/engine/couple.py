@@ -7,9 +7,10 @@ import dataclasses
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
+import torch
 
 from fourfold.engine.engine import Engine
 from fourfold.engine.messages import (
@@ -29,6 +30,18 @@ from fourfold.transport.node import Node
 from fourfold.transport.peer import DevicePages
 
 PATIENCE = 60.0
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, 320, (length,), generator=generator).tolist()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.005)
 
 
 @dataclasses.dataclass

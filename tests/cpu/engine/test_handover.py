@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
@@ -24,7 +23,7 @@ from fourfold.transport.peer import DeviceMemory, DevicePages, Peer
 from fourfold.transport.pieces import Part
 from fourfold.transport.stats import DEVICE_MEMORY
 from tests.cpu.driving import GREEDY, load_tiny, make_engine, run, submit, tokens
-from tests.cpu.engine.couple import PATIENCE, Couple, couple
+from tests.cpu.engine.couple import Couple, couple, prompt_of, wait_until
 
 Devices = tuple[DevicePages | None, ...]
 LENGTHS = (1, 2, 63, 64, 65, 128, 130, 300)
@@ -34,18 +33,6 @@ DRAWN = SamplingParams(max_tokens=30, temperature=1.0, seed=5, presence_penalty=
 @pytest.fixture
 def model(checkpoint: Callable[[str], Path]) -> Decoder:
     return load_tiny(checkpoint("qwen3-moe-wide"))
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 320, (length,), generator=generator).tolist()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 def alone(engine: Engine, *requests: Submit) -> list[list[list[int]]]:

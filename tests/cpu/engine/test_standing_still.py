@@ -3,36 +3,22 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-import torch
 
 from fourfold.engine.engine import Engine
 from fourfold.models.decoder import Decoder
 from fourfold.transport import leases, session, transfers
 from fourfold.transport.wire import Wire
 from tests.cpu.driving import GREEDY, load_tiny, make_engine, run, submit, tokens
-from tests.cpu.engine.couple import PATIENCE, Couple, couple
+from tests.cpu.engine.couple import PATIENCE, Couple, couple, prompt_of, wait_until
 
 
 @pytest.fixture
 def model(checkpoint: Callable[[str], Path]) -> Decoder:
     return load_tiny(checkpoint("qwen3-moe-wide"))
-
-
-def prompt_of(length: int, seed: int = 0) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(3, 320, (length,), generator=generator).tolist()
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    until = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < until
-        time.sleep(0.005)
 
 
 class Stuck:
