@@ -1,9 +1,9 @@
 """Prefill attention: chunks of prompts against their prefixes and themselves, compute-bound.
 
 Two forms, by the kind of page memory. Over float pages: torch's fused attention, one chunk after
-the other, query heads that share a KV head laid out as a batch so that keys are expanded without a
-copy. Over coded pages: all chunks of the step in one call of `paged_int8_attention_prefill`, which
-reads finished pages in 8 bits and each row's own page from the step's rows.
+the other, keys expanded to the query heads that share them without a copy. Over coded pages: all
+chunks of the step in one call of `paged_int8_attention_prefill`, which reads finished pages in 8
+bits and each row's own page from the step's rows.
 
 Shapes: T chunk rows, S tokens of prefix plus chunk, H query heads, G KV heads, R = H / G, C width.
 """
@@ -80,14 +80,17 @@ class FloatPrefillAttention:
             kv = self._pages.gather(layer, chunk.runs).view(2, kv_heads, -1, width)
             k_GSC, v_GSC = kv[:, :, : chunk.prefix + rows]
         shared = heads // kv_heads
-        out_GRTC = F.scaled_dot_product_attention(
-            q_THC.to(dtype).view(rows, kv_heads, shared, width).permute(1, 2, 0, 3),
-            k_GSC[:, None].expand(-1, shared, -1, -1),
-            v_GSC[:, None].expand(-1, shared, -1, -1),
+        # Query heads of a KV head lie along the batch: where it is heads that share keys, torch's
+        # kernels take a last row that is alone in its block for a lone query, and its heads for
+        # rows.
+        out_RGTC = F.scaled_dot_product_attention(
+            q_THC.to(dtype).view(rows, kv_heads, shared, width).permute(2, 1, 0, 3),
+            k_GSC.expand(shared, -1, -1, -1),
+            v_GSC.expand(shared, -1, -1, -1),
             attn_mask=chunk.mask,
             is_causal=chunk.mask is None,
         )
-        return out_GRTC.permute(2, 0, 1, 3).reshape(rows, heads, width).to(q_THC.dtype)
+        return out_RGTC.permute(2, 1, 0, 3).reshape(rows, heads, width).to(q_THC.dtype)
 
 
 def prefill_chunks(spans: Sequence[Span]) -> list[PrefillChunk]:
