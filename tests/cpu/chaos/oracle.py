@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import msgspec
+import torch
 
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.messages import SamplingParams, Submit
@@ -28,6 +29,9 @@ _CLEAR = 2e-3
 _OTHERWISE = (1.0005, 1 / 1.0005)
 """Temperatures so little higher or lower change a sampled answer only where two tokens were as
 close. One alone may move the border between two tokens away from what was drawn."""
+_NUDGE = 1e-5
+"""By which weights are changed, up for one temperature and down for the other: of two tokens as
+good as equal at the edge of a nucleus, or two experts, one of both takes the other."""
 _AT_ONCE = 64
 
 
@@ -45,8 +49,7 @@ def make_questions(
     checkpoint: Path, tokenizer: Tokenizer, rng: random.Random, count: int, device: str
 ) -> list[Question]:
     """About so many questions. Those whose answer hangs on the last bit are left out."""
-    model = driving.load_tiny(checkpoint, device)
-    engine = driving.make_engine(model, pages=2 * PAGES, max_running=32)
+    engine, *nudged = (_engine(checkpoint, device, nudge) for nudge in (0.0, _NUDGE, -_NUDGE))
     beginnings = [_words(rng, rng.choice((64, 100, 192))) for _ in range(8)]
     drawn = [_draw(rng, beginnings) for _ in range(count)]
     questions = []
@@ -54,8 +57,8 @@ def make_questions(
         some = drawn[start : start + _AT_ONCE]
         answers = _answers(engine, some)
         others = [
-            _answers(engine, [_at(question, factor) for question in reversed(some)])[::-1]
-            for factor in _OTHERWISE
+            _answers(other, [_at(question, factor) for question in reversed(some)])[::-1]
+            for other, factor in zip(nudged, _OTHERWISE, strict=True)
         ]
         for question, tokens, *again in zip(some, answers, *others, strict=True):
             if tokens is not None and all(tokens == each for each in again):
@@ -63,6 +66,17 @@ def make_questions(
                 questions.append(msgspec.structs.replace(question, tokens=tokens, texts=texts))
     assert len(questions) > count // 2, "too many answers hang on the last bit"
     return questions
+
+
+def _engine(checkpoint: Path, device: str, nudge: float) -> driving.Engine:
+    """An engine whose weights are larger or smaller by about this share, each by its own."""
+    model = driving.load_tiny(checkpoint, device)
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for weight in model.parameters():
+            noise = torch.randn(weight.shape, generator=generator).to(weight.device)
+            weight.mul_(1 + nudge * noise)
+    return driving.make_engine(model, pages=2 * PAGES, max_running=32)
 
 
 def _draw(rng: random.Random, beginnings: Sequence[tuple[int, ...]]) -> Question:
