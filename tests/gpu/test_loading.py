@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import msgspec
 import pytest
@@ -132,7 +133,11 @@ def test_nothing_that_a_walk_needed_is_compiled_later(tmp_path: Path) -> None:
         *(submit(4 + tail, [*common, tail], GREEDY) for tail in range(8)),
     ]
     compiled_later: list[str] = []
-    knobs.compilation.listener = lambda *, src, **_: compiled_later.append(src.name)
+
+    def note(*, src: Any, **_: object) -> None:
+        compiled_later.append(f"{src.name} {src.signature} {src.constants} {src.attrs}")
+
+    knobs.compilation.listener = note
     try:
         runner.warm()
         engine = Engine(runner, config)
