@@ -77,24 +77,30 @@ def walked_rooms(
         ),
         largest_work(config, max_context, _MANY, planner),
     ]
+    prefill = None
     for work in works:
         room = round_room(work, -(-max_context // PAGE_TOKENS))
         assert room is not None
         yield room
+        prefill = room.prefill
     if planner is None:
         return
     # Long sequences that share pages: more pieces of a row than one program merges, tiles of both
     # widths. Which batches are cut so is for the cost model to say; here they simply are.
     tiles = sorted({TILES[-1], shape.tile}, reverse=True)
-    for rows, tasks in ((min(16, config.running), 32), (config.running, 512)):
-        plan = PlanCapacity.of_tasks(
-            shape,
-            rows=rows,
-            tasks=tuple((tile, tasks) for tile in tiles),
-            pages=1,
-            merged=MANY_PARTIALS,
-        )
-        yield StepRoom(decode_rows=rows, decode=plan, prefill=None)
+    for rows, tasks, beside in (
+        (min(16, config.running), 32, None),
+        (config.running, 512, prefill),
+    ):
+        for some in dict.fromkeys((tuple(tiles), tuple(tiles[-1:]))):
+            plan = PlanCapacity.of_tasks(
+                shape,
+                rows=rows,
+                tasks=tuple((tile, tasks) for tile in some),
+                pages=1,
+                merged=MANY_PARTIALS,
+            )
+            yield StepRoom(decode_rows=rows, decode=plan, prefill=beside)
 
 
 def walk_steps(model: Decoder, config: EngineConfig, shape: PageShape) -> None:

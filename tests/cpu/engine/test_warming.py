@@ -40,7 +40,7 @@ def forms(rooms: Iterable[StepRoom], kv_heads: int) -> set[tuple[object, ...]]:
         for place, (tile, tasks) in enumerate(plan.tasks):
             found.add(("decode", tile, place, tasks * kv_heads <= _FEW_PROGRAMS))
         at_once = plan.merged <= FEW_PARTIALS
-        found.add(("merge and quantize", at_once, True, few_rows))
+        found.add(("merge and quantize", at_once and plan.merges > 0, True, few_rows))
         if not at_once:
             found.add(("merge",))
     return found
@@ -64,20 +64,25 @@ def batch(random: Random) -> list[Span]:
 
 
 @pytest.mark.parametrize("hardware", COSTS)
+@pytest.mark.parametrize("running", [8, 256])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(32, 4), (16, 2), (64, 8), (32, 32), (8, 1)])
-def test_every_form_of_decode_attention_is_walked(hardware: str, heads: int, kv_heads: int) -> None:
+def test_every_form_of_decode_attention_is_walked(
+    hardware: str, running: int, heads: int, kv_heads: int
+) -> None:
     shape = DecodeShape(heads=heads, kv_heads=kv_heads, head_width=128)
 
     def planner() -> DecodePlanner:
         return DecodePlanner(shape, COSTS[hardware])
 
-    config = EngineConfig().on("cuda")
+    config = EngineConfig(max_running=running).on("cuda")
     walked = forms(walked_rooms(config, CONTEXT, shape, planner()), kv_heads)
     random = Random(kv_heads)
     rooms = []
     for _ in range(120):
         prompts = [Span(0, random.choice((64, 300, 2000)), range(32))] * (random.random() < 0.4)
-        room = round_room(CodedWork(batch(random), prompts, planner()), CONTEXT // PAGE_TOKENS)
+        room = round_room(
+            CodedWork(batch(random)[:running], prompts, planner()), CONTEXT // PAGE_TOKENS
+        )
         assert room is not None
         rooms.append(room)
     needed = forms(rooms, kv_heads)
