@@ -47,7 +47,7 @@ def run(engine: Engine, requests: Sequence[Submit]) -> dict[tuple[int, int], lis
         engine.submit(request)
     news: dict[tuple[int, int], list[TokenOutput]] = defaultdict(list)
     for _ in range(10_000):
-        outputs = [*(engine.receive(wait=False) or ()), *(engine.step() or ())]
+        outputs = [*(engine.receive() or ()), *(engine.step() or ())]
         for output in outputs:
             news[output.request_id, output.index].append(output)
         if engine.idle:

@@ -15,6 +15,7 @@ import enum
 import functools
 import gc
 import logging
+import math
 import queue
 import threading
 import time
@@ -49,6 +50,10 @@ from fourfold.transport.node import Node
 from fourfold.transport.peer import DevicePages
 
 logger = logging.getLogger(__name__)
+
+_QUIET_SECONDS = 0.25
+"""Without work before graphs are recorded ahead of need: a request that comes amid a recording
+waits for its end, so those who ask again once they are answered shall not meet one."""
 
 Emit = Callable[[list[TokenOutput]], None]
 Tell = Callable[[HandoverNews], None]
@@ -289,21 +294,21 @@ class Engine:
             self.on_device_lost()
         return self.scheduler.fail([work.sequence for work in plan.work], reason)
 
-    def receive(self, *, wait: bool) -> list[TokenOutput] | None:
-        """Takes in all messages that have come, waiting for one if asked; returns the news that
-        they make at once, or None when told to stop."""
+    def receive(self, wait: float = 0.0) -> list[TokenOutput] | None:
+        """Takes in all messages that have come, waiting for one for so many seconds at most;
+        returns the news that they make at once, or None when told to stop."""
         outputs: list[TokenOutput] = []
         if not wait:
             self._turn_began = time.perf_counter()
         while True:
             try:
-                message = self._inbox.get(block=wait)
+                message = self._inbox.get(wait > 0, None if wait == math.inf else wait)
             except queue.Empty:
                 self._observe()
                 return outputs
             if wait:
                 self._turn_began = time.perf_counter()
-            wait = False
+            wait = 0.0
             if message is None:
                 return None
             outputs.extend(self._hear(message))
@@ -383,14 +388,21 @@ class Engine:
             raise
 
     def _serve(self, emit: Emit) -> None:
-        worked = True
+        worked, ahead = True, self._alone
+        quiet_at = time.perf_counter() + _QUIET_SECONDS
         while True:
-            busy = worked or (self._alone and self._runner.prepare())
-            if (ended := self.receive(wait=not busy)) is None:
+            wait = 0.0 if worked else math.inf
+            if not worked and ahead and self.idle:
+                wait = max(0.0, quiet_at - time.perf_counter())
+                if not wait:
+                    ahead = self._runner.prepare()
+            if (ended := self.receive(wait)) is None:
                 break
             outputs = self.step()
             self._turn_began = None
             worked = outputs is not None
+            if worked:
+                quiet_at = time.perf_counter() + _QUIET_SECONDS
             if news := [*ended, *(outputs or ())]:
                 try:
                     emit(news)

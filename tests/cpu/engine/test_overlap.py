@@ -84,7 +84,7 @@ def test_the_same_answers_when_pages_run_out(model: Decoder) -> None:
 def test_news_comes_one_step_later(model: Decoder) -> None:
     engine = make_engine(model, overlap=True)
     engine.submit(submit(0, [1, 2, 3], SamplingParams(temperature=0.0, max_tokens=2)))
-    engine.receive(wait=False)
+    engine.receive()
     assert engine.step() == []
     assert [output.finish for output in engine.step() or ()] == [None]
     assert [output.finish for output in engine.step() or ()] == [FinishReason.LENGTH]
@@ -95,13 +95,11 @@ def test_news_comes_one_step_later(model: Decoder) -> None:
 def test_a_sample_that_ends_under_way_leaves_nothing_behind(model: Decoder) -> None:
     engine = make_engine(model, overlap=True, prefix_cache=False)
     engine.submit(submit(0, range(70), SamplingParams(temperature=0.0, max_tokens=50)))
-    engine.receive(wait=False)
+    engine.receive()
     for _ in range(4):
         engine.step()
     engine.abort(Abort(request_id=0))
-    assert [output.finish for output in engine.receive(wait=False) or ()] == [
-        FinishReason.CANCELLED
-    ]
+    assert [output.finish for output in engine.receive() or ()] == [FinishReason.CANCELLED]
     assert engine.step() == []
     assert engine.idle
     assert engine.stats.pages_in_use == 0

@@ -163,14 +163,14 @@ def test_abort_frees_pages_and_spares_others(model: Decoder, hf: Reference) -> N
     keep, gone = prompt_of(70), prompt_of(100, 1)
     engine.submit(submit(0, keep, GREEDY))
     engine.submit(submit(1, gone, with_(GREEDY, max_tokens=500), n=2))
-    engine.receive(wait=False)
+    engine.receive()
     news = [output for _ in range(6) for output in engine.step() or ()]
     in_use = engine.stats.pages_in_use
     engine.abort(Abort(request_id=1, index=0))
-    news += engine.receive(wait=False) or ()
+    news += engine.receive() or ()
     assert engine.stats.pages_in_use == in_use - 1  # the full page is the other sample's too
     engine.abort(Abort(request_id=1, reason=FinishReason.STOP))
-    news += engine.receive(wait=False) or ()
+    news += engine.receive() or ()
     assert engine.stats.pages_in_use == 2
     while not engine.scheduler.idle:
         news += engine.step() or ()
@@ -313,7 +313,7 @@ def test_a_failed_step_fails_its_own_requests(
     prompts = [prompt_of(80, i) for i in range(4)]
     for i, prompt in enumerate(prompts):
         engine.submit(submit(i, prompt, GREEDY))
-    engine.receive(wait=False)
+    engine.receive()
     engine.step()
     fail_once(engine, monkeypatch, late=late)
     failed = engine.step() or []
@@ -339,7 +339,7 @@ def test_a_prompt_that_cannot_be_computed_fails_alone(
     engine.submit(submit(2, good, GREEDY))
     news: list[TokenOutput] = []
     for _ in range(60):
-        news += [*(engine.receive(wait=False) or ()), *(engine.step() or ())]
+        news += [*(engine.receive() or ()), *(engine.step() or ())]
     ends = {output.request_id: output.finish for output in news if output.finish is not None}
     assert ends == {0: FinishReason.LENGTH, 1: FinishReason.FAILED, 2: FinishReason.LENGTH}
     [error] = [output.error for output in news if output.error]
@@ -376,7 +376,7 @@ def test_tokens_that_cannot_be_taken_in_end_the_engine(
     """Some samples of the step may have ended, and nobody would ever say so."""
     engine = make_engine(model)
     engine.submit(submit(0, prompt_of(5), GREEDY))
-    engine.receive(wait=False)
+    engine.receive()
 
     def fail(*_: object) -> None:
         raise RuntimeError("a mistake of ours")

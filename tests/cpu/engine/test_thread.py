@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import math
+import queue
 import threading
 import time
 from collections import defaultdict
@@ -155,6 +157,42 @@ def test_a_step_or_message_that_hangs_shows(
     assert engine.turn_seconds == 0
 
 
+def test_graphs_are_recorded_once_it_is_quiet(
+    checkpoint: Find, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not between a request and the next of somebody who waits for answers."""
+    engine = make_engine(load_tiny(checkpoint("mixtral")), pages=8)
+    prepared: list[bool] = []
+    quiet = threading.Event()
+
+    def prepare() -> bool:
+        prepared.append(engine.idle)
+        if len(prepared) == 3:
+            quiet.set()
+        return len(prepared) < 3
+
+    def ask() -> None:
+        engine.submit(submit(1, [5] * 10, SamplingParams(max_tokens=3)))
+        while not news.get(timeout=60).finish:
+            pass
+
+    monkeypatch.setattr(engine._runner, "prepare", prepare)
+    monkeypatch.setattr("fourfold.engine.engine._QUIET_SECONDS", 60.0)
+    news: queue.SimpleQueue[TokenOutput] = queue.SimpleQueue()
+    engine.start(lambda outputs: [*map(news.put, outputs)].clear(), alone=True)
+    try:
+        for _ in range(3):
+            ask()
+        assert not prepared
+        monkeypatch.setattr("fourfold.engine.engine._QUIET_SECONDS", 0.01)
+        ask()
+        assert quiet.wait(60)
+        ask()
+    finally:
+        engine.stop()
+    assert prepared == [True] * 3
+
+
 def test_a_worker_whose_engine_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     class Hanging:
         stats = EngineStats()
@@ -187,7 +225,7 @@ def test_a_device_that_is_lost_is_said_before_its_samples_fail(
     monkeypatch.setattr(engine._runner, "launch", fail)
     for request_id, told in ((1, []), (2, [1])):
         engine.submit(submit(request_id, [5] * 10, SamplingParams(max_tokens=5)))
-        engine.receive(wait=True)
+        engine.receive(math.inf)
         [output] = engine.step() or []
         assert output.finish is FinishReason.FAILED
         assert lost == told

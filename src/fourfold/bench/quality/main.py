@@ -120,7 +120,7 @@ def _read(
     sampling = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1, prompt_logprobs=True)
     for number, piece in enumerate(pieces):
         engine.submit(Submit(request_id=number, prompt_ids=tuple(piece), sampling=sampling))
-    engine.receive(wait=False)
+    engine.receive()
     heard: dict[int, Reading] = {}
     while not engine.scheduler.idle:
         for output in engine.step() or ():
