@@ -59,7 +59,6 @@ def pretended(arguments: list[str]) -> Iterator[str]:
 
 class Report(msgspec.Struct):
     outcomes: list[Outcome]
-    failed: bool = False
 
 
 async def answered(config: ServeBenchConfig, **_: object) -> Report:
@@ -99,22 +98,30 @@ def test_figures_stand_beside_those_of_the_first_layout(
 
 
 def test_a_request_that_fails_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def failing(config: ServeBenchConfig, **_: object) -> object:
-        outcome = Outcome(due=0, sent=0, ended=1, failure=Failure("http 500", "broken"))
-
-        class Failed:
-            failed = True
-            outcomes = (outcome,)
-
-            class summary:  # noqa: N801
-                failures = {"http 500": 1}
-
-        return Failed
+    async def failing(config: ServeBenchConfig, **_: object) -> Report:
+        failure = Failure("http 500", "broken")
+        return Report([Outcome(due=0, sent=0, ended=1, failure=failure)])
 
     monkeypatch.setattr(roles, "serving", pretended)
     monkeypatch.setattr(roles, "run", failing)
-    with pytest.raises(FourfoldError, match="http 500"):
+    with pytest.raises(FourfoldError, match="1 requests failed, the first: broken"):
         roles.main(RolesBenchConfig())
+
+
+def test_a_failure_comes_with_what_the_server_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "fourfold.bench.roles.serving._PROGRAM",
+        (
+            sys.executable,
+            "-c",
+            "import sys, time; print('pages are lost', file=sys.stderr);"
+            "print('x at http://127.0.0.1:1/v1 (ready after 1 s)', file=sys.stderr, flush=True);"
+            "time.sleep(60)",
+        ),
+    )
+    with pytest.raises(FourfoldError, match="no answer; the server said last:\\npages are lost"):
+        with serving.serving([]):
+            raise FourfoldError("no answer")
 
 
 def test_prompts_that_still_wait_at_the_end_are_measured(server: ScriptedServer) -> None:

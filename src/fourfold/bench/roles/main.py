@@ -111,8 +111,8 @@ async def _measure(config: RolesBenchConfig, url: str, turn: int, seen: Seen) ->
 
 async def _outcomes(config: ServeBenchConfig, enough: asyncio.Event | None = None) -> list[Outcome]:
     report = await run(config, enough=enough)
-    if report.failed:
-        raise FourfoldError(f"requests failed: {report.summary.failures}")
+    if failures := [outcome.failure for outcome in report.outcomes if outcome.failure]:
+        raise FourfoldError(f"{len(failures)} requests failed, the first: {failures[0].detail}")
     return list(report.outcomes)
 
 

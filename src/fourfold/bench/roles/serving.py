@@ -24,7 +24,8 @@ _LAST_LINES = 20
 def serving(arguments: Sequence[str]) -> Iterator[str]:
     """Runs `fourfold` with these arguments; its address, once it is ready.
 
-    Raises `FourfoldError` with what the server said last where it does not come up.
+    Raises `FourfoldError` with what the server said last where it does not come up, and where what
+    is done meanwhile raises one.
     """
     process = subprocess.Popen([*_PROGRAM, *arguments], stderr=subprocess.PIPE, text=True)
     said: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
@@ -44,8 +45,10 @@ def serving(arguments: Sequence[str]) -> Iterator[str]:
     try:
         settled.wait(_READY_SECONDS)
         if not address:
-            raise FourfoldError(f"the server did not come up; it said:\n{''.join(said)}")
+            raise FourfoldError("the server did not come up")
         yield address[0]
+    except FourfoldError as error:
+        raise FourfoldError(f"{error}; the server said last:\n{''.join(said)}") from None
     finally:
         process.send_signal(signal.SIGTERM)
         try:
