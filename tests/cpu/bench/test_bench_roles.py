@@ -119,9 +119,9 @@ def test_a_failure_comes_with_what_the_server_said(monkeypatch: pytest.MonkeyPat
             "time.sleep(60)",
         ),
     )
-    with pytest.raises(FourfoldError, match="no answer; the server said last:\\npages are lost"):
-        with serving.serving([]):
-            raise FourfoldError("no answer")
+    said = "no answer; the server said last:\\npages are lost"
+    with pytest.raises(FourfoldError, match=said), serving.serving([]):
+        raise FourfoldError("no answer")
 
 
 def test_prompts_that_still_wait_at_the_end_are_measured(server: ScriptedServer) -> None:
