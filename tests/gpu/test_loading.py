@@ -155,7 +155,11 @@ def test_nothing_that_a_walk_needed_is_compiled_later(tmp_path: Path) -> None:
     rooms = []
     for rows in range(0, 1001, 24):
         prompts = [Span(0, rows, range(-(-rows // PAGE_TOKENS)))] if rows else []
-        rooms.append(round_room(CodedWork(batch(random)[: config.running], prompts, planner), 1024 // PAGE_TOKENS))
+        rooms.append(
+            round_room(
+                CodedWork(batch(random)[: config.running], prompts, planner), 1024 // PAGE_TOKENS
+            )
+        )
     with noted_launches() as missing:
         walk_rooms(model, runner.pages, [room for room in rooms if room is not None])
     assert not missing, "\n".join(map(str, missing))
