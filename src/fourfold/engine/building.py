@@ -89,6 +89,11 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
         shape = pages_of(model, setup.config.kv_pages)
         if shape.codes is not None:
             _tell_of_biased_keys(model)
+        elif device.type == "cuda":
+            logger.warning(
+                "steps over floating-point KV pages are launched kernel by kernel, which takes the "
+                "host a millisecond or two a layer; --kv-pages int8 makes graphs of them"
+            )
         runner = Runner(model, setup.config, shape, share_pages=setup.share_pages)
     with phases("graphs"):
         runner.warm()

@@ -153,15 +153,17 @@ def page_shape(
 
     FLOAT pages have 16 bits wherever the device multiplies them natively. Open pages of 8-bit ones
     are in the dtype of the activations: a chunk reads its own page from those, a decoding sequence
-    from its open page, and both must be the same. AUTO is INT8 on a GPU that serves quantised
-    weights, if the kernels read heads like the model's.
+    from its open page, and both must be the same. AUTO is INT8 on a GPU, whose steps are graphs
+    then, if the kernels read heads like the model's; but not in bfloat16 for keys with biases,
+    which 8 bits cost precision.
     """
     dtype = activation_dtype(precision, device)
     on_gpu = device.type != "cpu"
     unreadable = _unreadable(config)
     if asked is PageFormat.AUTO:
-        quantised = on_gpu and precision.quantised and unreadable is None
-        asked = PageFormat.INT8 if quantised else PageFormat.FLOAT
+        readable = on_gpu and dtype is torch.bfloat16 and unreadable is None
+        coded = readable and (precision.quantised or not config.qkv_bias)
+        asked = PageFormat.INT8 if coded else PageFormat.FLOAT
     if asked is PageFormat.FP8 and on_gpu and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError("--kv-pages fp8 needs a Hopper or Ada GPU; use int8")
     if asked is not PageFormat.FLOAT and on_gpu and unreadable is not None:

@@ -28,8 +28,8 @@ class Precision(enum.StrEnum):
 
 
 class PageFormat(enum.StrEnum):
-    """What keys and values are kept in. `AUTO`: INT8 on a GPU that serves quantised weights of a
-    head width the kernels read, else FLOAT."""
+    """What keys and values are kept in. `AUTO`: INT8 on a GPU, where its kernels read heads like
+    the model's and its keys have no biases that bfloat16 would keep; else FLOAT."""
 
     AUTO = "auto"
     FLOAT = "float"

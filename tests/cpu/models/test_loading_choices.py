@@ -40,10 +40,13 @@ def config(head_width: int = 128, shared: int = 2) -> ModelConfig:
     )
 
 
-def test_auto_follows_the_weights() -> None:
-    for precision in (Precision.W4A8, Precision.W4A8_FP8):
+def test_pages_are_coded_on_a_gpu_that_reads_them() -> None:
+    biased = dataclasses.replace(config(), qkv_bias=True)
+    for precision in (Precision.W4A8, Precision.W4A8_FP8, Precision.BFLOAT16):
         assert page_shape(config(), precision, GPU, PageFormat.AUTO).codes == "int8"
-    assert page_shape(config(), Precision.BFLOAT16, GPU, PageFormat.AUTO).codes is None
+    assert page_shape(biased, Precision.W4A8, GPU, PageFormat.AUTO).codes == "int8"
+    assert page_shape(biased, Precision.BFLOAT16, GPU, PageFormat.AUTO).codes is None
+    assert page_shape(config(), Precision.FLOAT32, GPU, PageFormat.AUTO).codes is None
     assert page_shape(config(96), Precision.W4A8, GPU, PageFormat.AUTO).codes is None
     assert page_shape(config(shared=65), Precision.W4A8, GPU, PageFormat.AUTO).codes is None
     assert page_shape(config(), Precision.W4A8, CPU, PageFormat.AUTO).codes is None
