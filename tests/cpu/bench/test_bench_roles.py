@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import shlex
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,8 @@ from fourfold.errors import ConfigError, FourfoldError
         ({"layouts": ("1", "1")}, "--layouts"),
         ({"layouts": ()}, "--layouts"),
         ({"streams": 0}, "--streams"),
+        ({"settle": -1.0}, "--settle"),
+        ({"settle": math.inf}, "--settle"),
         ({"stream_tokens": 1}, "--stream-tokens"),
         ({"arriving_rate": 0.0}, "--arriving-rate"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 from dataclasses import dataclass
@@ -52,6 +53,10 @@ class RolesBenchConfig:
     arriving_rate: float = 2.0
     """Prompts a second that arrive while answers are streamed."""
 
+    settle: float = 0.0
+    """Seconds that a layout is left alone once it is ready: on a GPU its workers record the graphs
+    of usual steps meanwhile."""
+
     turns: int = 2
     """How often each layout is started and measured; the figures are over all turns."""
 
@@ -74,6 +79,8 @@ class RolesBenchConfig:
                 raise ConfigError(f"--{field.replace('_', '-')} must be at least 1")
         if self.stream_tokens < 2:
             raise ConfigError("--stream-tokens must be at least 2, or there is no gap to measure")
+        if not 0 <= self.settle < math.inf:
+            raise ConfigError(f"--settle {self.settle} must be seconds, not negative")
         if not self.arriving_rate > 0:
             raise ConfigError(f"--arriving-rate {self.arriving_rate} must be positive")
 

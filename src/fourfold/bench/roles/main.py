@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import importlib
 import sys
+import time
 from collections import defaultdict
 from collections.abc import Iterator
 
@@ -49,6 +50,7 @@ def main(config: RolesBenchConfig) -> int:
         for layout in config.layouts:
             print(f"turn {turn + 1} of {config.turns}: {layout}", file=sys.stderr)
             with serving(config.serve(layout)) as url:
+                time.sleep(config.settle)
                 uvloop.run(_measure(config, url, turn, seen[layout]))
             for case, metric, value, unit in _figures(config, seen[layout]):
                 print(f"  {case:<56} {metric:<16} {format_figure(value, unit)}", file=sys.stderr)
