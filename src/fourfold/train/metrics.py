@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-import torch
 from msgspec import UNSET, UnsetType
+
+if TYPE_CHECKING:
+    import torch
 
 # Dense bfloat16 FLOP/s that a device's makers state.
 _PEAKS = {
@@ -168,5 +170,7 @@ def peak_flops(device: torch.device) -> float | None:
     """The bfloat16 FLOP/s that a device's makers state; None where we do not know them."""
     if device.type != "cuda":
         return None
+    import torch
+
     name = torch.cuda.get_device_name(device)
     return next((peak for part, peak in _PEAKS.items() if part in name), None)

@@ -22,7 +22,7 @@ from fourfold.train.data.grammar_config import GrammarConfig
 from fourfold.train.law.grid import Grid, Run, RunFailedError, read_grid
 from fourfold.train.law.records import read_records
 from fourfold.train.law.sweep import is_done, sweep
-from fourfold.train.metrics import EvaluationRecord, StepRecord
+from tests.cpu.train.law.pretending import leave
 
 BASE = """
 [model]
@@ -104,26 +104,6 @@ class Pretending:
         assert start is None or Path(start).is_dir(), start
         self.trained.append(run.name)
         leave(run)
-
-
-def leave(run: Run) -> None:
-    run.checkpoint.mkdir(parents=True)
-    steps = run.config.schedule.steps
-    loss = 3.0 + 1 / steps
-    lines = [
-        StepRecord(
-            step=step,
-            tokens=step * 30,
-            loss=loss,
-            gradient_norm=1.0,
-            rate=1e-3,
-            tokens_per_second=100.0 * step,
-        )
-        for step in (1, 2, 3)
-    ]
-    last = EvaluationRecord(step=steps, tokens=steps * 30, held_out_loss=loss, evaluated_tokens=9)
-    text = b"".join(msgspec.json.encode(line) + b"\n" for line in [*lines, last])
-    (run.folder / "metrics.jsonl").write_bytes(text)
 
 
 def quiet(line: str) -> None:

@@ -1,30 +1,29 @@
 """Chains are trained at the same time by processes of their own, and none takes others with it.
 
-Only the last test trains; elsewhere a process does what a name says.
+Only one test trains; elsewhere a process does what a name says.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from fourfold.cli.main import run as command
-from fourfold.train.law.grid import Grid, Run, RunFailedError
+from fourfold.train.law.grid import Grid, Run
 from fourfold.train.law.records import read_records
 from fourfold.train.law.sweep import sweep
 from fourfold.train.law.workers import Worker, environments
-from tests.cpu.train.law.test_sweep import corpus, leave, make, quiet
+from tests.cpu.train.law.pretending import PATIENCE, endless, some_fail, together, wait_for
+from tests.cpu.train.law.test_sweep import corpus, make, quiet
 
 __all__ = ["corpus", "make"]  # fixtures
-# A process takes long to start where there is much else to do.
-PATIENCE = 280.0
 pytestmark = pytest.mark.timeout(300)
 # As the second model has two chains, there are four: of one run, one, two and two.
 GRID = """
@@ -41,36 +40,6 @@ tokens = [320]
 name = "small"
 set = {{ "optimizer.rate" = 1e-3 }}
 """
-
-
-def wait_for(what: Callable[[], bool]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.02)
-
-
-def pretend(base: Path, run: Run) -> None:
-    """Trains nothing, in a worker's process."""
-    print("training", run.name, os.environ["NUMBER"], flush=True)
-    if run.name == "wide-x4-320-s0" and not (base.parent / "died").exists():
-        (base.parent / "died").touch()
-        os._exit(7)
-    if run.name == "small-x4-320-s0":
-        raise RunFailedError("it fell over")
-    leave(run)
-
-
-def together(base: Path, run: Run) -> None:
-    """Does not end before another worker has begun."""
-    (base.parent / f"begun-{os.environ['NUMBER']}").touch()
-    wait_for(lambda: len(list(base.parent.glob("begun-*"))) == 2)
-    leave(run)
-
-
-def endless(base: Path, run: Run) -> None:
-    (base.parent / f"endless-{os.getpid()}").touch()
-    time.sleep(3600)
 
 
 def alive(pid: int) -> bool:
@@ -94,7 +63,7 @@ def workers(grid: Grid, train: Callable[[Path, Run], None], count: int) -> Itera
 
 def test_a_process_that_dies_takes_one_run_with_it(make: Callable[..., Grid]) -> None:
     grid = make(grid=GRID)
-    with workers(grid, pretend, 1) as launches:
+    with workers(grid, some_fail, 1) as launches:
         missing = sweep(grid, launches, quiet)
         assert missing.pop("small-x4-320-s0") == "it fell over"
         assert list(missing) == ["wide-x4-320-s0"]
@@ -124,33 +93,50 @@ def test_what_takes_too_long_is_ended(make: Callable[..., Grid]) -> None:
 
 
 SCRIPT = """
-import sys
+import os, sys
 from pathlib import Path
 from fourfold.train.law.grid import read_grid
 from fourfold.train.law.sweep import sweep
-from tests.cpu.train.law import test_workers
-grid = read_grid(Path(sys.argv[1]))
-with test_workers.workers(grid, test_workers.endless, 2) as launches:
-    sweep(grid, launches, print)
+from tests.cpu.train.law.pretending import endless
+from tests.cpu.train.law.test_workers import workers
+other = os.fork()  # two sweeps, for which all is imported once
+if other:
+    print(other, flush=True)
+grid = read_grid(Path(sys.argv[1 if other else 2]))
+with workers(grid, endless, 2) as launches:
+    sweep(grid, launches, lambda line: None)
 """
 
 
-@pytest.mark.parametrize("how", ["kill", "interrupt"])
-def test_workers_end_with_their_sweep(how: str, make: Callable[..., Grid], tmp_path: Path) -> None:
-    make(grid=GRID)
-    folder = tmp_path / "sweep"
+def test_workers_end_with_their_sweep(make: Callable[..., Grid], tmp_path: Path) -> None:
+    names = ("interrupted", "killed")
+    for name in names:
+        make(name, grid=GRID)
     process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(folder / "grid.toml")], stderr=subprocess.DEVNULL
+        [sys.executable, "-c", SCRIPT, *(str(tmp_path / name / "grid.toml") for name in names)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
     )
     try:
-        wait_for(lambda: len(list(folder.glob("endless-*"))) == 2)
-        working = [int(path.name.split("-")[1]) for path in folder.glob("endless-*")]
-        assert all(map(alive, working))
-        (process.kill if how == "kill" else lambda: process.send_signal(2))()
+        assert process.stdout is not None
+        killed = int(process.stdout.readline())
+        wait_for(lambda: len(list(tmp_path.glob("*/endless-*"))) == 4)
+        interrupted_s, killed_s = (
+            [int(path.name.split("-")[1]) for path in (tmp_path / name).glob("endless-*")]
+            for name in names
+        )
+        assert all(map(alive, interrupted_s + killed_s))
+        os.kill(killed, signal.SIGKILL)
+        wait_for(lambda: not any(map(alive, killed_s)))
+        assert all(map(alive, interrupted_s))
+        process.send_signal(signal.SIGINT)
         process.wait(PATIENCE)
-        wait_for(lambda: not any(map(alive, working)))
+        wait_for(lambda: not any(map(alive, interrupted_s)))
     finally:
-        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def test_each_worker_sees_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
