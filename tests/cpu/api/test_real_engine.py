@@ -1,13 +1,18 @@
-"""The default model behind the socket: the table of bad input again, and many impatient clients.
+"""A real engine behind the socket: the table of bad input again, and many impatient clients.
 
 The engine is in a process of its own. The imported tests run here against this module's `server`.
+It has the default model's tokenizer and random weights of a much smaller model, for nothing that
+is asked of it depends on them; the default model itself answers once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import json
 import random
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import openai
@@ -33,19 +38,47 @@ from tests.cpu.api.test_bad_input import (  # noqa: F401
 )
 from tests.cpu.api.test_metrics import growth, scrape
 
+SMALL = {
+    "model_type": "mixtral",
+    "vocab_size": 49152,
+    "hidden_size": 32,
+    "intermediate_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "eos_token_id": 2,
+}
 
-@pytest.fixture(scope="module")
-def real_server() -> Iterator[Server]:
-    source = find_source(None)
-    config = EngineConfig(kv_memory_gib=0.5, decode_threads=1)
+
+@contextlib.contextmanager
+def served(shape: Path | None = None) -> Iterator[Server]:
+    """The default model, or random weights of a shape in its place."""
+    words = find_source(None)
     setup = GatewaySetup(
-        engine=EngineSetup(source=source, device="cpu", config=config),
-        tokenizer=source,
+        engine=EngineSetup(
+            source=find_source(str(shape)) if shape else words,
+            device="cpu",
+            dummy=shape is not None,
+            config=EngineConfig(kv_memory_gib=0.02, decode_threads=1),
+        ),
+        tokenizer=words,
         limits=GatewayLimits(max_output_tokens=512),
         names=("default",),
     )
     api = ApiConfig(port=0, header_timeout=2.0, body_timeout=2.0, drain_timeout=5.0)
     with running_server(make_cluster(setup).gateway, api) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def real_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    shape = tmp_path_factory.mktemp("small")
+    (shape / "config.json").write_text(json.dumps(SMALL))
+    with served(shape) as server:
         yield server
 
 
@@ -58,18 +91,19 @@ def server(real_server: Server) -> Iterator[Server]:
     assert stats().engine.running == stats().engine.waiting == 0
 
 
-def test_the_openai_client_gets_sense(server: Server) -> None:
-    client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none")
+def test_the_openai_client_gets_sense() -> None:
     question = [{"role": "user", "content": "What is the capital of France?"}]
-    whole = client.chat.completions.create(
-        model="default", messages=question, temperature=0, max_tokens=32
-    )
-    assert "Paris" in (whole.choices[0].message.content or "")
-    stream = client.chat.completions.create(
-        model="default", messages=question, temperature=0, max_tokens=32, stream=True
-    )
-    text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
-    assert text == whole.choices[0].message.content
+    with served() as server:
+        client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none")
+        whole = client.chat.completions.create(
+            model="default", messages=question, temperature=0, max_tokens=32
+        )
+        assert "Paris" in (whole.choices[0].message.content or "")
+        stream = client.chat.completions.create(
+            model="default", messages=question, temperature=0, max_tokens=32, stream=True
+        )
+        text = "".join(chunk.choices[0].delta.content or "" for chunk in stream)
+        assert text == whole.choices[0].message.content
 
 
 def test_offsets_of_tokens_lead_to_their_text(server: Server) -> None:
@@ -115,7 +149,7 @@ def test_64_clients_of_which_many_leave(server: Server) -> None:
     async def ask(client: httpx.AsyncClient, number: int) -> str:
         body = {
             "model": "default",
-            "max_tokens": dice.randrange(1, 24),
+            "max_tokens": dice.randrange(1, 96),
             "stream": bool(number % 2),
             "n": 1 + number % 3,
         }

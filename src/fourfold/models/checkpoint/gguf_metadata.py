@@ -7,15 +7,29 @@ from pathlib import Path
 from typing import Any
 
 import gguf
+import numpy as np
+from numpy.typing import NDArray
 
 from fourfold.errors import CheckpointError
+
+
+class _Reader(gguf.GGUFReader):  # type: ignore[misc]
+    """Cuts its hundred thousand pieces out of a plain array: out of a memmap each is made one."""
+
+    @property
+    def data(self) -> NDArray[np.uint8]:
+        return self._data
+
+    @data.setter
+    def data(self, mapped: NDArray[np.uint8]) -> None:
+        self._data = np.asarray(mapped)
 
 
 @functools.lru_cache(maxsize=1)
 def read_gguf(path: Path) -> gguf.GGUFReader:
     """The opened file; kept, because weights and tokenizer both read it."""
     try:
-        return gguf.GGUFReader(path)
+        return _Reader(path)
     except (ValueError, OSError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path} is not a readable GGUF file ({error})") from error
 
