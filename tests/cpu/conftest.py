@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import pytest
+
+if TYPE_CHECKING:
+    import transformers
+
+# What is imported stays: looking through it again and again is a fifth of the time of importing.
+gc.disable()
 # As the command line sets it, before torch is imported: runs that share cores end much sooner.
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # Kernels run in Triton's interpreter here; transformers imports Triton, which then looks once.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-
-import pytest
-import torch
-import transformers
-
-from tests.cpu import tiny
-
-torch.set_num_threads(1)  # the models are tiny, and test runs share their cores
 # A shell has what it runs in the background ignore Ctrl-C, and so would the programs tested.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+# Where several processes test, the one that starts them comes not here, and needs no torch.
+def pytest_collection_finish() -> None:
+    import torch
+
+    torch.set_num_threads(1)  # the models are tiny, and test runs share their cores
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +45,8 @@ def own_excepthook() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a family's tiny checkpoint, by the family's name."""
+    from tests.cpu import tiny
+
     made: dict[str, Path] = {}
 
     def find(name: str) -> Path:
@@ -50,6 +62,8 @@ def reference(
     checkpoint: Callable[[str], Path],
 ) -> Callable[[str], transformers.PreTrainedModel]:
     """transformers' model of a family's tiny checkpoint."""
+    from tests.cpu import tiny
+
     made: dict[str, transformers.PreTrainedModel] = {}
 
     def find(name: str) -> transformers.PreTrainedModel:
