@@ -47,7 +47,7 @@ def slopes(terms_JNP: Floats, theta_P: Floats) -> Floats:
 
 def _predict(terms_JNP: Floats, theta_MP: Floats) -> tuple[Floats, Floats]:
     """Log-predictions [M, N], and each term's share of its sum [J, M, N]."""
-    log_JMN = np.einsum("jnp,mp->jmn", terms_JNP, theta_MP, optimize=True)
+    log_JMN = theta_MP @ terms_JNP.swapaxes(1, 2)
     most_MN = log_JMN.max(0)
     part_JMN = np.exp(log_JMN - most_MN)
     sum_MN = part_JMN.sum(0)
@@ -120,12 +120,12 @@ def _step(
     delta: float,
 ) -> Floats:
     """The damped Gauss-Newton step of Huber's loss: residuals beyond `delta` count less."""
-    slope_MNP = np.einsum("jmn,jnp->mnp", share_JMN, terms_JNP, optimize=True)
+    slope_MNP = (share_JMN.transpose(2, 1, 0) @ terms_JNP.swapaxes(0, 1)).swapaxes(0, 1)
     size_MN = np.maximum(np.abs(residual_MN), 1e-300)
     weight_MN = weight_MN * np.minimum(1.0, delta / size_MN)
-    weighted_MNP = slope_MNP * weight_MN[:, :, None]
-    curvature_MPP = np.einsum("mnp,mnq->mpq", weighted_MNP, slope_MNP, optimize=True)
-    gradient_MP = np.einsum("mnp,mn->mp", weighted_MNP, residual_MN, optimize=True)
+    weighted_MPN = (slope_MNP * weight_MN[:, :, None]).swapaxes(1, 2)
+    curvature_MPP = weighted_MPN @ slope_MNP
+    gradient_MP = (weighted_MPN @ residual_MN[:, :, None])[:, :, 0]
     diagonal_MP = np.einsum("mpp->mp", curvature_MPP)
     added_MP = damping_M[:, None] * diagonal_MP + 1e-12 * diagonal_MP.max(1, keepdims=True) + 1e-30
     damped_MPP = curvature_MPP + added_MP[:, :, None] * np.eye(diagonal_MP.shape[1])
