@@ -1,7 +1,7 @@
-"""Several processes of the toy runs: `python -m tests.cpu.train.ranks FOLDER DEVICE`.
+"""Several processes of the toy runs: `python -m tests.cpu.train.ranks FOLDER DEVICE COUNT...`.
 
-`WORLD_SIZE` and where to meet are in the environment, as with torchrun. The processes run every
-case that is for so many, one after the other.
+So many processes at a time, which find each other by the environment, as with torchrun. They run
+every case that is for so many, one after the other.
 """
 
 from __future__ import annotations
@@ -66,18 +66,14 @@ def run_two(folder: Path, device: str) -> Path:
     return _run(folder, device, 2)
 
 
-def run_four(folder: Path) -> Path:
-    """Has four processes run all of `OF_FOUR` on the CPU, likewise."""
-    return _run(folder, "cpu", 4)
+def run_all(folder: Path) -> Path:
+    """Has them, and after them four that run all of `OF_FOUR`, on the CPU; likewise."""
+    return _run(folder, "cpu", 2, 4)
 
 
-def _run(folder: Path, device: str, world: int) -> Path:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world)}
+def _run(folder: Path, device: str, *worlds: int) -> Path:
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "tests.cpu.train.ranks", str(folder), device],
-        env={**os.environ, **meeting},
+        [sys.executable, "-m", "tests.cpu.train.ranks", str(folder), device, *map(str, worlds)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -93,18 +89,28 @@ def _run(folder: Path, device: str, world: int) -> Path:
     return folder
 
 
-def main(folder: Path, device: str) -> int:
+def main(folder: Path, device: str, worlds: list[int]) -> int:
     """Forks the processes, so that what they import is imported once; how many failed."""
     forking = multiprocessing.get_context("fork")
-    processes = [
-        forking.Process(target=_take_steps, args=(folder, device, rank))
-        for rank in range(int(os.environ["WORLD_SIZE"]))
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return sum(process.exitcode != 0 for process in processes)
+    failed = 0
+    for world in worlds:
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        os.environ |= {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            "WORLD_SIZE": str(world),
+        }
+        processes = [
+            forking.Process(target=_take_steps, args=(folder, device, rank))
+            for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+        failed += sum(process.exitcode != 0 for process in processes)
+    return failed
 
 
 def _take_steps(folder: Path, device: str, rank: int) -> None:
@@ -134,4 +140,4 @@ def _stop(folder: Path, parallel: Parallel) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2], list(map(int, sys.argv[3:]))))

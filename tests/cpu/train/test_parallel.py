@@ -21,8 +21,8 @@ ALONE: dict[str, Any] = {"parallel": {"experts": 1}}
 
 @pytest.fixture(scope="module")
 def together(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What two processes left of every case."""
-    return ranks.run_two(tmp_path_factory.mktemp("together"), "cpu")
+    """What two processes left of every case, and four of theirs."""
+    return ranks.run_all(tmp_path_factory.mktemp("together"))
 
 
 def takes_the_steps_of_one(case: str, together: Path, tmp_path: Path) -> None:
@@ -60,12 +60,6 @@ def takes_the_steps_of_one(case: str, together: Path, tmp_path: Path) -> None:
             assert off < near, name
 
 
-@pytest.fixture(scope="module")
-def in_groups(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What four processes left of theirs."""
-    return ranks.run_four(tmp_path_factory.mktemp("in_groups"))
-
-
 @pytest.mark.parametrize("case", sorted(ranks.CASES))
 def test_two_processes_take_the_steps_of_one(case: str, together: Path, tmp_path: Path) -> None:
     takes_the_steps_of_one(case, together, tmp_path)
@@ -73,9 +67,9 @@ def test_two_processes_take_the_steps_of_one(case: str, together: Path, tmp_path
 
 @pytest.mark.parametrize("case", sorted(ranks.OF_FOUR))
 def test_groups_that_hold_the_same_experts_take_the_steps_of_one(
-    case: str, in_groups: Path, tmp_path: Path
+    case: str, together: Path, tmp_path: Path
 ) -> None:
-    takes_the_steps_of_one(case, in_groups, tmp_path)
+    takes_the_steps_of_one(case, together, tmp_path)
 
 
 def test_two_processes_end_at_the_same_step(together: Path) -> None:
