@@ -5,20 +5,29 @@ BIN := $(VENV)/bin
 # What is imported is compiled then: half a minute less than compiling all that comes with it.
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check
 
-.PHONY: serve test chaos check-rdma check-gpu clean
+# Over a hundred processes of the tests import torch: what is compiled then is kept.
+unexport PYTHONDONTWRITEBYTECODE
+
+.PHONY: serve test types cpu-tests chaos check-rdma check-gpu clean
 
 # Serves the embedded default model; ARGS are passed on: make serve ARGS="--port 9000"
 serve: $(VENV)/.installed
 	$(BIN)/fourfold serve $(ARGS)
 
-# Lint, types, contracts and the CPU tests, whole files side by side: fixtures are made once a file.
-# In their order: by numbers of tests, files of one long test would come last and run alone.
+# Lint, contracts, types and the CPU tests. Types need one core only, and tests wait now and then.
 test: $(VENV)/.tested-with
 	$(BIN)/ruff check src tests
 	$(BIN)/ruff format --check src tests
-	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/python -m fourfold.bench.tables README.md docs/measured.md --check
+	$(MAKE) --jobs 2 types cpu-tests
+
+types: $(VENV)/.tested-with
+	$(BIN)/mypy
+
+# Whole files side by side: fixtures are made once a file. In their order: by numbers of tests, files
+# of one long test would come last and run alone.
+cpu-tests: $(VENV)/.tested-with
 	$(BIN)/python -m pytest tests/cpu -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # Ten minutes of faults against a fleet of workers; SEED=... repeats a run.

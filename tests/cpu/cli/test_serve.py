@@ -119,29 +119,31 @@ def test_more_prompts_than_it_may_ever_hold_are_refused_for_good(server: Server)
         completions.create(model="tiny", prompt=["a"] * 9, max_tokens=1)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_lets_a_running_stream_finish(
-    number: signal.Signals, small: Sequence[str]
-) -> None:
+def ends_once_its_streams_have(server: Server, number: signal.Signals) -> None:
+    """It is asked to end by a signal while an answer is on its way: no other is begun."""
+    stream = server.client().chat.completions.create(
+        model="tiny-mixtral", messages=TALK, temperature=0, max_tokens=300, stream=True
+    )
+    chunks = iter(stream)
+    first = [next(chunks) for _ in range(5)]
+    server.process.send_signal(number)
+    time.sleep(0.1)
+    with pytest.raises((openai.APIStatusError, openai.APIConnectionError)):
+        server.client().chat.completions.create(model="tiny-mixtral", messages=TALK)
+    rest = list(chunks)
+    assert [c.choices[0].finish_reason for c in [*first, *rest] if c.choices][-1] == "length"
+    assert server.process.wait(30) == 0
+    assert "Traceback" not in "".join(server.said)
+
+
+def test_a_signal_lets_a_running_stream_finish(small: Sequence[str]) -> None:
     with serving(*small) as server:
-        stream = server.client().chat.completions.create(
-            model="tiny-mixtral", messages=TALK, temperature=0, max_tokens=600, stream=True
-        )
-        chunks = iter(stream)
-        first = [next(chunks) for _ in range(5)]
-        server.process.send_signal(number)
-        time.sleep(0.1)
-        with pytest.raises((openai.APIStatusError, openai.APIConnectionError)):
-            server.client().chat.completions.create(model="tiny-mixtral", messages=TALK)
-        rest = list(chunks)
-        assert [c.choices[0].finish_reason for c in [*first, *rest] if c.choices][-1] == "length"
-        assert server.process.wait(30) == 0
-        assert "Traceback" not in "".join(server.said)
+        ends_once_its_streams_have(server, signal.SIGINT)
 
 
 def test_an_engine_that_dies_is_started_again(small: Sequence[str]) -> None:
-    """And the stream goes on as if nothing had been."""
-    asked = {"model": "tiny-mixtral", "messages": TALK, "temperature": 0, "max_tokens": 600}
+    """And the stream goes on as if nothing had been. The server ends as any other."""
+    asked = {"model": "tiny-mixtral", "messages": TALK, "temperature": 0, "max_tokens": 300}
     with serving(*small) as server:
         whole = server.client().chat.completions.create(**asked)  # type: ignore[call-overload]
         stream = server.client().chat.completions.create(  # type: ignore[call-overload]
@@ -154,18 +156,26 @@ def test_an_engine_that_dies_is_started_again(small: Sequence[str]) -> None:
         text = "".join(chunk.choices[0].delta.content or "" for chunk in pieces if chunk.choices)
         assert text == whole.choices[0].message.content
         assert any("was ended by SIGKILL" in line for line in server.said)
-        server.process.terminate()
-        assert server.process.wait(30) == 0
-        assert "Traceback" not in "".join(server.said)
+        ends_once_its_streams_have(server, signal.SIGTERM)
 
 
-@pytest.mark.parametrize("when", ["serving", "loading"])
-def test_no_engine_outlives_its_server(when: str, small: Sequence[str]) -> None:
-    """However the server ends: an orphan would keep the GPU."""
+def test_an_option_that_only_the_engine_can_judge(small: Sequence[str]) -> None:
+    arguments = [*MAIN, "serve", *small, "--port", "0", "--device", "cuda:77"]
+    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert done.stderr.startswith("fourfold: device 'cuda:77' does not exist")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("when", ["loading", "serving"])
+def test_no_engine_outlives_its_server(
+    when: str, small: Sequence[str], request: pytest.FixtureRequest
+) -> None:
+    """However the server ends: an orphan would keep the GPU. Last, for it ends the shared one."""
     if when == "serving":
-        with serving(*small) as server:
-            engine = server.engine()
-            server.process.kill()
+        server: Server = request.getfixturevalue("server")
+        engine = server.engine()
+        server.process.kill()
     else:
         process = subprocess.Popen([*MAIN, "serve", *small, "--port", "0"])
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
@@ -187,11 +197,3 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def test_an_option_that_only_the_engine_can_judge(small: Sequence[str]) -> None:
-    arguments = [*MAIN, "serve", *small, "--port", "0", "--device", "cuda:77"]
-    done = subprocess.run(arguments, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 2
-    assert done.stderr.startswith("fourfold: device 'cuda:77' does not exist")
-    assert done.stderr.count("\n") == 1
