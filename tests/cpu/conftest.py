@@ -25,6 +25,12 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: now and then a test waits, for a process or for time."""
+    return 1 + len(os.sched_getaffinity(0))
+
+
 # Where several processes test, the one that starts them comes not here, and needs no torch.
 def pytest_collection_finish() -> None:
     import torch
