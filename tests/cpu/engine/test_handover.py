@@ -22,12 +22,13 @@ from fourfold.transport.config import TransportPath
 from fourfold.transport.peer import DeviceMemory, DevicePages, Peer
 from fourfold.transport.pieces import Part
 from fourfold.transport.stats import DEVICE_MEMORY
-from tests.cpu.driving import GREEDY, load_tiny, make_engine, run, submit, tokens
+from tests.cpu.driving import load_tiny, make_engine, run, submit, tokens
 from tests.cpu.engine.couple import Couple, couple, prompt_of, wait_until
 
 Devices = tuple[DevicePages | None, ...]
 LENGTHS = (1, 2, 63, 64, 65, 128, 130, 300)
-DRAWN = SamplingParams(max_tokens=30, temperature=1.0, seed=5, presence_penalty=0.5)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
+DRAWN = SamplingParams(max_tokens=14, temperature=1.0, seed=5, presence_penalty=0.5)
 
 
 @pytest.fixture
