@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # What is imported is compiled then: half a minute less than compiling all that comes with it.
 PIP := $(BIN)/python -m pip install --no-compile --quiet --disable-pip-version-check
 
-# Over a hundred processes of the tests import torch: what is compiled then is kept.
+# What is compiled when it is first imported is kept: dozens of processes of the tests import torch.
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: serve test types cpu-tests chaos check-rdma check-gpu clean
