@@ -46,6 +46,9 @@ _LEAST_CHUNKS = 16
 _TOKENS_OF_A_CHUNK = (64, 8)
 # A graph holds about 10 MB beside the shared pool.
 _MOST_GRAPHS = 96
+# Tasks of decode attention that a graph may have more than a step's room: each takes its program a
+# look at a number.
+_IDLE_TASKS = 512
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,6 +58,32 @@ class _Key:
     room: StepRoom
     adjustment: Adjustment
     kept: bool
+
+    def serves(self, other: _Key) -> bool:
+        """Whether steps of another key can take this one's graph, at hardly any cost: of as many
+        rows, with no more than a few tasks of decode attention that are not there."""
+        room, needed = self.room, other.room
+        if (
+            self.adjustment is not other.adjustment
+            or self.kept < other.kept
+            or (room.decode_rows, room.prefill_rows) != (needed.decode_rows, needed.prefill_rows)
+        ):
+            return False
+        if room.prefill is not None and needed.prefill is not None:
+            if room.prefill.chunks < needed.prefill.chunks:
+                return False
+            if room.prefill.pages < needed.prefill.pages:
+                return False
+        if room.decode is None or needed.decode is None:
+            return room.decode is needed.decode
+        idle = sum(count for _, count in room.decode.tasks) - sum(
+            count for _, count in needed.decode.tasks
+        )
+        return (
+            idle <= _IDLE_TASKS
+            and room.decode.merged >= needed.decode.merged
+            and room.decode.holds(needed.decode)
+        )
 
 
 def round_room(work: CodedWork, max_pages: int) -> StepRoom | None:
@@ -97,12 +126,15 @@ class StepGraphs:
         self.pool = torch.cuda.graph_pool_handle()
         """Of memory."""
         self._graphs: OrderedDict[_Key, StepGraph] = OrderedDict()
+        self._served: dict[_Key, _Key] = {}
+        """By keys that take other keys' graphs, those."""
         self._partials: tuple[Tensor, Tensor] | None = None
         self.recorded = 0
         """Graphs recorded so far."""
 
     def step(self, room: StepRoom, *, adjustment: Adjustment, kept: bool) -> StepGraph:
-        """The graph for steps of a room, recorded or not yet.
+        """The graph for steps of a room, recorded or not yet. Where none is, one that was recorded
+        for a room that holds it serves as well.
 
         Args:
             room: as `round_room` makes them.
@@ -110,17 +142,20 @@ class StepGraphs:
             kept: whether hidden states and logits are read after a step, and not only tokens.
         """
         key = _Key(room=room, adjustment=adjustment, kept=kept)
-        graph = self._graphs.get(key)
+        key = self._served.get(key, key)
+        graph = self._graphs.get(key) or self._serving(key)
         if graph is None:
             if len(self._graphs) >= _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
+                self._served.clear()
             graph = self._graphs[key] = StepGraph(self, key)
-        self._graphs.move_to_end(key)
+        self._graphs.move_to_end(graph.key)
         return graph
 
     def forget(self) -> None:
         """Drops all graphs; nothing may run."""
         self._graphs.clear()
+        self._served.clear()
         self._partials = None
         self.leave_pool()
 
@@ -128,6 +163,14 @@ class StepGraphs:
         """Later graphs get another pool: one that no graph holds is gone for good, and one in which
         a recording broke off takes no further one."""
         self.pool = torch.cuda.graph_pool_handle()
+
+    def _serving(self, key: _Key) -> StepGraph | None:
+        """A recorded graph that serves a key without one, from now on."""
+        for other, graph in self._graphs.items():
+            if graph.is_recorded and other.serves(key):
+                self._served[key] = other
+                return graph
+        return None
 
     def partials_for(self, capacity: PlanCapacity, shape: DecodeShape) -> tuple[Tensor, Tensor]:
         """Room for partial results, shared by all graphs as far as it is large enough."""
@@ -140,7 +183,7 @@ class StepGraph:
     """Steps of one room."""
 
     def __init__(self, graphs: StepGraphs, key: _Key) -> None:
-        self._graphs, self._key = graphs, key
+        self._graphs, self.key = graphs, key
         model, pages = graphs._model, graphs._pages
         room, heads = key.room, model.config.query_heads
         partials = None
@@ -156,6 +199,16 @@ class StepGraph:
         self._tried = False
         self._recorded: torch.cuda.CUDAGraph | None = None
         self._outputs: StepOutputs | None = None
+
+    @property
+    def room(self) -> StepRoom:
+        """What its steps are filled up to."""
+        return self.key.room
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether there is a graph to replay."""
+        return self._recorded is not None
 
     def run(self, work: CodedWork, inputs: Mapping[str, Ints]) -> StepOutputs:
         """Enqueues a step that fits the room; `inputs` are those of `run_step`, filled up."""
@@ -173,7 +226,7 @@ class StepGraph:
         if not self._tried:
             self._tried = True
             self._record()
-        return self._recorded is not None
+        return self.is_recorded
 
     def _record(self) -> None:
         """Records the graph; where that fails, steps of this room are launched kernel by kernel.
@@ -196,20 +249,20 @@ class StepGraph:
             self._graphs.leave_pool()
             if is_shortage(error) or not isinstance(error, RuntimeError):
                 raise
-            logger.exception("a step of %d rows could not be recorded", self._key.room.rows)
+            logger.exception("a step of %d rows could not be recorded", self.key.room.rows)
             return
         finally:
             if collecting:
                 gc.enable()
         # What nobody reads is the next graph's memory.
-        kept = self._key.kept
+        kept = self.key.kept
         self._outputs = outputs if kept else outputs._replace(hidden_TD=None, logits_SV=None)
         self._recorded = graph
         self._graphs.recorded += 1
 
     def _enqueue(self) -> StepOutputs:
         graphs, step = self._graphs, self._step
-        adjustment = self._key.adjustment
+        adjustment = self.key.adjustment
         return run_step(graphs._model, step, step.arrays, graphs._samples, adjustment=adjustment)
 
 

@@ -188,10 +188,12 @@ class Runner:
         room = round_room(work, self._max_pages)
         assert room is not None
         params, adjustment = self._samples.params([])
+        graph = self._graphs.step(room, adjustment=adjustment, kept=False)
+        room = graph.room
         inputs = self._inputs(
             StepPlan((), ()), params, room.decode_rows, room.prefill_rows, sampled_rows(room)
         )
-        return do(self._graphs.step(room, adjustment=adjustment, kept=False), work, inputs)
+        return do(graph, work, inputs)
 
     @torch.inference_mode()
     def launch(self, plan: StepPlan) -> Launched:
@@ -227,6 +229,7 @@ class Runner:
                 if self._largest_due:
                     self._record_largest()
                 graph = self._graphs.step(room, adjustment=adjustment, kept=kept)
+                room = graph.room
                 rows = (room.decode_rows, room.prefill_rows, sampled_rows(room))
                 return graph.run(coded, self._inputs(plan, params, *rows)), room.decode_rows
         rows = (len(decodes), sum(span.length for span in prefills), len(sampling))

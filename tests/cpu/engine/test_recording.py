@@ -22,8 +22,8 @@ from fourfold.kernels.staging import Staging
 from fourfold.models.decoder import Decoder
 from fourfold.models.loading import pages_of
 from fourfold.models.precision import PageFormat
-from fourfold.quadrants.kv_pages import CodedPages
-from fourfold.quadrants.step import QuadrantStep
+from fourfold.quadrants.kv_pages import CodedPages, Span
+from fourfold.quadrants.step import CodedWork, QuadrantStep
 from tests.cpu.driving import load_tiny, run, submit, tokens
 
 CONFIG = EngineConfig(kv_memory_gib=0.02, max_running=4, step_tokens=512, prefix_cache=False)
@@ -244,3 +244,28 @@ def test_nothing_is_recorded_ahead_once_memory_ran_short(
     recorder.tried = []
     assert answers(engine, LONG) == alone(model, LONG)
     assert recorder.tried[0] == LARGEST
+
+
+def test_a_graph_serves_steps_of_as_many_rows_that_it_holds(
+    model: Decoder, recorder: Recorder
+) -> None:
+    runner = make_runner(model)
+    assert runner._graphs is not None
+    decodes = [Span(3, 1, [0], slot) for slot in range(4)]
+    many, few = (
+        CodedWork(decodes, [Span(0, 300 // chunks, [0] * 5)] * chunks, None) for chunks in (20, 1)
+    )
+    with torch.inference_mode():
+        assert runner._padded_step(few, StepGraph.record)
+        assert runner._padded_step(many, StepGraph.record)
+        assert len(recorder.recorded) == 2, "fewer prompts do not hold more"
+        runner._graphs.forget()
+        for work in (many, few, many, few):
+            assert runner._padded_step(work, StepGraph.record)
+        assert len(recorder.recorded) == 3
+        longer = CodedWork(decodes, [Span(0, 400, [0] * 7)], None)
+        assert runner._padded_step(longer, StepGraph.record)
+        assert len(recorder.recorded) == 4, "more rows have a graph of their own"
+        runner._graphs.forget()
+        assert runner._padded_step(few, StepGraph.record)
+    assert len(recorder.recorded) == 5, "what served is gone"

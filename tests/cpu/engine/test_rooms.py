@@ -7,8 +7,17 @@ from random import Random
 import pytest
 
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.graphs import _MOST_GRAPHS, round_room, sampled_rows, usual_decode_rows
-from fourfold.engine.warming import largest_work, usual_mixes
+from fourfold.engine.graphs import (
+    _MOST_GRAPHS,
+    _Key,
+    round_room,
+    sampled_rows,
+    usual_decode_rows,
+)
+from fourfold.engine.sampler import Adjustment
+from fourfold.engine.warming import largest_work, usual_decodes, usual_mixes
+from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape
+from fourfold.quadrants.costs import QuadrantCosts, shipped_costs
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, Span
 from fourfold.quadrants.step import CodedWork
 
@@ -89,3 +98,37 @@ def test_what_is_recorded_ahead_is_worth_a_graph_each_and_fits(running: int) -> 
     assert None not in rooms
     assert len(set(rooms)) == len(rooms)
     assert len(rooms) + len(usual_decode_rows(running)) < _MOST_GRAPHS
+
+
+@pytest.mark.parametrize("costs", shipped_costs(), ids=lambda costs: costs.hardware)
+@pytest.mark.parametrize(("shortest", "longest"), [(64, 320), (300, 900)])
+def test_usual_graphs_serve_contexts_of_other_lengths(
+    costs: QuadrantCosts, shortest: int, longest: int
+) -> None:
+    """How many tasks decode attention is cut into depends on them."""
+    shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
+    config = EngineConfig().on("cuda")
+    random = Random(0)
+
+    def key(work: CodedWork) -> _Key:
+        room = round_room(work, MAX_PAGES)
+        assert room is not None
+        return _Key(room=room, adjustment=Adjustment.NONE, kept=False)
+
+    def planner() -> DecodePlanner:
+        return DecodePlanner(shape, costs.decode_attention)
+
+    mixes = usual_mixes(config, 1 << 20)
+    usual = {key(CodedWork(*mix, planner())) for mix in mixes}
+    usual |= {key(work) for work in usual_decodes(config.running, 1 << 20, planner())}
+    for _ in range(100):
+        decodes, page = [], 0
+        for slot in range(random.randint(13, 16)):
+            length = random.randint(shortest, longest)
+            pages = -(-length // PAGE_TOKENS)
+            decodes.append(Span(length - 1, 1, range(page, page + pages), slot))
+            page += pages
+        prompt = Span(0, random.choice((512, 1024)), range(page, page + 16))
+        prompts = [prompt] * random.randrange(3)
+        needed = key(CodedWork(decodes, prompts, planner()))
+        assert any(one.serves(needed) for one in usual)

@@ -46,6 +46,17 @@ class PlanCapacity:
     merged: int = FEW_PARTIALS
     """Partials of one row, usually. More are possible."""
 
+    def holds(self, other: PlanCapacity) -> bool:
+        """Whether plans that fit another capacity fit this one."""
+        tasks = dict(self.tasks)
+        return (
+            other.rows <= self.rows
+            and all(count <= tasks.get(tile, 0) for tile, count in other.tasks)
+            and other.pages <= self.pages
+            and other.merges <= self.merges
+            and other.partials <= self.partials
+        )
+
     @classmethod
     def of(cls, plan: DecodePlan) -> PlanCapacity:
         """What one plan needs."""
@@ -157,16 +168,7 @@ class PlanBuffers:
 
     def fits(self, plan: DecodePlan) -> bool:
         """Whether a plan can be loaded."""
-        room, needed = self.capacity, PlanCapacity.of(plan)
-        tasks = dict(room.tasks)
-        return (
-            self.shape == plan.shape
-            and needed.rows <= room.rows
-            and all(count <= tasks.get(tile, 0) for tile, count in needed.tasks)
-            and needed.pages <= room.pages
-            and needed.merges <= room.merges
-            and needed.partials <= room.partials
-        )
+        return self.shape == plan.shape and self.capacity.holds(PlanCapacity.of(plan))
 
     def load(self, plan: DecodePlan) -> None:
         """Makes `plan` the one that later launches follow.
