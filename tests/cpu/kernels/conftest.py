@@ -52,12 +52,28 @@ def _describe_only_what_is_asked() -> None:
             self._type = core._type_for_tuple_values(self.values)
         return self._type
 
+    shapes: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+
+    def shape_of(sizes: Any) -> tuple[Any, ...]:
+        """A block's shape, and it and its number of elements as a tensor has them."""
+        key = tuple([s.value if isinstance(s, core.constexpr) else s for s in sizes])
+        if key not in shapes:
+            if not key:
+                raise TypeError("0d block_type is forbidden")
+            count = core.validate_block_shape(key)
+            known = core.tuple([core.constexpr(size) for size in key])
+            shapes[key] = core.tuple(key), count, known, core.constexpr(count)
+        return shapes[key]
+
     def make_block(self: Any, element_ty: Any, shape: Any) -> None:
         self.element_ty = element_ty
-        self.shape = core.tuple(core._unwrap_shape(shape))
-        if not self.shape:
-            raise TypeError("0d block_type is forbidden")
-        self.numel = core.validate_block_shape(self.shape)
+        self.shape, self.numel, *_ = shape_of(shape)
+
+    none = core.tuple(()), core.constexpr(1)
+
+    def make_tensor(self: Any, handle: Any, type: Any) -> None:
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shape_of(type.shape)[2:] if type.is_block() else none
 
     by_element: dict[str, Any] = {}
 
@@ -70,6 +86,7 @@ def _describe_only_what_is_asked() -> None:
     core.tuple.__init__ = make_tuple
     core.tuple.type = property(type_of_tuple, lambda self, type: setattr(self, "_type", type))
     core.block_type.__init__ = make_block
+    core.tensor.__init__ = make_tensor
     core.block_type.name = property(lambda self: f"<{self.shape}, {self.element_ty}>")
     interpreter._get_np_dtype = numpy_type_of
 
