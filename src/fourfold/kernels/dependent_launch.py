@@ -8,9 +8,12 @@ before the first of a chain may be read without waiting, and so may weights.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 
 
+@functools.cache
 def overlaps_launches(device: torch.device) -> bool:
     """Whether a kernel can start before the one it follows has ended."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -104,6 +104,13 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
+@functools.cache
+def _shared_layout(block: tuple[int, ...], dtype: object) -> object:
+    from triton.experimental.gluon import language as gl
+
+    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
+
+
 def _launch_gluon(
     choice: PrefillChoice,
     q_THC: Tensor,
@@ -129,8 +136,7 @@ def _launch_gluon(
 
     def descriptor(base: Tensor, shape: list[int], block: list[int], dtype: gl.dtype) -> object:
         strides = list(base.stride())
-        at = gl.NVMMASharedLayout.get_default_for(block, dtype)
-        return TensorDescriptor(base, shape, strides, block, at)
+        return TensorDescriptor(base, shape, strides, block, _shared_layout(tuple(block), dtype))
 
     keys = views.keys.flatten(1, 2)
     values = views.values.flatten(1, 2)
