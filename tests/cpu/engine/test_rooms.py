@@ -100,7 +100,7 @@ def test_what_is_recorded_ahead_is_worth_a_graph_each_and_fits(running: int) -> 
     assert len(rooms) + len(usual_decode_rows(running)) < _MOST_GRAPHS
 
 
-@pytest.mark.parametrize("costs", shipped_costs(), ids=lambda costs: costs.hardware)
+@pytest.mark.parametrize("costs", list(shipped_costs()), ids=lambda costs: costs.hardware)
 @pytest.mark.parametrize(("shortest", "longest"), [(64, 320), (300, 900)])
 def test_usual_graphs_serve_contexts_of_other_lengths(
     costs: QuadrantCosts, shortest: int, longest: int
