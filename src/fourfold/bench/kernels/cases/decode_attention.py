@@ -1,12 +1,16 @@
 """Decode attention over INT8 pages: mixed lengths, batches, several rows, siblings.
 
 The work is the bytes of the KV pages that have to be read, shared pages once. Where all sequences
-have one length, PyTorch's attention over contiguous 16-bit keys and values is the baseline.
+have one length, PyTorch's attention over contiguous 16-bit keys and values is the baseline. That of
+siblings is as many sequences of the same lengths that share nothing, at the same work, so that the
+ratio is that of times. That of a plan is the fastest of all plans there are, found by timing them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,6 +21,7 @@ from fourfold.bench.kernels.case import Case
 from fourfold.kernels.decode_attention import (
     DecodeShape,
     PlanBuffers,
+    candidate_plans,
     merge_and_quantize,
     paged_int8_attention_decode_reference,
     paged_int8_attention_decode_unmerged,
@@ -47,15 +52,28 @@ def cases(device: torch.device) -> Iterator[Case]:
         step = StepOf(lengths=(2048,) * _SEQUENCES, shape=shape)
         yield _case(f"int8 64 x 2048, width {width}, GQA {shared}", step, device)
     for prefix, groups in ((512, 1), (8192, 1), (8192, 8)):
-        step = StepOf(
-            lengths=tuple(prefix + 64 + 8 * i for i in range(8)) * groups,
-            shape=_of(1),
-            siblings=8,
-            shared_pages=prefix // 64,
-        )
-        yield _case(f"int8 {groups} x 8 siblings over {prefix}", step, device)
+        step = _siblings(prefix, groups)
+        apart = _run(dataclasses.replace(step, siblings=1, shared_pages=0), device)
+        case = _case(f"int8 {groups} x 8 siblings over {prefix}", step, device)
+        yield dataclasses.replace(case, baseline=apart, baseline_name="sharing nothing")
+    for name, step in (
+        ("64 x 128..32k", StepOf(lengths=mixed, shape=_of(1))),
+        ("1 x 16384", StepOf(lengths=(16384,), shape=_of(1))),
+        ("8 siblings over 8192", _siblings(8192, 1)),
+        ("64 siblings of 8 over 512", _siblings(512, 8)),
+    ):
+        yield _planned(f"int8 {name}, plan", step, device)
     for batch in (1, 256):
         yield _coded(StepOf(lengths=(512,) * batch, shape=_of(1)), device)
+
+
+def _siblings(prefix: int, groups: int) -> StepOf:
+    return StepOf(
+        lengths=tuple(prefix + 64 + 8 * i for i in range(8)) * groups,
+        shape=_of(1),
+        siblings=8,
+        shared_pages=prefix // PAGE_TOKENS,
+    )
 
 
 def _of(rows: int) -> DecodeShape:
@@ -88,6 +106,27 @@ def _case(name: str, step: StepOf, device: torch.device) -> Case:
         baseline=_sdpa(step, made.q[0]) if same else None,
         baseline_name="PyTorch SDPA, bfloat16" if same else None,
         baseline_work=float(_contiguous_bytes(step)) if same else None,
+    )
+
+
+def _run(step: StepOf, device: torch.device) -> Callable[[], object]:
+    """A step by the plan that is chosen for it."""
+    made = RandomStep(step, device, layers=1)
+    plan = plan_decode(made.sequences, made.shape, cost_of(device))
+    return partial(made.attend, 0, PlanBuffers.holding(plan, device))
+
+
+def _planned(name: str, step: StepOf, device: torch.device) -> Case:
+    """The plan that the cost model chooses, beside the fastest."""
+    cost = cost_of(device)
+    timed = RandomStep(step, device)
+    fastest = min(candidate_plans(timed.sequences, timed.shape, cost), key=timed.seconds)
+    case = _case(name, step, device)
+    made = RandomStep(step, device, layers=1)
+    return dataclasses.replace(
+        case,
+        baseline=partial(made.attend, 0, PlanBuffers.holding(fastest, device)),
+        baseline_name="fastest plan",
     )
 
 
