@@ -58,6 +58,7 @@ def cases(device: torch.device) -> Iterator[Case]:
         yield dataclasses.replace(case, baseline=apart, baseline_name="sharing nothing")
     for name, step in (
         ("64 x 128..32k", StepOf(lengths=mixed, shape=_of(1))),
+        ("1 x 4096", StepOf(lengths=(4096,), shape=_of(1))),
         ("1 x 16384", StepOf(lengths=(16384,), shape=_of(1))),
         ("8 siblings over 8192", _siblings(8192, 1)),
         ("64 siblings of 8 over 512", _siblings(512, 8)),
