@@ -10,14 +10,17 @@ import torch
 
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.engine import Engine
-from fourfold.engine.graphs import StepGraph
+from fourfold.engine.graphs import StepGraph, round_room
 from fourfold.engine.messages import SamplingParams, Submit, TokenOutput
 from fourfold.engine.program import StepOutputs
 from fourfold.engine.runner import Runner
+from fourfold.engine.sampler import Adjustment
 from fourfold.models.checkpoint.source import find_source
 from fourfold.models.decoder import Decoder
 from fourfold.models.loading import LoadOptions, load_model, pages_of
 from fourfold.models.precision import PageFormat, Precision
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, Span
+from fourfold.quadrants.step import CodedWork, StepRoom
 from tests.cpu import tiny
 from tests.cpu.driving import GREEDY, run, submit, tokens
 
@@ -91,6 +94,36 @@ def test_graphs_recorded_ahead_are_those_that_steps_need(model: Decoder) -> None
         assert run(known, [prompt]) == run(fresh, [prompt])
     assert before[0] > before[1]
     assert [runner.graphs for runner in runners] == [before[0], before[1] + len(prompts)]
+
+
+def test_a_graph_that_holds_more_gives_the_same_answers(model: Decoder) -> None:
+    """Steps of short contexts by a graph that was recorded for long ones."""
+    config = EngineConfig(kv_memory_gib=0.25, max_running=8, step_tokens=300)
+
+    def fresh() -> tuple[Engine, Runner]:
+        runner = Runner(model, config, pages_of(model, PageFormat.INT8))
+        return Engine(runner, config), runner
+
+    def room(runner: Runner, tokens: int) -> StepRoom:
+        pages = -(-tokens // PAGE_TOKENS)
+        spans = [Span(tokens - 1, 1, range(i * pages, (i + 1) * pages), i) for i in range(8)]
+        found = round_room(CodedWork(spans, [], runner._planner), runner._max_pages)
+        assert found is not None
+        return found
+
+    def prompts(tokens: int) -> list[Submit]:
+        random = Random(tokens)
+        made = ([random.randrange(3, 320) for _ in range(tokens)] for _ in range(8))
+        return [submit(n, prompt, GREEDY) for n, prompt in enumerate(made)]
+
+    (engine, runner), (other, _) = fresh(), fresh()
+    short, long = 40, next(n for n in (500, 900, 1500) if room(runner, n) != room(runner, 80))
+    run(engine, prompts(long))
+    assert runner._graphs is not None
+    serving = runner._graphs.step(room(runner, 80), adjustment=Adjustment.NONE, kept=False)
+    assert serving.is_recorded
+    assert serving.room == room(runner, long)
+    assert run(engine, prompts(short)) == run(other, prompts(short))
 
 
 def test_overlap_changes_nothing(model: Decoder) -> None:

@@ -49,6 +49,8 @@ _MOST_GRAPHS = 96
 # Tasks of decode attention that a graph may have more than a step's room: each takes its program a
 # look at a number.
 _IDLE_TASKS = 512
+# And rows that are sampled.
+_IDLE_SAMPLES = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,29 +63,28 @@ class _Key:
 
     def serves(self, other: _Key) -> bool:
         """Whether steps of another key can take this one's graph, at hardly any cost: of as many
-        rows, with no more than a few tasks of decode attention that are not there."""
+        rows, with no more than a few tasks of decode attention and samples that are not there."""
         room, needed = self.room, other.room
-        if (
-            self.adjustment is not other.adjustment
-            or self.kept < other.kept
-            or (room.decode_rows, room.prefill_rows) != (needed.decode_rows, needed.prefill_rows)
-        ):
+        if self.adjustment is not other.adjustment or self.kept < other.kept:
             return False
-        if room.prefill is not None and needed.prefill is not None:
-            if room.prefill.chunks < needed.prefill.chunks:
-                return False
-            if room.prefill.pages < needed.prefill.pages:
-                return False
+        if (room.decode_rows, room.prefill_rows) != (needed.decode_rows, needed.prefill_rows):
+            return False
+        if not 0 <= sampled_rows(room) - sampled_rows(needed) <= _IDLE_SAMPLES:
+            return False
         if room.decode is None or needed.decode is None:
             return room.decode is needed.decode
-        idle = sum(count for _, count in room.decode.tasks) - sum(
-            count for _, count in needed.decode.tasks
-        )
         return (
-            idle <= _IDLE_TASKS
-            and room.decode.merged >= needed.decode.merged
-            and room.decode.holds(needed.decode)
+            room.decode.holds(needed.decode)
+            and room.decode.tasks_of_all - needed.decode.tasks_of_all <= _IDLE_TASKS
+            and room.decode.merged == needed.decode.merged
+            and room.decode.pages == needed.decode.pages
         )
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Of two that serve, the one with less is better."""
+        tasks = self.room.decode.tasks_of_all if self.room.decode else 0
+        return tasks, sampled_rows(self.room)
 
 
 def round_room(work: CodedWork, max_pages: int) -> StepRoom | None:
@@ -143,7 +144,9 @@ class StepGraphs:
         """
         key = _Key(room=room, adjustment=adjustment, kept=kept)
         key = self._served.get(key, key)
-        graph = self._graphs.get(key) or self._serving(key)
+        graph = self._graphs.get(key)
+        if graph is None or graph.has_failed:
+            graph = self._serving(key) or graph
         if graph is None:
             if len(self._graphs) >= _MOST_GRAPHS:
                 self._graphs.popitem(last=False)
@@ -165,12 +168,12 @@ class StepGraphs:
         self.pool = torch.cuda.graph_pool_handle()
 
     def _serving(self, key: _Key) -> StepGraph | None:
-        """A recorded graph that serves a key without one, from now on."""
-        for other, graph in self._graphs.items():
-            if graph.is_recorded and other.serves(key):
-                self._served[key] = other
-                return graph
-        return None
+        """The best recorded graph that serves a key without one, from now on."""
+        serving = [k for k, graph in self._graphs.items() if graph.is_recorded and k.serves(key)]
+        if not serving:
+            return None
+        best = self._served[key] = min(serving, key=lambda other: other.size)
+        return self._graphs[best]
 
     def partials_for(self, capacity: PlanCapacity, shape: DecodeShape) -> tuple[Tensor, Tensor]:
         """Room for partial results, shared by all graphs as far as it is large enough."""
@@ -209,6 +212,11 @@ class StepGraph:
     def is_recorded(self) -> bool:
         """Whether there is a graph to replay."""
         return self._recorded is not None
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether it could not be recorded."""
+        return self._tried and self._recorded is None
 
     def run(self, work: CodedWork, inputs: Mapping[str, Ints]) -> StepOutputs:
         """Enqueues a step that fits the room; `inputs` are those of `run_step`, filled up."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from random import Random
 
 import pytest
@@ -16,10 +17,11 @@ from fourfold.engine.graphs import (
 )
 from fourfold.engine.sampler import Adjustment
 from fourfold.engine.warming import largest_work, usual_decodes, usual_mixes
-from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape
+from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape, PlanCapacity
+from fourfold.kernels.prefill_attention import PrefillRoom
 from fourfold.quadrants.costs import QuadrantCosts, shipped_costs
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, Span
-from fourfold.quadrants.step import CodedWork
+from fourfold.quadrants.step import CodedWork, StepRoom
 
 MAX_PAGES = 640
 
@@ -132,3 +134,27 @@ def test_usual_graphs_serve_contexts_of_other_lengths(
         prompts = [prompt] * random.randrange(3)
         needed = key(CodedWork(decodes, prompts, planner()))
         assert any(one.serves(needed) for one in usual)
+
+
+def test_what_a_graph_must_not_hold_too_much_of() -> None:
+    """Rows that are sampled, pieces that are merged apart, page tables that are copied whole."""
+    shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
+
+    def key(*, tasks: int = 32, pages: int = 16384, merged: int = 8, chunks: int = 16) -> _Key:
+        plan = PlanCapacity.of_tasks(
+            shape, rows=16, tasks=((16, tasks),), pages=pages, merged=merged
+        )
+        prefill = PrefillRoom(chunks=chunks, rows=2048, pages=MAX_PAGES)
+        room = StepRoom(decode_rows=16, decode=plan, prefill=prefill)
+        return _Key(room=room, adjustment=Adjustment.NONE, kept=False)
+
+    needed = key()
+    assert key(tasks=512).serves(needed)
+    assert key(chunks=64).serves(needed)
+    for more in ({"tasks": 2048}, {"pages": 262144}, {"merged": 64}, {"chunks": 256}):
+        assert not key(**more).serves(needed), more
+    assert not needed.serves(key(tasks=128))
+    assert not needed.serves(key(chunks=32))
+    assert not needed.serves(dataclasses.replace(needed, kept=True))
+    assert dataclasses.replace(needed, kept=True).serves(needed)
+    assert key(tasks=128).size < key(tasks=512).size

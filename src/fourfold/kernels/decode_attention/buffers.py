@@ -46,6 +46,11 @@ class PlanCapacity:
     merged: int = FEW_PARTIALS
     """Partials of one row, usually. More are possible."""
 
+    @property
+    def tasks_of_all(self) -> int:
+        """Tasks, whatever their tiles."""
+        return sum(count for _, count in self.tasks)
+
     def holds(self, other: PlanCapacity) -> bool:
         """Whether plans that fit another capacity fit this one."""
         tasks = dict(self.tasks)
