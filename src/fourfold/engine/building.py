@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from fourfold.engine.config import EngineConfig
+from fourfold.errors import ConfigError
 from fourfold.models.checkpoint.fingerprint import fingerprint
 from fourfold.models.checkpoint.source import Source
 from fourfold.models.phases import Phases
-from fourfold.models.precision import Precision
+from fourfold.models.precision import PageFormat, Precision
 
 if TYPE_CHECKING:
     import torch
@@ -89,11 +90,8 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
         shape = pages_of(model, setup.config.kv_pages)
         if shape.codes is not None:
             _tell_of_biased_keys(model)
-        elif device.type == "cuda":
-            logger.warning(
-                "steps over floating-point KV pages are launched kernel by kernel, which takes the "
-                "host a millisecond or two a layer; --kv-pages int8 makes graphs of them"
-            )
+        elif device.type == "cuda" and setup.config.cuda_graphs:
+            _tell_of_float_pages(model)
         runner = Runner(model, setup.config, shape, share_pages=setup.share_pages)
     with phases("graphs"):
         runner.warm()
@@ -111,6 +109,21 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
         fingerprint=f"{checkpoint} {model.precision.value}",
     )
     return Engine(runner, setup.config), facts
+
+
+def _tell_of_float_pages(model: Decoder) -> None:
+    """What floating-point pages cost where 8-bit ones could be had."""
+    from fourfold.models.loading import pages_of
+
+    try:
+        pages_of(model, PageFormat.INT8)
+    except ConfigError:
+        return
+    biased = ", and keys with biases some precision" if model.config.qkv_bias else ""
+    logger.warning(
+        "steps over floating-point KV pages are launched kernel by kernel, which takes the host a "
+        f"millisecond or two a layer; --kv-pages int8 makes graphs of them{biased}"
+    )
 
 
 def _tell_of_biased_keys(model: Decoder) -> None:

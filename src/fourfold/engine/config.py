@@ -33,8 +33,9 @@ class EngineConfig:
     """Memory for KV pages in GiB. Default: 2 on a CPU, or less where little is available; on a GPU
     what weights and a step leave."""
     kv_pages: Annotated[PageFormat, tyro.conf.EnumChoicesFromValues] = PageFormat.AUTO
-    """What keys and values are kept in. auto: int8 on a GPU whose model has quantised weights, else
-    float; of GPUs, fp8 needs one that multiplies e4m3 (Ada, Hopper and later)."""
+    """What keys and values are kept in. auto: int8 on a GPU, if it is an Ampere or newer and reads
+    heads like the model's, but not for bfloat16 keys with biases; else float. Of GPUs, fp8 needs
+    one that multiplies e4m3 (Ada, Hopper and later)."""
     max_context: int | None = None
     """Prompt plus answer at most, in tokens. Default: what the model and the KV pages allow."""
     prefix_cache: bool = True

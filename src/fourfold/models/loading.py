@@ -159,13 +159,16 @@ def page_shape(
     """
     dtype = activation_dtype(precision, device)
     on_gpu = device.type != "cpu"
+    too_old = on_gpu and torch.cuda.get_device_capability(device) < (8, 0)
     unreadable = _unreadable(config)
     if asked is PageFormat.AUTO:
-        readable = on_gpu and dtype is torch.bfloat16 and unreadable is None
+        readable = on_gpu and not too_old and dtype is torch.bfloat16 and unreadable is None
         coded = readable and (precision.quantised or not config.qkv_bias)
         asked = PageFormat.INT8 if coded else PageFormat.FLOAT
     if asked is PageFormat.FP8 and on_gpu and torch.cuda.get_device_capability(device) < (8, 9):
         raise ConfigError("--kv-pages fp8 needs a Hopper or Ada GPU; use int8")
+    if asked is not PageFormat.FLOAT and too_old:
+        raise ConfigError("8-bit pages need an Ampere or newer GPU; use --kv-pages float")
     if asked is not PageFormat.FLOAT and on_gpu and unreadable is not None:
         raise ConfigError(
             f"8-bit pages of {unreadable} cannot be read on a GPU; use --kv-pages float"

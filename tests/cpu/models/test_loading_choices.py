@@ -25,6 +25,12 @@ from fourfold.quadrants.costs import weight_bits
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The GPU, which is not there."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+
+
 def config(head_width: int = 128, shared: int = 2) -> ModelConfig:
     return ModelConfig(
         family="llama",
@@ -50,6 +56,16 @@ def test_pages_are_coded_on_a_gpu_that_reads_them() -> None:
     assert page_shape(config(96), Precision.W4A8, GPU, PageFormat.AUTO).codes is None
     assert page_shape(config(shared=65), Precision.W4A8, GPU, PageFormat.AUTO).codes is None
     assert page_shape(config(), Precision.W4A8, CPU, PageFormat.AUTO).codes is None
+
+
+def test_a_gpu_that_multiplies_no_int8_keeps_pages_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert page_shape(config(), Precision.BFLOAT16, GPU, PageFormat.AUTO).codes is None
+    with pytest.raises(ConfigError, match="Ampere or newer GPU; use --kv-pages float"):
+        page_shape(config(), Precision.BFLOAT16, GPU, PageFormat.INT8)
+    assert page_shape(config(), Precision.W4A8, CPU, PageFormat.INT8).codes == "int8"
 
 
 @pytest.mark.parametrize("precision", [Precision.W8A8, Precision.W4A8, Precision.FLOAT32])
