@@ -52,8 +52,8 @@ from fourfold.transport.peer import DevicePages
 logger = logging.getLogger(__name__)
 
 _QUIET_SECONDS = 0.25
-"""Without work before graphs are recorded ahead of need: a request that comes amid a recording
-waits for its end, so those who ask again once they are answered shall not meet one."""
+"""Without work or word before graphs are recorded ahead of need: a request that comes amid a
+recording waits for its end, so those who ask again once they are answered shall not meet one."""
 
 Emit = Callable[[list[TokenOutput]], None]
 Tell = Callable[[HandoverNews], None]
@@ -112,6 +112,8 @@ class Engine:
         self._ended = 0.0
         self._turn_began: float | None = None
         self._alone = False
+        self._quiet_at = 0.0
+        """From when on graphs are recorded ahead of need, if nothing comes before."""
 
     @property
     def max_context(self) -> int:
@@ -311,6 +313,7 @@ class Engine:
             wait = 0.0
             if message is None:
                 return None
+            self._quiet_at = time.perf_counter() + _QUIET_SECONDS
             outputs.extend(self._hear(message))
 
     def _hear(self, message: _Message) -> list[TokenOutput]:
@@ -389,11 +392,11 @@ class Engine:
 
     def _serve(self, emit: Emit) -> None:
         worked, ahead = True, self._alone
-        quiet_at = time.perf_counter() + _QUIET_SECONDS
+        self._quiet_at = time.perf_counter() + _QUIET_SECONDS
         while True:
             wait = 0.0 if worked else math.inf
             if not worked and ahead and self.idle:
-                wait = max(0.0, quiet_at - time.perf_counter())
+                wait = max(0.0, self._quiet_at - time.perf_counter())
                 if not wait:
                     ahead = self._runner.prepare()
             if (ended := self.receive(wait)) is None:
@@ -402,7 +405,7 @@ class Engine:
             self._turn_began = None
             worked = outputs is not None
             if worked:
-                quiet_at = time.perf_counter() + _QUIET_SECONDS
+                self._quiet_at = time.perf_counter() + _QUIET_SECONDS
             if news := [*ended, *(outputs or ())]:
                 try:
                     emit(news)

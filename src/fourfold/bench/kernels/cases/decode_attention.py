@@ -121,7 +121,8 @@ def _planned(name: str, step: StepOf, device: torch.device) -> Case:
     """The plan that the cost model chooses, beside the fastest."""
     cost = cost_of(device)
     timed = RandomStep(step, device)
-    fastest = min(candidate_plans(timed.sequences, timed.shape, cost), key=timed.seconds)
+    fast = sorted(candidate_plans(timed.sequences, timed.shape, cost), key=timed.seconds)
+    fastest = min(fast[:3], key=timed.seconds)  # once may have been luck
     case = _case(name, step, device)
     made = RandomStep(step, device, layers=1)
     return dataclasses.replace(
