@@ -26,12 +26,20 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers() -> int:
+def pytest_xdist_auto_num_workers() -> int | None:
     """One more than there are cores: now and then a test waits, for a process or for time."""
+    if "PYTEST_XDIST_AUTO_NUM_WORKERS" in os.environ or not hasattr(os, "sched_getaffinity"):
+        return None  # as pytest-xdist would have it
     return 1 + len(os.sched_getaffinity(0))
 
 
-# Where several processes test, the one that starts them comes not here, and needs no torch.
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Where several processes test, the one that starts them collects nothing, and needs no
+    torch."""
+    if getattr(session.config.option, "numprocesses", None):
+        gc.enable()
+
+
 def pytest_collection_finish() -> None:
     import torch
 
