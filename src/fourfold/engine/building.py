@@ -122,7 +122,8 @@ def _tell_of_float_pages(model: Decoder) -> None:
     biased = ", and keys with biases some precision" if model.config.qkv_bias else ""
     logger.warning(
         "steps over floating-point KV pages are launched kernel by kernel, which takes the host a "
-        f"millisecond or two a layer; --kv-pages int8 makes graphs of them{biased}"
+        "millisecond or two a layer; --kv-pages int8 makes graphs of them%s",
+        biased,
     )
 
 

@@ -153,3 +153,32 @@ def test_keys_with_biases_that_nothing_centred_are_told(
     )
     building._tell_of_biased_keys(model)
     assert [record.levelname for record in caplog.records] == ["WARNING"] * told
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "bias", "told"),
+    [
+        (128, (9, 0), False, 1),
+        (128, (9, 0), True, 1),
+        (96, (9, 0), False, 0),
+        (128, (7, 5), False, 0),
+    ],
+)
+def test_eight_bits_are_advised_only_where_they_can_be_had(
+    width: int,
+    capability: tuple[int, int],
+    bias: bool,
+    told: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    model: Any = SimpleNamespace(
+        config=dataclasses.replace(config(width), qkv_bias=bias),
+        precision=Precision.BFLOAT16,
+        frequencies=SimpleNamespace(device=GPU),
+    )
+    building._tell_of_float_pages(model)
+    assert len(caplog.messages) == told
+    assert all("--kv-pages int8" in message for message in caplog.messages)
+    assert all(("biases" in message) == bias for message in caplog.messages)
