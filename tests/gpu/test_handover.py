@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from fourfold.engine import progress
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.engine import Engine
+from fourfold.engine.handover import sending
 from fourfold.engine.messages import SamplingParams, TokenOutput
 from fourfold.engine.runner import Runner
 from fourfold.models.checkpoint.source import find_source
@@ -37,9 +39,12 @@ def make_engine(
     kv_pages: PageFormat,
     *,
     shared: bool = False,
+    step_tokens: int = 400,
 ) -> Engine:
     model = load_model(find_source(str(path)), LoadOptions(device=device, precision=precision))
-    config = EngineConfig(kv_memory_gib=0.1, max_running=8, step_tokens=400, kv_pages=kv_pages)
+    config = EngineConfig(
+        kv_memory_gib=0.1, max_running=8, step_tokens=step_tokens, kv_pages=kv_pages
+    )
     runner = Runner(model, config, pages_of(model, kv_pages), share_pages=shared)
     return Engine(runner, config)
 
@@ -97,6 +102,45 @@ def test_answers_are_those_of_one_engine(
     # Quantising costs about 0.14 (test_quantised_engine); pages gone wrong cost several.
     assert statistics.median(differences) < 0.14
     assert max(differences) < 1.5
+
+
+@pytest.mark.parametrize("shared", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "kv_pages"),
+    [(Precision.W4A8, PageFormat.INT8), (Precision.BFLOAT16, PageFormat.FLOAT)],
+)
+def test_layers_are_sent_while_later_ones_are_computed(
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: Precision,
+    kv_pages: PageFormat,
+    shared: bool,
+) -> None:
+    """Prompts of one step and of several; each layer leaves by itself, in graphs and without."""
+    monkeypatch.setattr(progress, "_LAYERS", 1)
+    monkeypatch.setattr(sending, "_AT_ONCE", 0)
+    told: list[int] = []
+    news = sending.Computing.news
+
+    def heard(computing: sending.Computing) -> list[sending.Stored]:
+        stored = news(computing)
+        told.extend(layer for each in stored for layer in each.layers)
+        return stored
+
+    monkeypatch.setattr(sending.Computing, "news", heard)
+    engines = [
+        make_engine(checkpoint, GPU, precision, kv_pages, shared=shared, step_tokens=700)
+        for _ in range(3)
+    ]
+    requests = [submit(n, prompt_of(n, n), GREEDY) for n in (550, 640, 900)]
+    with couple(*engines[:2]) as pair:
+        for request in requests:
+            wanted = chosen(run(engines[2], [request])[request.request_id, 0])
+            pair.answers(request)
+            assert chosen(pair.outputs[request.request_id, 0]) == wanted
+        pair.wait_until_free()
+        assert all(news == [None, None] for news in pair.moved.values())
+    assert set(told) == set(range(engines[0].page_format.layers))
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

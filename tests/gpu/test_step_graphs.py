@@ -15,6 +15,7 @@ from fourfold.engine.messages import SamplingParams, Submit, TokenOutput
 from fourfold.engine.program import StepOutputs
 from fourfold.engine.runner import Runner
 from fourfold.engine.sampler import Adjustment
+from fourfold.kernels.decode_attention import PlanCapacity
 from fourfold.models.checkpoint.source import find_source
 from fourfold.models.decoder import Decoder
 from fourfold.models.loading import LoadOptions, load_model, pages_of
@@ -98,32 +99,36 @@ def test_graphs_recorded_ahead_are_those_that_steps_need(model: Decoder) -> None
 
 def test_a_graph_that_holds_more_gives_the_same_answers(model: Decoder) -> None:
     """Steps of short contexts by a graph that was recorded for long ones."""
-    config = EngineConfig(kv_memory_gib=0.25, max_running=8, step_tokens=300)
+    config = EngineConfig(kv_memory_gib=0.25, max_running=8, step_tokens=600)
+    runners = [Runner(model, config, pages_of(model, PageFormat.INT8)) for _ in range(2)]
+    engine, other = (Engine(runner, config) for runner in runners)
+    graphs, planner = runners[0]._graphs, runners[0]._planner
+    assert graphs is not None
 
-    def fresh() -> tuple[Engine, Runner]:
-        runner = Runner(model, config, pages_of(model, PageFormat.INT8))
-        return Engine(runner, config), runner
-
-    def room(runner: Runner, tokens: int) -> StepRoom:
+    def work(tokens: int) -> CodedWork:
         pages = -(-tokens // PAGE_TOKENS)
-        spans = [Span(tokens - 1, 1, range(i * pages, (i + 1) * pages), i) for i in range(8)]
-        found = round_room(CodedWork(spans, [], runner._planner), runner._max_pages)
-        assert found is not None
-        return found
+        tables = [list(range(i * pages, (i + 1) * pages)) for i in range(8)]
+        return CodedWork([Span(tokens - 1, 1, t, i) for i, t in enumerate(tables)], [], planner)
 
-    def prompts(tokens: int) -> list[Submit]:
-        random = Random(tokens)
-        made = ([random.randrange(3, 320) for _ in range(tokens)] for _ in range(8))
-        return [submit(n, prompt, GREEDY) for n, prompt in enumerate(made)]
+    def capacity(tokens: int) -> tuple[StepRoom, PlanCapacity]:
+        room = round_room(work(tokens), runners[0]._max_pages)
+        assert room is not None
+        assert room.decode is not None
+        return room, room.decode
 
-    (engine, runner), (other, _) = fresh(), fresh()
-    short, long = 40, next(n for n in (500, 900, 1500) if room(runner, n) != room(runner, 80))
-    run(engine, prompts(long))
-    assert runner._graphs is not None
-    serving = runner._graphs.step(room(runner, 80), adjustment=Adjustment.NONE, kept=False)
-    assert serving.is_recorded
-    assert serving.room == room(runner, long)
-    assert run(engine, prompts(short)) == run(other, prompts(short))
+    def serving() -> StepGraph:
+        return graphs.step(capacity(60)[0], adjustment=Adjustment.NONE, kept=False)
+
+    short, plan = capacity(60)
+    rooms = {n: capacity(n) for n in range(80, 1500, 20)}
+    long = next(n for n, (r, p) in rooms.items() if r != short and p.merged == plan.merged)
+    runners[0]._padded_step(work(long), StepGraph.record)
+    graph = serving()
+    assert graph.is_recorded
+    assert graph.room == rooms[long][0]
+    asked = [submit(n, [3 + (7 * n + i) % 300 for i in range(60)], GREEDY) for n in range(8)]
+    assert run(engine, asked) == run(other, asked)
+    assert serving() is graph
 
 
 def test_overlap_changes_nothing(model: Decoder) -> None:

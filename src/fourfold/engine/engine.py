@@ -239,6 +239,8 @@ class Engine:
                 self._early += self._fail(plan, _reason(error))
         else:
             self._under_way.append((plan, launched, started))
+            if self._handover is not None and launched.reached is not None:
+                self._handover.launched(plan.prefills, launched.reached)
             prompt_tokens = sum(work.prompt_tokens for work in plan.work)
             self._count(steps=1, prompt_tokens=prompt_tokens)
             if self.scheduler.fitted(plan):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fourfold.engine.program import StepOutputs, input_sizes, run_step
+from fourfold.engine.progress import Progress
 from fourfold.engine.sampler import Adjustment, Samples
 from fourfold.engine.shortage import is_shortage
 from fourfold.kernels.decode_attention import DecodeShape, PlanCapacity
@@ -122,8 +123,11 @@ def sampled_rows(room: StepRoom) -> int:
 class StepGraphs:
     """All graphs of one model. Used on the stream that is current when they are run."""
 
-    def __init__(self, model: Decoder, pages: CodedPages, samples: Samples) -> None:
+    def __init__(
+        self, model: Decoder, pages: CodedPages, samples: Samples, progress: Progress
+    ) -> None:
         self._model, self._pages, self._samples = model, pages, samples
+        self._progress = progress
         self.pool = torch.cuda.graph_pool_handle()
         """Of memory."""
         self._graphs: OrderedDict[_Key, StepGraph] = OrderedDict()
@@ -199,6 +203,7 @@ class StepGraph:
             beside=input_sizes(room.rows, sampled_rows(room)),
             partials=partials,
         )
+        graphs._progress.mark(self._step, self._step.arrays["number"], room.prefill_rows)
         self._tried = False
         self._recorded: torch.cuda.CUDAGraph | None = None
         self._outputs: StepOutputs | None = None

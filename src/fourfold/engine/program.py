@@ -32,7 +32,13 @@ class StepOutputs(NamedTuple):
 
 def input_sizes(rows: int, sampled: int) -> dict[str, int]:
     """Words of the arrays that `run_step` reads."""
-    return {"tokens": rows, "sources": rows, "sampled": sampled, "params": sampled * WORDS}
+    return {
+        "number": 1,
+        "tokens": rows,
+        "sources": rows,
+        "sampled": sampled,
+        "params": sampled * WORDS,
+    }
 
 
 def run_step(
@@ -50,7 +56,7 @@ def run_step(
         step: its rows.
         inputs: int32: `tokens` [T], `sources` [T] (where not negative, the slot whose last token is
             taken instead), `sampled` [S] (the rows whose next token is drawn) and `params` (of S
-            rows, packed).
+            rows, packed). `number` [1], the step's, is read by its marks alone.
         samples: read and updated.
         adjustment: the tables that rows need.
     """

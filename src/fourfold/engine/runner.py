@@ -14,6 +14,7 @@ import dataclasses
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from fourfold.engine.config import EngineConfig
 from fourfold.engine.graphs import StepGraph, StepGraphs, round_room, sampled_rows
 from fourfold.engine.memory import allocate_pages
 from fourfold.engine.program import StepOutputs, input_sizes, run_step
+from fourfold.engine.progress import Progress, Reached
 from fourfold.engine.sampler import Samples
 from fourfold.engine.scheduler import Sampled, StepPlan, Work
 from fourfold.engine.shortage import is_shortage
@@ -40,9 +42,19 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Launched:
-    """A step under way. `results` waits for the device and answers each work of the plan."""
+    """A step under way. `results` waits for the device and answers each work of the plan;
+    `reached` tells, where it can, in how many layers' pages its prompts are by now."""
 
     results: Callable[[], list[Sampled]]
+    reached: Reached | None = None
+
+
+class _Enqueued(NamedTuple):
+    """What a step will leave, the first row of its prompts, and how far it is."""
+
+    outputs: StepOutputs
+    first_prefill_row: int
+    reached: Reached | None
 
 
 class Runner:
@@ -64,6 +76,7 @@ class Runner:
         with self.on_stream():
             self.pages, self.page_count = allocate_pages(model, config, shape, shared=share_pages)
             self._samples = Samples(config.running, model.config.vocabulary, self.device)
+        self._progress = Progress(model.config.layers, self.device) if self._stream else None
         self._cores = torch.get_num_threads()
         self._decode_threads = config.decode_threads or self._cores
         self.stored: Callable[[Iterable[int], Iterable[Work]], None] = lambda layers, chunks: None
@@ -76,8 +89,8 @@ class Runner:
         """Whether the largest room is to be recorded before the next graph is."""
         self._largest_again = False
         """Whether that was done since graphs were forgotten last."""
-        if config.cuda_graphs and isinstance(self.pages, CodedPages) and self._stream is not None:
-            self._graphs = StepGraphs(model, self.pages, self._samples)
+        if config.cuda_graphs and isinstance(self.pages, CodedPages) and self._progress is not None:
+            self._graphs = StepGraphs(model, self.pages, self._samples, self._progress)
             self._planner = decode_planner(self.pages, model.config.query_heads)
 
     @property
@@ -203,7 +216,7 @@ class Runner:
         with self.on_stream():
             sampling = [work for work in plan.work if work.samples]
             wanted = [work.sequence.request.sampling.logprobs for work in sampling]
-            outputs, first_prefill_row = self._enqueue(plan, sampling)
+            outputs, first_prefill_row, reached = self._enqueue(plan, sampling)
             drawn = fetch_drawn(outputs, wanted) if sampling else None
             prompts = self._prompt_logprobs(outputs, plan, first_prefill_row)
 
@@ -214,10 +227,10 @@ class Runner:
                 answers[row] = answers[row]._replace(prompt_logprobs=of_prompt())
             return answers
 
-        return Launched(results)
+        return Launched(results, reached)
 
-    def _enqueue(self, plan: StepPlan, sampling: Sequence[Work]) -> tuple[StepOutputs, int]:
-        """Runs a step as a graph if it can be one; what it leaves, and its first prefill row."""
+    def _enqueue(self, plan: StepPlan, sampling: Sequence[Work]) -> _Enqueued:
+        """Runs a step as a graph if it can be one."""
         decodes = [_span(work) for work in plan.decodes]
         prefills = [_span(work) for work in plan.prefills]
         params, adjustment = self._samples.params([work.sequence for work in sampling])
@@ -231,15 +244,24 @@ class Runner:
                 graph = self._graphs.step(room, adjustment=adjustment, kept=kept)
                 room = graph.room
                 rows = (room.decode_rows, room.prefill_rows, sampled_rows(room))
-                return graph.run(coded, self._inputs(plan, params, *rows)), room.decode_rows
+                inputs = self._inputs(plan, params, *rows)
+                outputs = graph.run(coded, inputs)
+                reached = self._reached(inputs["number"], room.prefill_rows)
+                return _Enqueued(outputs, room.decode_rows, reached)
         rows = (len(decodes), sum(span.length for span in prefills), len(sampling))
         arrays = Staging(input_sizes(rows[0] + rows[1], rows[2]), self.device)
-        arrays.load(self._inputs(plan, params, *rows))
+        inputs = self._inputs(plan, params, *rows)
+        arrays.load(inputs)
         step = lay_out(self.pages, decodes, prefills, heads=self.model.config.query_heads)
-        if self.device.type == "cpu":
+        if self._progress is None:
             step.stored = lambda layer: self.stored([layer], plan.prefills)
+        else:
+            self._progress.mark(step, arrays["number"], rows[1])
         outputs = run_step(self.model, step, arrays, self._samples, adjustment=adjustment)
-        return outputs, len(decodes)
+        return _Enqueued(outputs, len(decodes), self._reached(inputs["number"], rows[1]))
+
+    def _reached(self, number: Ints, prefill_rows: int) -> Reached | None:
+        return self._progress.of(number, prefill_rows) if self._progress else None
 
     def _inputs(
         self, plan: StepPlan, params: Ints, decode_rows: int, prefill_rows: int, sampled: int
@@ -262,6 +284,7 @@ class Runner:
             if work.samples:
                 drawn.append(end - 1)
         return {
+            "number": self._progress.begin() if self._progress else np.zeros(1, np.int32),
             "tokens": tokens,
             "sources": sources,
             "sampled": padded(np.array(drawn, np.int32), sampled, 0),

@@ -15,6 +15,7 @@ from fourfold.engine.engine import Engine
 from fourfold.engine.graphs import StepGraph, StepGraphs, round_rows
 from fourfold.engine.messages import SamplingParams
 from fourfold.engine.program import StepOutputs, run_step
+from fourfold.engine.progress import Progress
 from fourfold.engine.runner import Runner
 from fourfold.engine.sampler import Adjustment, Samples
 from fourfold.engine.warming import usual_mixes
@@ -128,7 +129,9 @@ def make_runner(model: Decoder, *, recorded: bool = True) -> Runner:
     runner = Runner(model, CONFIG, pages_of(model, PageFormat.INT8))
     if recorded:
         assert isinstance(runner.pages, CodedPages)
-        runner._graphs = StepGraphs(model, runner.pages, runner._samples)
+        runner._graphs = StepGraphs(
+            model, runner.pages, runner._samples, Progress(2, runner.device)
+        )
     return runner
 
 

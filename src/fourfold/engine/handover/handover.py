@@ -16,9 +16,10 @@ from fourfold.engine.handover.convert import ConvertedPages, tell_of_conversion
 from fourfold.engine.handover.landing import HostLanding, PromptLanding
 from fourfold.engine.handover.pages import HostPages, Outlet, Prompt, side_stream
 from fourfold.engine.handover.pulling import Attach, PagedMemory, PullLanding, Tickets, may_pull
-from fourfold.engine.handover.sending import Courier, Route, Sending
+from fourfold.engine.handover.sending import Computing, Courier, Route, Sending
 from fourfold.engine.handover.staged import StagedLanding, StagedPages
 from fourfold.engine.messages import Granted, Stage
+from fourfold.engine.progress import Reached
 from fourfold.engine.scheduler import Work
 from fourfold.engine.sequence import Sequence
 from fourfold.kernels.device_memory import DeviceMemoryError
@@ -127,14 +128,16 @@ class Handover:
         else:
             self._begin(sending, message, sequence)
 
+    def launched(self, chunks: Iterable[Work], reached: Reached) -> None:
+        """Chunks of prompts are being computed, and are in the pages of the first `reached()`
+        layers."""
+        if under_way := self._under_way(chunks):
+            self._courier.follow(Computing(reached, under_way))
+
     def stored(self, layers: Iterable[int], chunks: Iterable[Work]) -> None:
         """Chunks of prompts are in the pages of these layers."""
-        for chunk in chunks:
-            sequence = chunk.sequence
-            if sequence.stage is Stage.PREFILL and sequence.slot >= 0:
-                sending = self._sending(sequence)
-                sending.stored(layers, chunk.start + chunk.length)
-                self._courier.advance(sending)
+        for sending, tokens in self._under_way(chunks):
+            self._courier.advance(sending, layers, tokens)
 
     def computed(self, chunks: Iterable[Work]) -> None:
         """Chunks of prompts are in the pages of all layers."""
@@ -177,6 +180,14 @@ class Handover:
         if not self._node.linked_by(epoch):  # it may have died without one: nothing tells of it
             self.detach(epoch)
         return left
+
+    def _under_way(self, chunks: Iterable[Work]) -> list[tuple[Sending, int]]:
+        """Of chunks that others are to have: their sendings, and the tokens up to their ends."""
+        return [
+            (self._sending(chunk.sequence), chunk.start + chunk.length)
+            for chunk in chunks
+            if chunk.sequence.stage is Stage.PREFILL and chunk.sequence.slot >= 0
+        ]
 
     def _sending(self, sequence: Sequence) -> Sending:
         request_id = sequence.request.request_id

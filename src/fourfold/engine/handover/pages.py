@@ -112,10 +112,11 @@ class HostPages:
 
 
 def side_stream(pages: KVPages) -> torch.cuda.Stream | None:
-    """A stream beside the engine's, for pages on a GPU."""
+    """A stream beside the engine's, for pages on a GPU. What little there is on it goes first, for
+    steps under way would leave it no room until they end."""
     if pages.device.type != "cuda":
         return None
-    return torch.cuda.Stream(pages.device)  # type: ignore[no-untyped-call]  # torch gives no type
+    return torch.cuda.Stream(pages.device, priority=-1)  # type: ignore[no-untyped-call]  # torch gives no type
 
 
 def view(x: torch.Tensor) -> memoryview:

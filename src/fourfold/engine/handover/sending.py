@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from fourfold.engine.handover.pages import Outlet, Prompt, records_of, rows_of
+from fourfold.engine.progress import Reached
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 from fourfold.transport.format import PageFormat
 from fourfold.transport.link import Transfer
@@ -18,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 _AT_ONCE = 1 << 20
 """Bytes up to which a prompt is sent as one when it is computed; above, layer after layer."""
+_LOOK_SECONDS = 0.0005
+"""Between two looks at how far a step is."""
 
 
 class Route(NamedTuple):
@@ -45,16 +48,27 @@ class Sending:
         self._over = False
         self._lock = threading.Lock()
 
+    @property
+    def layers(self) -> int:
+        """Of the model."""
+        return len(self._stored)
+
     def begin(self, route: Route) -> None:
         """The receiver holds pages now."""
         with self._lock:
             self._route = route
             self._sent = [route.found] * len(self._sent)
 
+    @property
+    def is_wanted(self) -> bool:
+        """Whether there is more to be sent."""
+        return bool(self._unsent) and not self._over
+
     def stored(self, layers: Iterable[int], tokens: int) -> None:
-        """The first `tokens` tokens are in the pages of these layers."""
+        """The first `tokens` tokens are in the pages of these layers. For one thread."""
         for layer in layers:
-            self._stored[layer] = tokens
+            # The end of a step may be heard of after the next one's first layers.
+            self._stored[layer] = max(self._stored[layer], tokens)
 
     def cancel(self, left: Callable[[], None]) -> bool:
         """Gives it up, once. Returns whether nothing reads the pages any more; else `left` is
@@ -82,7 +96,7 @@ class Sending:
                 self._route.transfer.finish()
 
     def _ready(self, route: Route) -> list[Piece]:
-        stored = list(self._stored)  # it grows meanwhile
+        stored = self._stored
         prompt, theirs = self._prompt, route.theirs
         records = records_of(theirs, prompt.tokens) - route.found
         small = len(stored) * records * theirs.record_bytes <= _AT_ONCE
@@ -115,18 +129,55 @@ class Sending:
                     yield Piece(Part.OPEN, layer, 0, 1, data)
 
 
+class Stored(NamedTuple):
+    """The first `tokens` tokens of a prompt are in the pages of these layers."""
+
+    sending: Sending
+    layers: Iterable[int]
+    tokens: int
+
+
+class Computing:
+    """Chunks of prompts that a step under way computes."""
+
+    def __init__(self, reached: Reached, chunks: Sequence[tuple[Sending, int]]) -> None:
+        """`reached` tells in how many layers' pages they are; `chunks` are sendings, and the tokens
+        up to the chunk's end."""
+        self._reached, self._chunks = reached, chunks
+        self._known = 0
+
+    def news(self) -> list[Stored]:
+        """What has been stored since last time."""
+        known, self._known = self._known, self._reached()
+        layers = range(known, self._known)
+        return [Stored(sending, layers, end) for sending, end in self._chunks] if layers else []
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more is to be heard of it: all is stored, or nobody wants it any more."""
+        return not any(
+            sending.is_wanted and self._known < sending.layers for sending, _ in self._chunks
+        )
+
+
 class Courier:
     """The thread that advances sendings, so that reading and converting pages does not hold up the
-    engine."""
+    engine. What is stored is known to it alone."""
 
     def __init__(self) -> None:
-        self._due: queue.SimpleQueue[Sending | None] = queue.SimpleQueue()
+        self._due: queue.SimpleQueue[Stored | Computing | None] = queue.SimpleQueue()
+        self._followed: list[Computing] = []
         self._thread = threading.Thread(target=self._run, name="courier", daemon=True)
         self._thread.start()
 
-    def advance(self, sending: Sending) -> None:
-        """Has a sending advanced soon."""
-        self._due.put(sending)
+    def advance(self, sending: Sending, layers: Iterable[int] = (), tokens: int = 0) -> None:
+        """Has a sending advanced soon, whose first `tokens` tokens are in the pages of these
+        layers."""
+        self._due.put(Stored(sending, layers, tokens))
+
+    def follow(self, computing: Computing) -> None:
+        """Has sendings advanced while a step computes them."""
+        self._due.put(computing)
 
     def close(self) -> None:
         """Ends the thread."""
@@ -134,9 +185,32 @@ class Courier:
         self._thread.join()
 
     def _run(self) -> None:
-        while (sending := self._due.get()) is not None:
+        while True:
             try:
-                sending.advance()
-            except Exception as error:  # it concerns this prompt alone
-                logger.exception("pages of a prompt could not be sent")
-                sending.fail(f"{type(error).__name__}: {error}")
+                due = self._due.get(timeout=_LOOK_SECONDS if self._followed else None)
+            except queue.Empty:
+                self._look()
+                continue
+            match due:
+                case None:
+                    return
+                case Computing():
+                    self._followed.append(due)
+                case Stored():
+                    self._advance(due)
+
+    def _look(self) -> None:
+        """Sends what steps have stored by now."""
+        for computing in self._followed:
+            for stored in computing.news():
+                self._advance(stored)
+        self._followed = [computing for computing in self._followed if not computing.is_over]
+
+    def _advance(self, stored: Stored) -> None:
+        sending = stored.sending
+        try:
+            sending.stored(stored.layers, stored.tokens)
+            sending.advance()
+        except Exception as error:  # it concerns this prompt alone
+            logger.exception("pages of a prompt could not be sent")
+            sending.fail(f"{type(error).__name__}: {error}")
