@@ -122,7 +122,8 @@ def test_a_graph_that_holds_more_gives_the_same_answers(model: Decoder) -> None:
     short, plan = capacity(60)
     rooms = {n: capacity(n) for n in range(80, 1500, 20)}
     long = next(n for n, (r, p) in rooms.items() if r != short and p.merged == plan.merged)
-    runners[0]._padded_step(work(long), StepGraph.record)
+    with torch.inference_mode(), runners[0].on_stream():
+        runners[0]._padded_step(work(long), StepGraph.record)
     graph = serving()
     assert graph.is_recorded
     assert graph.room == rooms[long][0]

@@ -43,7 +43,7 @@ class OfflineBenchConfig:
     cases: tuple[str, ...] = ("prefill-1x512", "decode-1x512", "decode-16x128")
     """What is measured: prefill-PROMPTSxTOKENS, decode-BATCHxCONTEXT, requests-COUNTxINxOUT."""
     max_running: int | None = None
-    """Our samples computed together at most. Default: a case's requests, at most 256."""
+    """Our samples computed together at most. Default: a case's requests, at most 512."""
     step_tokens: int | None = None
     """Our tokens of one step at most. Default: a case's prompts, at most 16384."""
     mixed_tokens: int | None = None

@@ -32,7 +32,7 @@ from fourfold.models.loading import (
 from fourfold.quadrants.costs import costs_of
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 
-_MOST_RUNNING = 256
+_MOST_RUNNING = 512
 _MOST_STEP_TOKENS = 16384
 _TRACED_STEPS = 24
 _TRACED_ANSWER = 4096

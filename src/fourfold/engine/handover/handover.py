@@ -130,8 +130,10 @@ class Handover:
 
     def launched(self, chunks: Iterable[Work], reached: Reached) -> None:
         """Chunks of prompts are being computed, and are in the pages of the first `reached()`
-        layers."""
-        if under_way := self._under_way(chunks):
+        layers. A receiver that computes on the same GPU gets them at the end of the step: to take
+        pages while it lasts would hold it up."""
+        elsewhere = [chunk for chunk in chunks if not self._shares_gpu(chunk.sequence)]
+        if under_way := self._under_way(elsewhere):
             self._courier.follow(Computing(reached, under_way))
 
     def stored(self, layers: Iterable[int], chunks: Iterable[Work]) -> None:
@@ -188,6 +190,14 @@ class Handover:
             for chunk in chunks
             if chunk.sequence.stage is Stage.PREFILL and chunk.sequence.slot >= 0
         ]
+
+    def _shares_gpu(self, sequence: Sequence) -> bool:
+        """Whether the other engine of a prompt takes pages out of the memory of the GPU that both
+        compute on."""
+        peer, me = sequence.request.peer, self._node.peer
+        if peer is None or peer.device is None or me.device is None:
+            return False
+        return self._node.may_share and peer.device.gpu == me.device.gpu
 
     def _sending(self, sequence: Sequence) -> Sending:
         request_id = sequence.request.request_id
