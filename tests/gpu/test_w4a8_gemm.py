@@ -10,7 +10,7 @@ import triton.language as tl
 from fourfold.kernels import routing, w4a8_gemm
 from fourfold.kernels.routing import reference as routing_reference
 from fourfold.kernels.w4a8_gemm import reference
-from fourfold.kernels.w4a8_gemm.choose import Tiles, choose_grouped
+from fourfold.kernels.w4a8_gemm.choose import DENSE_TILES, Tiles, choose_grouped, dense_tile
 from fourfold.kernels.w4a8_gemm.packing import (
     PackedW4A8,
     W4A8Recipe,
@@ -139,6 +139,27 @@ def test_product_of_8_bit_weights(tokens: int, inputs: int, dtype: torch.dtype) 
     poison()
     out = w4a8_gemm.w8a8_gemm(*arguments, out_dtype=torch.float32)
     assert_equal(out, reference.w8a8_gemm(*arguments, out_dtype=torch.float32), recipe)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("tokens", [1, 33, 64, 127, 200, 257])
+@pytest.mark.parametrize(("outputs", "tile"), DENSE_TILES)
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_dense_tiles(tokens: int, outputs: int, tile: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(tokens)
+    recipe = W4A8Recipe.INT8_CHANNEL if dtype == torch.int8 else W4A8Recipe.FP8_CHANNEL
+    for inputs in (640, 2048):
+        weight, scale_O = quantized_rows(random_rows(1008, inputs), recipe)
+        arguments = (*quantized_rows(random_rows(tokens, inputs), recipe), weight, scale_O)
+        tiles = dense_tile(outputs, tile, inputs // 128)
+        for dtype_out in (torch.float32, torch.bfloat16):
+            wanted = reference.w8a8_gemm(*arguments, out_dtype=dtype_out)
+            poison()
+            out = w4a8_gemm.w8a8_gemm(*arguments, out_dtype=dtype_out, tiles=tiles)
+            if dtype_out == torch.float32 or dtype == torch.int8:
+                assert_equal(out, wanted, recipe)
+            again = w4a8_gemm.w8a8_gemm(*arguments, out_dtype=dtype_out, tiles=tiles)
+            assert torch.equal(out, again)
 
 
 def routed(tokens: int, choices: int, experts: int, how: str) -> torch.Tensor:

@@ -56,6 +56,24 @@ def test_nothing_is_split_that_does_not_divide() -> None:
     assert all(each.split == 1 for each in candidates(8, 15, bits=8, grouped=False, hopper=True))
 
 
+def test_tiles_of_the_dense_kernel() -> None:
+    def dense(tokens: int, **options: Any) -> set[tuple[int, int]]:
+        options = {"bits": 8, "grouped": False, "hopper": True} | options
+        found = candidates(tokens, 16, **options)
+        return {(2 * each.half, each.tokens) for each in found if each.dense}
+
+    assert dense(48) == {(32, 64), (64, 64), (128, 64)}
+    assert dense(512) == dense(48) | {(128, 128), (256, 128)}
+    for none in (
+        dense(16),
+        dense(2048),
+        dense(64, bits=4),
+        dense(64, grouped=True),
+        dense(64, hopper=False),
+    ):
+        assert not none
+
+
 @pytest.mark.parametrize(
     ("product", "recipe"),
     [
@@ -99,6 +117,8 @@ def test_tiles_in_words() -> None:
     assert describe(SLOW) == "Triton 128 x 16, 4 stages, 4 warps, 8 programs"
     gluon = Tiles(64, 32, 8, 4, 2, split=2, hopper=True, unroll=2)
     assert describe(gluon) == "Gluon 128 x 32, 8 stages, 4 warps, 2 programs, K split 2, unrolled 2"
+    dense = Tiles(64, 128, 6, 8, 1, hopper=True, dense=True)
+    assert describe(dense) == "dense Gluon 128 x 128, 6 stages, 8 warps, 1 programs"
 
 
 @pytest.mark.parametrize("wrong", [{"tokens": (0,)}, {"tokens": ()}, {"products": ()}])

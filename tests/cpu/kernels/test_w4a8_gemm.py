@@ -14,6 +14,7 @@ from fourfold.kernels.w4a8_gemm.choose import (
     Tiles,
     choose_dense,
     choose_grouped,
+    dense_tile,
     hopper_stages,
 )
 from fourfold.kernels.w4a8_gemm.packing import (
@@ -190,3 +191,32 @@ def test_a_gpu_before_hopper_gets_the_triton_form() -> None:
             tiles = choose_dense(tokens, blocks, bits=bits, outputs=4096, hopper=False)
             assert not tiles.hopper
             assert blocks % tiles.split == 0
+
+
+@pytest.mark.parametrize("tokens", [33, 64, 65, 128, 129, 256, 257, 384, 385, 512])
+@pytest.mark.parametrize(("outputs", "blocks"), [(5120, 16), (2048, 32), (512, 5), (16384, 64)])
+def test_dense_tiles_are_all_computed_at_once(tokens: int, outputs: int, blocks: int) -> None:
+    """By the smallest tiles of which that holds, on a GPU of 132 processors."""
+    tiles = choose_dense(tokens, blocks, bits=8, outputs=outputs, hopper=True)
+    assert tiles.dense
+
+    def programs(rows: int, tokens_of_tile: int) -> int:
+        return -(-outputs // rows) * -(-tokens // tokens_of_tile)
+
+    largest = (2 * tiles.half, tiles.tokens) == (256, 128)
+    assert largest or programs(2 * tiles.half, tiles.tokens) <= 132
+    if (2 * tiles.half, tiles.tokens) != (32, 64):
+        smaller = (2 * tiles.half, 64) if tiles.tokens == 128 else (tiles.half, 64)
+        assert programs(*smaller) > 132
+
+
+@pytest.mark.parametrize("outputs", [32, 64, 128, 256])
+@pytest.mark.parametrize("tokens", [64, 128])
+@pytest.mark.parametrize("blocks", [1, 5, 32])
+def test_dense_tiles_fit_and_let_results_out(outputs: int, tokens: int, blocks: int) -> None:
+    tiles = dense_tile(outputs, tokens, blocks)
+    block = (outputs + tokens) * 128
+    assert tiles.stages * block <= 192 << 10
+    assert tiles.stages * outputs * 128 >= tokens * outputs * 4
+    # All of a tile's blocks where they fit, or about as many as that.
+    assert tiles.stages >= blocks or (tiles.stages + 1) * block > 192 << 10

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from fourfold.kernels.w4a8_gemm.choose import MOST_SPLIT_TOKENS, Tiles
+from fourfold.kernels.w4a8_gemm.choose import DENSE_TILES, MOST_SPLIT_TOKENS, Tiles, dense_tile
 
 _SHARED_MEMORY = 220 << 10
 _REGISTERS = (16, 128)
 """Of a thread for its sums: with fewer the tensor cores starve, with more they spill."""
 _TOKENS = (16, 32, 64, 128)
+_MOST_DENSE = 512
+"""Tokens for which the dense kernel is meant: with more, programs should take tile after tile."""
 _STAGES = 4
 """Of the Triton kernel; three were 0-3 % slower wherever they were timed (docs/experiments.md)."""
 
@@ -23,6 +25,8 @@ def candidates(tokens: int, blocks: int, *, bits: int, grouped: bool, hopper: bo
     found = list(_triton(rows, blocks, bits, splits=not grouped))
     if hopper:
         found += _gluon(rows, blocks)
+    if hopper and bits == 8 and not grouped and tokens <= _MOST_DENSE:
+        found += _gluon_dense(rows, blocks)
     return found
 
 
@@ -44,3 +48,9 @@ def _gluon(rows: list[int], blocks: int) -> Iterator[Tiles]:
         yield Tiles(128, row, 8, 4, 1, hopper=True, unroll=unroll)
         if blocks % 2 == 0 and row <= MOST_SPLIT_TOKENS:
             yield Tiles(64, row, 8, 4, 2, split=2, hopper=True, unroll=unroll)
+
+
+def _gluon_dense(rows: list[int], blocks: int) -> Iterator[Tiles]:
+    for outputs, row in DENSE_TILES:
+        if row in rows:
+            yield dense_tile(outputs, row, blocks)

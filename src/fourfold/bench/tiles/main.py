@@ -110,7 +110,7 @@ def compare(work: Work, timer: Timer, *, leave_out: Sequence[Tiles] = ()) -> Res
 
 def describe(tiles: Tiles) -> str:
     """Tiles in words."""
-    kernel = "Gluon" if tiles.hopper else "Triton"
+    kernel = "dense Gluon" if tiles.dense else "Gluon" if tiles.hopper else "Triton"
     split = f", K split {tiles.split}" if tiles.split > 1 else ""
     unroll = f", unrolled {tiles.unroll}" if tiles.unroll > 1 else ""
     return (

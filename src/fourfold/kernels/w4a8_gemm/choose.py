@@ -11,6 +11,11 @@ _SHARED_MEMORY = (227 << 10) - 2048  # bytes, less scales and barriers
 MOST_SPLIT_TOKENS = 16
 """Of a tile whose input channels the Gluon kernel splits: wider ones have failed on a GPU."""
 _PARAMETERS = 2 * 64 * 2  # bytes of a run's group parameters in a block
+_PROCESSORS = 132
+_RING = 192 << 10  # bytes in the dense Gluon kernel: a kernel in front has shared memory besides
+_FEWEST_STAGES = 4  # which its results need on their way out
+DENSE_TILES = ((32, 64), (64, 64), (128, 64), (128, 128), (256, 128))
+"""Outputs and tokens of the tiles of the dense Gluon kernel, smallest first."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +39,9 @@ class Tiles:
     splits."""
     unroll: int = 1
     """In the Gluon kernel, blocks at most that a warp group multiplies without a pause."""
+    dense: bool = False
+    """Whether the Gluon kernel is that of dense products with weights of 8 bits (`gluon_dense`), of
+    which `dense_tile` makes tiles: one for each program."""
 
 
 def choose_grouped(tokens: int, blocks: int, *, groups: bool, hopper: bool) -> Tiles:
@@ -68,7 +76,7 @@ def choose_dense(
     its rows; `groups` and `hopper` as in `choose_grouped`.
     """
     if bits == 8:
-        hopper_tiles = _choose_8_bits_hopper(tokens, outputs) if hopper else None
+        hopper_tiles = _choose_8_bits_hopper(tokens, blocks, outputs) if hopper else None
         return hopper_tiles or _choose_8_bits(tokens, blocks, outputs)
     if tokens <= 16:
         if blocks % 4 == 0 and blocks > 16:
@@ -83,15 +91,26 @@ def choose_dense(
     return Tiles(64, tile, 4, 4, 4 if tile == 64 else 2)
 
 
-def _choose_8_bits_hopper(tokens: int, outputs: int) -> Tiles | None:
-    """The Gluon kernel's tiles where it is the faster one, which has been measured."""
+def dense_tile(outputs: int, tokens: int, blocks: int) -> Tiles:
+    """One of `DENSE_TILES`, of which as many blocks are in flight as fit and as there are."""
+    fitting = _RING // ((outputs + tokens) * 128)
+    stages = min(fitting, max(blocks, _FEWEST_STAGES))
+    return Tiles(outputs // 2, tokens, stages, tokens // 16, 1, hopper=True, dense=True)
+
+
+def _choose_8_bits_hopper(tokens: int, blocks: int, outputs: int) -> Tiles | None:
+    """The Gluon kernels' tiles where they are the faster ones."""
     if tokens > 512:
         return Tiles(128, 128, 4, 4, 1, hopper=True)
-    narrow = outputs <= _NARROW
-    if outputs >= _MANY_OUTPUTS or tokens > 256 or tokens <= (64 if narrow else 32):
+    if outputs >= _MANY_OUTPUTS or tokens <= 32:
         return None
-    tile = 32 if narrow or tokens <= 64 else 64
-    return Tiles(128, tile, _HOPPER_STAGES[tile], 4, 1, hopper=True, unroll=2)
+    # The smallest that are all computed at once.
+    small = (
+        (rows, tile)
+        for rows, tile in DENSE_TILES
+        if -(-outputs // rows) * -(-tokens // tile) <= _PROCESSORS
+    )
+    return dense_tile(*next(small, DENSE_TILES[-1]), blocks)
 
 
 def _choose_8_bits(tokens: int, blocks: int, outputs: int) -> Tiles:

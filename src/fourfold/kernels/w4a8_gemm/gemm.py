@@ -102,6 +102,10 @@ def w8a8_gemm(
     outputs = weight_OK.shape[0]
     y_TO = torch.empty((tokens, outputs), dtype=out_dtype, device=codes_TK.device)
     blocks = inputs // BLOCK
+    tiles = tiles or choose_dense(tokens, blocks, bits=8, outputs=outputs, hopper=_hopper())
+    if tiles.dense:
+        _launch_dense(codes_TK, scale_T, weight_OK, scale_O, y_TO, tiles)
+        return y_TO
     _launch(
         codes_TK,
         scale_T,
@@ -109,7 +113,7 @@ def w8a8_gemm(
         scale_O[None],
         None,
         y_TO,
-        tiles or choose_dense(tokens, blocks, bits=8, outputs=outputs, hopper=_hopper()),
+        tiles,
         codes="int8" if codes_TK.dtype == torch.int8 else "fp8",
         unit=1.0,
         span=0,
@@ -220,6 +224,7 @@ def _launch(
     assert x.is_contiguous(), x.shape
     assert x_scale.dtype == torch.float32, x_scale.dtype
     assert groups is None or groups.tile == tiles.tokens, (groups, tiles)
+    assert not tiles.dense, tiles
     tokens, width = y.shape
     bits = 4 if weight.dtype == torch.uint8 else 8
     columns = -(-width // (tiles.half if swiglu else 2 * tiles.half))
@@ -296,6 +301,41 @@ def _launch_hopper(programs: int, arguments: tuple[Any, ...], options: dict[str,
     copies = TensorDescriptor.from_tensor(rows, list(gluon_gemm.BOX), shared)
     gluon_gemm._gemm[(programs,)](
         x, x_scale, copies, *others, EARLY=True, launch_pdl=True, **options
+    )
+
+
+def _launch_dense(
+    x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, y: Tensor, tiles: Tiles
+) -> None:
+    """Launches the kernel that is for weights of 8 bits alone."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from fourfold.kernels.w4a8_gemm import gluon_dense
+
+    assert x.is_contiguous(), x.shape
+    assert x_scale.dtype == w_scale.dtype == torch.float32, (x_scale.dtype, w_scale.dtype)
+    tokens, inputs = x.shape
+    outputs, rows = w_scale.shape[0], 2 * tiles.half
+    # Results leave through the ring of weights.
+    assert tiles.stages * BLOCK >= tiles.tokens * y.element_size(), tiles
+    many = -(-tokens // tiles.tokens)
+    shared = gl.NVMMASharedLayout(128, 8, 2)
+    gluon_dense._gemm[(many * -(-outputs // rows),)](
+        TensorDescriptor.from_tensor(x, [tiles.tokens, BLOCK], shared),
+        TensorDescriptor.from_tensor(weight, [rows, BLOCK], shared),
+        x_scale,
+        w_scale,
+        y,
+        tokens,
+        outputs,
+        inputs,
+        many,
+        STAGES=tiles.stages,
+        num_warps=tiles.warps,
+        # Fewer registers than there are, so that a program starts beside the kernel in front.
+        maxnreg=128 if rows <= 128 else None,
+        launch_pdl=True,
     )
 
 
