@@ -99,6 +99,20 @@ def test_a_ceiling_the_device_lacks_leaves_its_share_out() -> None:
     assert all(figure.limit is UNSET for figure in results(measured, {}))
 
 
+def test_a_mark_is_a_share_of_the_baseline_or_of_the_ceiling() -> None:
+    peer = {"baseline": lambda: 5e-4, "baseline_name": "cuBLAS"}
+    ceilings = {"copy bandwidth": 2.5}
+
+    def marked(ceilings: dict[str, float], **changes: Any) -> Any:
+        return results(measure(a_case(**changes), FakeTimer()), ceilings)[0].mark
+
+    assert marked(ceilings, mark=0.9, **peer) == pytest.approx(3.6)
+    assert marked(ceilings, mark=0.9, mark_of_ceiling=True, **peer) == pytest.approx(2.25)
+    assert marked(ceilings, mark=0.8) == pytest.approx(2.0)
+    assert marked({}, mark=0.8) is UNSET
+    assert marked(ceilings, **peer) is UNSET
+
+
 def test_the_header_stands_over_its_columns() -> None:
     shown = line(measure(a_case(error=lambda: 0.01), FakeTimer()), {"copy bandwidth": 2.0})
     assert header().index("case") == shown.index("8 rows")

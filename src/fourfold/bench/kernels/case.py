@@ -37,5 +37,9 @@ class Case:
     baseline_name: str | None = None
     baseline_work: float | None = None
     """The baseline's work where it differs, so that rates are compared."""
+    mark: float | None = None
+    """What is to be reached, as a share of the baseline's rate, or of the ceiling where there is
+    no baseline or `mark_of_ceiling`."""
+    mark_of_ceiling: bool = False
     graph: bool = True
     """False where the call cannot be captured in a CUDA graph."""

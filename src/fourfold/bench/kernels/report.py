@@ -124,11 +124,20 @@ def results(measured: Measured, ceilings: Mapping[str, float]) -> list[Result]:
     if peer is not None:
         rate = _replace(rate, peer=peer.name, peer_value=peer.rate)
         time = _replace(time, peer=peer.name, peer_value=peer.timing.seconds)
+    if (mark := _mark(measured, limit)) is not None:
+        rate = _replace(rate, mark=mark)
     spread = 100 * measured.timing.spread
     figures = [rate, time, Result(case=case, metric="spread", value=spread, unit="%")]
     if measured.error is not None:
         figures.append(Result(case=case, metric="error", value=measured.error, unit="relative"))
     return figures
+
+
+def _mark(measured: Measured, limit: float | None) -> float | None:
+    """The rate that is to be reached, in TFLOP/s or TB/s."""
+    case, peer = measured.case, measured.peer
+    of = limit if peer is None or case.mark_of_ceiling else peer.rate
+    return None if case.mark is None or of is None else case.mark * of
 
 
 def _row(*cells: str) -> str:

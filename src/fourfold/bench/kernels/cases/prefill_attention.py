@@ -215,4 +215,5 @@ def cases(device: torch.device) -> Iterator[Case]:
                 error=inputs.error,
                 baseline=baseline[1] if baseline else None,
                 baseline_name=f"{baseline[0]} bfloat16" if baseline else None,
+                mark=1.5 if baseline and width == 128 else None,
             )

@@ -32,6 +32,9 @@ _EXPERT_CASES = (
     (W4A8Recipe.INT8_G128, ("uniform",), (64,)),
 )
 """Recipes, the routings of many tokens, and how few tokens."""
+_MARKS = {W4A8Recipe.INT8_CHANNEL: 0.90, W4A8Recipe.INT8_G128: 0.80}
+_FFN_MARK, _DECODE_MARK = 0.75, 0.80
+"""Shares of cuBLAS FP8 with many tokens, of a copy with few."""
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -121,6 +124,7 @@ class _Experts:
             error=partial(self._ffn_error, x_TD, gates_TK, experts_TK),
             baseline=both,
             baseline_name="cuBLAS FP8, dense products alone",
+            mark=_FFN_MARK,
         )
 
     def decode(self, tokens: int) -> Iterator[Case]:
@@ -147,6 +151,7 @@ class _Experts:
             unit="B",
             ceiling="copy bandwidth",
             error=partial(self._ffn_error, x_TD, gates_TK, experts_TK),
+            mark=_DECODE_MARK,
         )
 
     def _products(
@@ -185,6 +190,7 @@ class _Experts:
             error=error,
             baseline=dense[0] if dense else None,
             baseline_name="cuBLAS FP8, dense" if dense else None,
+            mark=_MARKS.get(self.recipe) if dense else _DECODE_MARK,
         )
 
     def _tokens(self, tokens: int) -> tuple[Tensor, Tensor]:
@@ -313,6 +319,7 @@ def _one(
         error=error,
         baseline=_scaled_mm(tokens, outputs, inputs, device) if many else None,
         baseline_name="cuBLAS FP8" if many else None,
+        mark=_MARKS[W4A8Recipe.INT8_CHANNEL] if many else _DECODE_MARK,
     )
 
 
