@@ -20,6 +20,7 @@ from fourfold.kernels.w4a8_gemm.packing import (
 )
 from fourfold.kernels.w4a8_gemm.triton_expand import CODE_UNIT
 from fourfold.kernels.w4a8_gemm.triton_gemm import _expand
+from fourfold.kernels.w4a8_gemm.triton_swiglu import swiglu
 from fourfold.quantize.w4a8 import quantize_w4a8
 
 RECIPES = list(W4A8Recipe)
@@ -97,6 +98,21 @@ def test_inline_assembly_expands_as_its_twin(recipe: W4A8Recipe) -> None:
     assert torch.equal(outs[0], outs[1])
     nibbles = unpack_nibbles(packed, recipe)
     assert torch.equal(outs[0], decode_nibbles(nibbles, group, recipe)[0])
+
+
+@triton.jit
+def _swiglu(gate, up, out, ASM: tl.constexpr):
+    i = tl.arange(0, 256)
+    tl.store(out + i, swiglu(tl.load(gate + i), tl.load(up + i), ASM))
+
+
+def test_inline_assembly_ends_where_its_twin_does() -> None:
+    ends = torch.tensor([-torch.inf, -1e30, -104, -88.5, -87, 88.5, 1e30, torch.inf, torch.nan])
+    gate = torch.cat([torch.linspace(-110, 110, 256 - len(ends)), ends]).cuda()
+    up, (ours, twin) = torch.full_like(gate, 1.5), torch.empty(2, 256, device="cuda")
+    _swiglu[(1,)](gate, up, ours, ASM=True)
+    _swiglu[(1,)](gate, up, twin, ASM=False)
+    torch.testing.assert_close(ours, twin, rtol=1e-5, atol=1e-35, equal_nan=True)
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -15,7 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 from triton.language.core import base_value
 
-from fourfold.kernels.w4a8_gemm import triton_expand
+from fourfold.kernels.w4a8_gemm import triton_expand, triton_swiglu
 
 RUN = gl.constexpr(64)
 """Output rows of a run."""
@@ -26,6 +26,7 @@ _fp8_channel = gluon.jit(triton_expand.expand_fp8_channel.fn)
 _fp8_group = gluon.jit(triton_expand.expand_fp8_group.fn)
 _group_words = gluon.jit(triton_expand.group_words.fn)
 _lookup_words = gluon.jit(triton_expand.lookup_words.fn)
+swiglu = gluon.jit(triton_swiglu.swiglu.fn)
 
 
 @gluon.constexpr_function
@@ -236,7 +237,7 @@ def _multiply_tile(
         y_T1 = p.y + goal_t.to(gl.int64)[:, None] * p.WIDTH
         part = p.turned.index(PART).slice(0, ROWS)
         if p.SWIGLU:
-            gate = gate / (1 + gl.exp(-gate)) * up
+            gate = swiglu(gate, up, True)
         o = (first1 + h_out)[None, :]
         part.store(gl.permute(gate.to(p.y.dtype.element_ty), (1, 0)))
         gl.store(y_T1 + o, part.load(OUT), inside & (o < p.WIDTH))

@@ -24,6 +24,7 @@ from fourfold.kernels.w4a8_gemm.triton_expand import (
     group_words,
     lookup_words,
 )
+from fourfold.kernels.w4a8_gemm.triton_swiglu import swiglu
 
 
 @triton.jit
@@ -265,7 +266,7 @@ def _gemm(
             up_HT *= scale_T * (tl.load(w_scale + expert * OUTPUTS + second_H) * UNIT)[:, None]
             y_T1 = y + goal_T.to(tl.int64)[:, None] * WIDTH
             if SWIGLU:
-                y_HT = gate_HT / (1 + tl.exp(-gate_HT)) * up_HT
+                y_HT = swiglu(gate_HT, up_HT, ASM)
                 y_TH = tl.trans(y_HT.to(y.dtype.element_ty))
                 tl.store(y_T1 + o[None, :], y_TH, inside_T[:, None] & (o < WIDTH)[None, :])
             else:
