@@ -10,7 +10,13 @@ import triton.language as tl
 from fourfold.kernels import routing, w4a8_gemm
 from fourfold.kernels.routing import reference as routing_reference
 from fourfold.kernels.w4a8_gemm import reference
-from fourfold.kernels.w4a8_gemm.choose import DENSE_TILES, Tiles, choose_grouped, dense_tile
+from fourfold.kernels.w4a8_gemm.choose import (
+    DENSE_TILES,
+    Tiles,
+    choose_at_once,
+    choose_grouped,
+    dense_tile,
+)
 from fourfold.kernels.w4a8_gemm.packing import (
     PackedW4A8,
     W4A8Recipe,
@@ -158,7 +164,7 @@ def test_product_of_8_bit_weights(tokens: int, inputs: int, dtype: torch.dtype) 
 
 
 @ON_HOPPER
-@pytest.mark.parametrize("tokens", [1, 33, 64, 127, 200, 257])
+@pytest.mark.parametrize("tokens", [1, 17, 33, 64, 127, 200, 257])
 @pytest.mark.parametrize(("outputs", "tile"), DENSE_TILES)
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
 def test_dense_tiles(tokens: int, outputs: int, tile: int, dtype: torch.dtype) -> None:
@@ -176,6 +182,23 @@ def test_dense_tiles(tokens: int, outputs: int, tile: int, dtype: torch.dtype) -
                 assert_equal(out, wanted, recipe)
             again = w4a8_gemm.w8a8_gemm(*arguments, out_dtype=dtype_out, tiles=tiles)
             assert torch.equal(out, again)
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("tokens", [1, 8, 9, 16])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_dense_weights_at_once(tokens: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(tokens)
+    recipe = W4A8Recipe.INT8_CHANNEL if dtype == torch.int8 else W4A8Recipe.FP8_CHANNEL
+    for inputs in (256, 768, 4096):
+        weight, scale_O = quantized_rows(random_rows(1000, inputs), recipe)
+        arguments = (*quantized_rows(random_rows(tokens, inputs), recipe), weight, scale_O)
+        wanted = reference.w8a8_gemm(*arguments, out_dtype=torch.float32)
+        tiles = choose_at_once(tokens, inputs // 128, bits=8)
+        assert tiles is not None
+        poison()
+        out = w4a8_gemm.w8a8_gemm(*arguments, out_dtype=torch.float32, tiles=tiles)
+        assert_equal(out, wanted, recipe)
 
 
 def routed(tokens: int, choices: int, experts: int, how: str) -> torch.Tensor:
@@ -211,22 +234,24 @@ def test_experts_ffn(recipe: W4A8Recipe, tokens: int, how: str, hopper: bool) ->
     experts, choices, width, hidden = 24, 4, 464, 208
     experts_TK = routed(tokens, choices, experts, how)
     groups = routing.group_rows(experts_TK, experts)
-    tiles = choose_grouped(groups.tile, 4, groups=hopper, hopper=hopper)
+    sizes, options = (groups.tile, experts_TK.numel()), {"groups": hopper, "hopper": hopper}
+    of_first = choose_grouped(*sizes, 4, second=False, **options)
+    of_second = choose_grouped(*sizes, 2, second=True, **options)
     gate_up = random_weight(experts, 2 * hidden, width, recipe)
     down = random_weight(experts, width, hidden, recipe)
     rows = quantized_rows(random_rows(tokens, width), recipe)
     first = {"gather": choices, "scatter": False, "swiglu": True, "out_dtype": torch.float32}
     second = {"gather": None, "scatter": True, "swiglu": False, "out_dtype": torch.float32}
-    cut = {"tiles": tiles}
     wanted = reference.grouped_w4a8_gemm(*rows, gate_up, groups, **first)
     poison()
-    out = w4a8_gemm.grouped_w4a8_gemm(*rows, gate_up, groups, **first, **cut)
+    out = w4a8_gemm.grouped_w4a8_gemm(*rows, gate_up, groups, **first, tiles=of_first)
     torch.testing.assert_close(out, wanted, rtol=1e-2, atol=2e-3 * float(wanted.abs().max()))
-    assert torch.equal(out, w4a8_gemm.grouped_w4a8_gemm(*rows, gate_up, groups, **first, **cut))
+    again = w4a8_gemm.grouped_w4a8_gemm(*rows, gate_up, groups, **first, tiles=of_first)
+    assert torch.equal(out, again)
     rows = quantized_rows(wanted, recipe)
     wanted = reference.grouped_w4a8_gemm(*rows, down, groups, **second)
     poison()
-    out = w4a8_gemm.grouped_w4a8_gemm(*rows, down, groups, **second, **cut)
+    out = w4a8_gemm.grouped_w4a8_gemm(*rows, down, groups, **second, tiles=of_second)
     assert_equal(out, wanted, recipe)
     gates_TK = torch.rand(tokens, choices, device="cuda")
     out_TKD = out.view(tokens, choices, width)
@@ -236,6 +261,32 @@ def test_experts_ffn(recipe: W4A8Recipe, tokens: int, how: str, hopper: bool) ->
     atol = 1e-5 * float(out.abs().max())
     torch.testing.assert_close(y_TD.double(), wanted, rtol=2**-8, atol=atol)
     assert torch.equal(y_TD, routing.combine(out_TKD, gates_TK, out_dtype=torch.bfloat16))
+
+
+@ON_HOPPER
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("tokens", [1, 3, 9, 32])
+@pytest.mark.parametrize("how", ["uniform", "one expert", "padding"])
+def test_weights_of_second_products_at_once(recipe: W4A8Recipe, tokens: int, how: str) -> None:
+    torch.manual_seed(tokens)
+    experts, choices = 16, 8
+    live_T = None
+    if how == "padding":
+        live_T = (torch.arange(tokens, device="cuda") % 3 != 1).int()
+    groups = routing.group_rows(
+        routed(tokens, choices, experts, how), experts, tile=16, live_T=live_T
+    )
+    options = {"gather": None, "scatter": True, "swiglu": False, "out_dtype": torch.float32}
+    for width, hidden in ((464, 208), (520, 768)):
+        down = random_weight(experts, width, hidden, recipe)
+        rows = quantized_rows(random_rows(tokens * choices, hidden), recipe)
+        goals = groups.order_R[: int(groups.ends_E[-1])].long()
+        wanted = reference.grouped_w4a8_gemm(*rows, down, groups, **options)
+        tiles = choose_at_once(16, padded(hidden) // 128, bits=4)
+        assert tiles is not None
+        poison()
+        out = w4a8_gemm.grouped_w4a8_gemm(*rows, down, groups, **options, tiles=tiles)
+        assert_equal(out[goals], wanted[goals], recipe)
 
 
 def test_a_graph_follows_the_routing() -> None:

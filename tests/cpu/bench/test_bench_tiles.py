@@ -42,27 +42,28 @@ def a_work() -> Work:
 @pytest.mark.parametrize("tokens", [1, 8, 50, 256, 4096])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_candidates_differ_and_suit_the_rows(tokens: int, bits: int) -> None:
-    found = candidates(tokens, 16, bits=bits, grouped=False, hopper=True)
+    found = candidates(tokens, 16, bits=bits, grouped=False, second=False, hopper=True)
     assert len(set(found)) == len(found) > 10
     assert all(each.tokens < 2 * max(tokens, 16) for each in found)
     assert all(16 % each.split == 0 for each in found)
     assert any(each.hopper for each in found)
-    without = candidates(tokens, 16, bits=bits, grouped=True, hopper=False)
+    without = candidates(tokens, 16, bits=bits, grouped=True, second=True, hopper=False)
     assert without
     assert all(not each.hopper and each.split == 1 for each in without)
 
 
 def test_nothing_is_split_that_does_not_divide() -> None:
-    assert all(each.split == 1 for each in candidates(8, 15, bits=8, grouped=False, hopper=True))
+    found = candidates(8, 15, bits=8, grouped=False, second=False, hopper=True)
+    assert all(each.split == 1 for each in found)
 
 
 def test_tiles_of_the_dense_kernel() -> None:
     def dense(tokens: int, **options: Any) -> set[tuple[int, int]]:
-        options = {"bits": 8, "grouped": False, "hopper": True} | options
+        options = {"bits": 8, "grouped": False, "second": False, "hopper": True} | options
         found = candidates(tokens, 16, **options)
         return {(2 * each.half, each.tokens) for each in found if each.dense}
 
-    assert dense(48) == {(32, 64), (64, 64), (128, 64)}
+    assert dense(17) == dense(48) == {(64, 64), (128, 64)}
     assert dense(512) == dense(48) | {(128, 128), (256, 128)}
     for none in (
         dense(16),
@@ -70,6 +71,26 @@ def test_tiles_of_the_dense_kernel() -> None:
         dense(64, bits=4),
         dense(64, grouped=True),
         dense(64, hopper=False),
+    ):
+        assert not none
+
+
+def test_tiles_of_the_kernel_for_few_tokens() -> None:
+    def few(tokens: int, **options: Any) -> list[tuple[int, int]]:
+        options = {"bits": 8, "grouped": False, "second": False, "hopper": True} | options
+        found = candidates(tokens, 16, **options)
+        return [(2 * each.half, each.tokens) for each in found if each.at_once]
+
+    second: dict[str, Any] = {"bits": 4, "grouped": True, "second": True}
+    assert few(1) == [(16, 8)]
+    assert few(9) == [(16, 16)]
+    assert few(0, **second) == few(16, **second) == [(32, 16)]
+    for none in (
+        few(17),
+        few(17, **second),
+        few(1, bits=4),
+        few(1, bits=4, grouped=True),
+        few(1, hopper=False),
     ):
         assert not none
 
@@ -119,6 +140,8 @@ def test_tiles_in_words() -> None:
     assert describe(gluon) == "Gluon 128 x 32, 8 stages, 4 warps, 2 programs, K split 2, unrolled 2"
     dense = Tiles(64, 128, 6, 8, 1, hopper=True, dense=True)
     assert describe(dense) == "dense Gluon 128 x 128, 6 stages, 8 warps, 1 programs"
+    few = Tiles(16, 8, 1, 8, 1, split=8, hopper=True, at_once=True)
+    assert describe(few) == "Gluon, at once, 32 x 8, 8 warps, K split 8"
 
 
 @pytest.mark.parametrize("wrong", [{"tokens": (0,)}, {"tokens": ()}, {"products": ()}])

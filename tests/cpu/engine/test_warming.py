@@ -99,7 +99,15 @@ def forms_of_rows(rows: int, experts: int, width: int, *, hopper: bool) -> set[t
         ("rows", choose_rows(rows, width), kind),
         ("turned", choose_rows(rows, 768, turned=True), kind),
         ("heads", choose_heads(rows, 32, 4, values=True), kind),
-        ("experts", choose_grouped(grouped, 16, groups=True, hopper=hopper)),
+        *(
+            (
+                "experts",
+                choose_grouped(
+                    grouped, 8 * rows, blocks, second=second, groups=True, hopper=hopper
+                ),
+            )
+            for blocks, second in ((16, False), (6, True))
+        ),
         ("projection", choose_dense(rows, 16, bits=8, outputs=5120, hopper=hopper)),
         ("output", choose_dense(rows, 32, bits=8, outputs=2048, hopper=hopper)),
     }

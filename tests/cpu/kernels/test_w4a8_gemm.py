@@ -12,6 +12,7 @@ from fourfold.kernels.routing import group_rows
 from fourfold.kernels.w4a8_gemm import grouped_w4a8_gemm, reference, w4a8_gemm, w8a8_gemm
 from fourfold.kernels.w4a8_gemm.choose import (
     Tiles,
+    choose_at_once,
     choose_dense,
     choose_grouped,
     dense_tile,
@@ -174,7 +175,7 @@ class _kernels:  # noqa: N801
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("blocks", [5, 6])
 def test_blocks_in_flight_fit_into_shared_memory(tokens: int, itemsize: int, blocks: int) -> None:
-    tiles = choose_grouped(tokens, blocks, groups=True, hopper=True)
+    tiles = choose_grouped(tokens, 1000, blocks, second=True, groups=True, hopper=True)
     stages = hopper_stages(tiles, itemsize)
     assert stages >= 4
     runs = tiles.half // 32
@@ -185,7 +186,8 @@ def test_blocks_in_flight_fit_into_shared_memory(tokens: int, itemsize: int, blo
 
 def test_a_gpu_before_hopper_gets_the_triton_form() -> None:
     for tokens in (16, 32, 64, 128):
-        assert not choose_grouped(tokens, 4, groups=True, hopper=False).hopper
+        tiles = choose_grouped(tokens, 8, 4, second=True, groups=True, hopper=False)
+        assert not tiles.hopper
     for tokens in (1, 16, 32, 64, 512, 8192):
         for bits, blocks in itertools.product((4, 8), (6, 16)):
             tiles = choose_dense(tokens, blocks, bits=bits, outputs=4096, hopper=False)
@@ -193,7 +195,7 @@ def test_a_gpu_before_hopper_gets_the_triton_form() -> None:
             assert blocks % tiles.split == 0
 
 
-@pytest.mark.parametrize("tokens", [33, 64, 65, 128, 129, 256, 257, 384, 385, 512])
+@pytest.mark.parametrize("tokens", [17, 32, 33, 64, 65, 128, 129, 256, 257, 384, 385, 512])
 @pytest.mark.parametrize(("outputs", "blocks"), [(5120, 16), (2048, 32), (512, 5), (16384, 64)])
 def test_dense_tiles_are_all_computed_at_once(tokens: int, outputs: int, blocks: int) -> None:
     """By the smallest tiles of which that holds, on a GPU of 132 processors."""
@@ -205,12 +207,12 @@ def test_dense_tiles_are_all_computed_at_once(tokens: int, outputs: int, blocks:
 
     largest = (2 * tiles.half, tiles.tokens) == (256, 128)
     assert largest or programs(2 * tiles.half, tiles.tokens) <= 132
-    if (2 * tiles.half, tiles.tokens) != (32, 64):
+    if (2 * tiles.half, tiles.tokens) != (64, 64):
         smaller = (2 * tiles.half, 64) if tiles.tokens == 128 else (tiles.half, 64)
         assert programs(*smaller) > 132
 
 
-@pytest.mark.parametrize("outputs", [32, 64, 128, 256])
+@pytest.mark.parametrize("outputs", [64, 128, 256])
 @pytest.mark.parametrize("tokens", [64, 128])
 @pytest.mark.parametrize("blocks", [1, 5, 32])
 def test_dense_tiles_fit_and_let_results_out(outputs: int, tokens: int, blocks: int) -> None:
@@ -220,3 +222,34 @@ def test_dense_tiles_fit_and_let_results_out(outputs: int, tokens: int, blocks: 
     assert tiles.stages * outputs * 128 >= tokens * outputs * 4
     # All of a tile's blocks where they fit, or about as many as that.
     assert tiles.stages >= blocks or (tiles.stages + 1) * block > 192 << 10
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_weights_asked_for_at_once_fit_into_shared_memory(bits: int) -> None:
+    for blocks in range(1, 129):
+        tiles = choose_at_once(8, blocks, bits=bits)
+        if tiles is None:
+            assert blocks % 2 == 1 or blocks > 8
+            continue
+        rows = 2 * tiles.half
+        assert blocks % tiles.split == 0
+        # Each warp has whole operands of a tensor core.
+        assert rows % (16 * tiles.warps // tiles.split) == 0
+        assert rows * blocks * 16 * bits <= 64 << 10
+
+
+def test_few_tokens_of_a_hopper_ask_for_their_weights_at_once() -> None:
+    def dense(tokens: int, blocks: int = 16, outputs: int = 5120) -> bool:
+        return choose_dense(tokens, blocks, bits=8, outputs=outputs, hopper=True).at_once
+
+    assert all([dense(1), dense(16), dense(1, 32, 2048)])
+    # More tokens, the head, and more channels than a program can ask for.
+    assert not any([dense(17), dense(1, outputs=151936), dense(1, 112)])
+
+    def grouped(rows: int, blocks: int = 6, tile: int = 16, *, second: bool = True) -> bool:
+        tiles = choose_grouped(tile, rows, blocks, second=second, groups=True, hopper=True)
+        return tiles.at_once
+
+    assert all([grouped(8), grouped(256)])
+    assert not any([grouped(264), grouped(8, 5), grouped(256, tile=32)])
+    assert not grouped(8, 16, second=False)

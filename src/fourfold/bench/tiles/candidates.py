@@ -5,7 +5,14 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 
-from fourfold.kernels.w4a8_gemm.choose import DENSE_TILES, MOST_SPLIT_TOKENS, Tiles, dense_tile
+from fourfold.kernels.w4a8_gemm.choose import (
+    DENSE_TILES,
+    FEW_TOKENS,
+    MOST_SPLIT_TOKENS,
+    Tiles,
+    choose_at_once,
+    dense_tile,
+)
 
 _SHARED_MEMORY = 220 << 10
 _REGISTERS = (16, 128)
@@ -17,16 +24,22 @@ _STAGES = 4
 """Of the Triton kernel; three were 0-3 % slower wherever they were timed (docs/experiments.md)."""
 
 
-def candidates(tokens: int, blocks: int, *, bits: int, grouped: bool, hopper: bool) -> list[Tiles]:
+def candidates(
+    tokens: int, blocks: int, *, bits: int, grouped: bool, second: bool, hopper: bool
+) -> list[Tiles]:
     """Tiles for products of `tokens` rows (of an expert, if `grouped`) with weights of `bits` bits
-    and `blocks` blocks of input channels; those of the Gluon kernel too where `hopper`."""
+    and `blocks` blocks of input channels; those of the Gluon kernels too where `hopper`, and where
+    `second`, those for an FFN's second product alone."""
     fewest, most = min(tokens // 8, _TOKENS[-1]), 2 * max(tokens, _TOKENS[0])
     rows = [each for each in _TOKENS if fewest <= each < most]
     found = list(_triton(rows, blocks, bits, splits=not grouped))
     if hopper:
         found += _gluon(rows, blocks)
-    if hopper and bits == 8 and not grouped and tokens <= _MOST_DENSE:
-        found += _gluon_dense(rows, blocks)
+    if hopper and bits == 8 and not grouped and FEW_TOKENS < tokens <= _MOST_DENSE:
+        found += _gluon_dense(tokens, blocks)
+    if hopper and (second if grouped else bits == 8):
+        few = choose_at_once(max(tokens, FEW_TOKENS) if grouped else tokens, blocks, bits=bits)
+        found += [] if few is None else [few]
     return found
 
 
@@ -50,7 +63,7 @@ def _gluon(rows: list[int], blocks: int) -> Iterator[Tiles]:
             yield Tiles(64, row, 8, 4, 2, split=2, hopper=True, unroll=unroll)
 
 
-def _gluon_dense(rows: list[int], blocks: int) -> Iterator[Tiles]:
+def _gluon_dense(tokens: int, blocks: int) -> Iterator[Tiles]:
     for outputs, row in DENSE_TILES:
-        if row in rows:
+        if row < 2 * max(tokens, DENSE_TILES[0][1]):
             yield dense_tile(outputs, row, blocks)

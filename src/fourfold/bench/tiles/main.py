@@ -110,6 +110,11 @@ def compare(work: Work, timer: Timer, *, leave_out: Sequence[Tiles] = ()) -> Res
 
 def describe(tiles: Tiles) -> str:
     """Tiles in words."""
+    if tiles.at_once:
+        return (
+            f"Gluon, at once, {2 * tiles.half} x {tiles.tokens}, {tiles.warps} warps, "
+            f"K split {tiles.split}"
+        )
     kernel = "dense Gluon" if tiles.dense else "Gluon" if tiles.hopper else "Triton"
     split = f", K split {tiles.split}" if tiles.split > 1 else ""
     unroll = f", unrolled {tiles.unroll}" if tiles.unroll > 1 else ""

@@ -80,7 +80,7 @@ def _projection(
         chosen = choose_dense(
             tokens, blocks, bits=bits, outputs=outputs, groups=groups, hopper=hopper
         )
-        others = candidates(tokens, blocks, bits=bits, grouped=False, hopper=hopper)
+        others = candidates(tokens, blocks, bits=bits, grouped=False, second=False, hopper=hopper)
         yield Work(
             f"{kind}, {tokens} x {outputs} x {inputs}",
             chosen,
@@ -119,8 +119,12 @@ def _experts(
             inputs,
         )
         tile = group_rows(experts_TK, _EXPERTS).tile
-        chosen = choose_grouped(tile, blocks, groups=recipe.group is not None, hopper=hopper)
-        others = candidates(2 * rows // _EXPERTS, blocks, bits=4, grouped=True, hopper=hopper)
+        chosen = choose_grouped(
+            tile, rows, blocks, second=not first, groups=recipe.group is not None, hopper=hopper
+        )
+        others = candidates(
+            2 * rows // _EXPERTS, blocks, bits=4, grouped=True, second=not first, hopper=hopper
+        )
         tried = tuple(each for each in others if each != chosen)
         sizes = {each.tokens for each in (chosen, *tried)}
         groups = {size: group_rows(experts_TK, _EXPERTS, tile=size) for size in sizes}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 _MANY_OUTPUTS = 32768
 _NARROW = 4096
@@ -14,8 +15,13 @@ _PARAMETERS = 2 * 64 * 2  # bytes of a run's group parameters in a block
 _PROCESSORS = 132
 _RING = 192 << 10  # bytes in the dense Gluon kernel: a kernel in front has shared memory besides
 _FEWEST_STAGES = 4  # which its results need on their way out
-DENSE_TILES = ((32, 64), (64, 64), (128, 64), (128, 128), (256, 128))
+DENSE_TILES = ((64, 64), (128, 64), (128, 128), (256, 128))
 """Outputs and tokens of the tiles of the dense Gluon kernel, smallest first."""
+FEW_TOKENS = 16
+"""Of a tile of the Gluon kernel for few tokens."""
+_FEW_ROWS = 256  # of all experts, up to which that kernel was timed and found faster
+_AT_ONCE = 64 << 10  # bytes of weights at most that a program asks for at once
+_WARP = 2 << 10  # bytes of weights of a block that one of its warps multiplies
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,17 +48,30 @@ class Tiles:
     dense: bool = False
     """Whether the Gluon kernel is that of dense products with weights of 8 bits (`gluon_dense`), of
     which `dense_tile` makes tiles: one for each program."""
+    at_once: bool = False
+    """Whether the Gluon kernel is that for few tokens (`gluon_few`), of which `choose_at_once`
+    makes tiles: `stages` and `programs` mean nothing to it, and `split` parts of the input channels
+    are multiplied side by side, by as many of the warps each."""
 
 
-def choose_grouped(tokens: int, blocks: int, *, groups: bool, hopper: bool) -> Tiles:
+def choose_grouped(
+    tokens: int, rows: int, blocks: int, *, second: bool, groups: bool, hopper: bool
+) -> Tiles:
     """Tiles for grouped products of `tokens` tokens to a tile.
 
     Args:
         tokens: rows of a tile of `RowGroups`.
+        rows: rows of all experts.
         blocks: blocks of input channels.
+        second: whether they are an FFN's second: of rows in sorted order, to their flat places,
+            without SwiGLU.
         groups: whether the weight has parameters for groups of input channels.
         hopper: whether the GPU is of that generation (compute capability 9.0).
     """
+    if hopper and second and rows <= _FEW_ROWS:
+        tiles = choose_at_once(tokens, blocks, bits=4)
+        if tiles is not None:
+            return tiles
     if hopper and (groups or tokens > 32):
         # Parameters of groups arrive with the weights there; Triton has to wait for them.
         if tokens <= MOST_SPLIT_TOKENS and blocks % 2 == 0:
@@ -98,12 +117,25 @@ def dense_tile(outputs: int, tokens: int, blocks: int) -> Tiles:
     return Tiles(outputs // 2, tokens, stages, tokens // 16, 1, hopper=True, dense=True)
 
 
+def choose_at_once(tokens: int, blocks: int, *, bits: int) -> Tiles | None:
+    """Tiles of the Gluon kernel for few tokens, if those and the blocks of input channels are few
+    enough; weights of 8 bits are dense ones, those of 4 bits are for an FFN's second product."""
+    split = math.gcd(blocks, 8)
+    rows = (8 // split) * (_WARP // (16 * bits))
+    if tokens > FEW_TOKENS or split == 1 or rows * blocks * 16 * bits > _AT_ONCE:
+        return None
+    tile = max(8, 1 << (tokens - 1).bit_length())
+    return Tiles(rows // 2, tile, 1, 8, 1, split=split, hopper=True, at_once=True)
+
+
 def _choose_8_bits_hopper(tokens: int, blocks: int, outputs: int) -> Tiles | None:
     """The Gluon kernels' tiles where they are the faster ones."""
     if tokens > 512:
         return Tiles(128, 128, 4, 4, 1, hopper=True)
-    if outputs >= _MANY_OUTPUTS or tokens <= 32:
+    if outputs >= _MANY_OUTPUTS:
         return None
+    if tokens <= FEW_TOKENS:
+        return choose_at_once(tokens, blocks, bits=8)
     # The smallest that are all computed at once.
     small = (
         (rows, tile)

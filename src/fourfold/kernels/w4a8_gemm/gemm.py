@@ -21,6 +21,7 @@ from fourfold.kernels.dependent_launch import overlaps_launches
 from fourfold.kernels.routing.groups import RowGroups
 from fourfold.kernels.w4a8_gemm import reference
 from fourfold.kernels.w4a8_gemm.choose import (
+    FEW_TOKENS,
     MOST_SPLIT_TOKENS,
     Tiles,
     choose_dense,
@@ -142,7 +143,8 @@ def grouped_w4a8_gemm(
         weight: the experts' weights; with `swiglu` [E, 2F, K], the gate's rows first.
         groups: the rows of each expert.
         gather: the choices of a token: a row's codes are those of token `row // gather`. None where
-            the codes lie in sorted order.
+            the codes lie in sorted order, and then a later kernel than those that made `groups`
+            has to have made them: groups are read before the kernel in front has ended.
         scatter: whether results are written to their rows' flat places, or in sorted order.
         swiglu: whether `silu(gate) * up` is returned.
         out_dtype: float32, bfloat16 or float16.
@@ -178,7 +180,9 @@ def grouped_w4a8_gemm(
         tiles
         or choose_grouped(
             groups.tile,
+            rows,
             codes.shape[1] // BLOCK,
+            second=gather is None and scatter and not swiglu,
             groups=weight.recipe.group is not None,
             hopper=_hopper(),
         ),
@@ -259,7 +263,13 @@ def _launch(
         "STAGES": tiles.stages,
         "num_warps": tiles.warps,
     }
-    if tiles.hopper:
+    if tiles.at_once:
+        assert (bits == 4) == (groups is not None) == scatter, (weight.dtype, groups, scatter)
+        assert gather is None, gather
+        assert not swiglu
+        assert tiles.tokens <= FEW_TOKENS, tiles
+        _launch_at_once((columns, many), arguments[:-1], tiles, codes == "int8", unit, span)
+    elif tiles.hopper:
         if group is not None:
             # Parameters are copied by words of 32 bits.
             of_word = 4 // group.element_size()
@@ -335,6 +345,29 @@ def _launch_dense(
         num_warps=tiles.warps,
         # Fewer registers than there are, so that a program starts beside the kernel in front.
         maxnreg=128 if rows <= 128 else None,
+        launch_pdl=True,
+    )
+
+
+def _launch_at_once(
+    grid: tuple[int, int],
+    arguments: tuple[Any, ...],
+    tiles: Tiles,
+    int8: bool,
+    unit: float,
+    span: int,
+) -> None:
+    from fourfold.kernels.w4a8_gemm import gluon_few
+
+    gluon_few._gemm[grid](
+        *arguments,
+        UNIT=unit,
+        INT8=int8,
+        SPAN=span,
+        ROWS=2 * tiles.half,
+        TILE=tiles.tokens,
+        SPLIT=tiles.split,
+        num_warps=tiles.warps,
         launch_pdl=True,
     )
 

@@ -110,7 +110,7 @@ def _multiply(p, x_scale, w_scale, y, T, OUTPUTS):
     result = sums.to(gl.float32) * (scale_t[:, None] * scale_o[None, :])
     # The ring is free by now.
     BITS: gl.constexpr = y.dtype.element_ty.primitive_bitwidth
-    TURNED: gl.constexpr = gl.NVMMASharedLayout(128 if ROWS * BITS >= 1024 else 64, BITS, 2)
+    TURNED: gl.constexpr = gl.NVMMASharedLayout(128, BITS, 2)
     turned = p.weights._reinterpret(y.dtype.element_ty, [TILE, ROWS], TURNED)
     gl.thread_barrier()
     turned.store(result.to(y.dtype.element_ty))

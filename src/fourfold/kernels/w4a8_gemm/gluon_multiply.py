@@ -115,7 +115,8 @@ def _group(params, run: gl.constexpr, layout: gl.constexpr, SPAN: gl.constexpr):
 
 
 @gluon.jit
-def _expand(packed, low, high, INT8: gl.constexpr, SPAN: gl.constexpr):
+def expand(packed, low, high, INT8: gl.constexpr, SPAN: gl.constexpr):
+    AXIS: gl.constexpr = len(packed.shape) - 1
     if SPAN == 0:
         if INT8:
             a, b = _int8_channel(packed, True)
@@ -126,15 +127,17 @@ def _expand(packed, low, high, INT8: gl.constexpr, SPAN: gl.constexpr):
         high_step, high_offset = _group_words(high)
         a, b = _int8_group(
             packed,
-            low_step[:, None],
-            low_offset[:, None],
-            high_step[:, None],
-            high_offset[:, None],
+            gl.expand_dims(low_step, AXIS),
+            gl.expand_dims(low_offset, AXIS),
+            gl.expand_dims(high_step, AXIS),
+            gl.expand_dims(high_offset, AXIS),
             True,
         )
     else:
         of_0_to_3, of_4_to_7 = _lookup_words(low)
-        a, b = _fp8_group(packed, of_0_to_3[:, None], of_4_to_7[:, None], True)
+        a, b = _fp8_group(
+            packed, gl.expand_dims(of_0_to_3, AXIS), gl.expand_dims(of_4_to_7, AXIS), True
+        )
     return a, b
 
 
@@ -142,7 +145,7 @@ def _expand(packed, low, high, INT8: gl.constexpr, SPAN: gl.constexpr):
 def _left(p, run, low, high, layout: gl.constexpr):
     """Left operands of a run for the low and the high channels of a block."""
     if p.BITS == 4:
-        a, b = _expand(p.packed.index(run).load(layout), low, high, p.INT8, p.SPAN)
+        a, b = expand(p.packed.index(run).load(layout), low, high, p.INT8, p.SPAN)
     else:
         a, b = p.packed.index(2 * run), p.packed.index(2 * run + 1)
     return a, b
