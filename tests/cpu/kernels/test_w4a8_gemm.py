@@ -212,6 +212,16 @@ def test_dense_tiles_are_all_computed_at_once(tokens: int, outputs: int, blocks:
         assert programs(*smaller) > 132
 
 
+def test_more_tokens_are_dense_tiles_where_all_are_computed_at_once() -> None:
+    def tile(tokens: int, outputs: int) -> tuple[int, int] | None:
+        tiles = choose_dense(tokens, 16, bits=8, outputs=outputs, hopper=True)
+        return (2 * tiles.half, tiles.tokens) if tiles.dense else None
+
+    assert [tile(n, 2048) for n in (640, 1024, 1025)] == [(128, 128), (128, 128), (256, 128)]
+    assert [tile(n, 5120) for n in (640, 768, 769)] == [(256, 128), (256, 128), None]
+    assert tile(16384, 2048) is None
+
+
 @pytest.mark.parametrize("outputs", [64, 128, 256])
 @pytest.mark.parametrize("tokens", [64, 128])
 @pytest.mark.parametrize("blocks", [1, 5, 32])

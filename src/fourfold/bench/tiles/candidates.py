@@ -18,7 +18,7 @@ _SHARED_MEMORY = 220 << 10
 _REGISTERS = (16, 128)
 """Of a thread for its sums: with fewer the tensor cores starve, with more they spill."""
 _TOKENS = (16, 32, 64, 128)
-_MOST_DENSE = 512
+_MOST_DENSE = 1024
 """Tokens for which the dense kernel is meant: with more, programs should take tile after tile."""
 _STAGES = 4
 """Of the Triton kernel; three were 0-3 % slower wherever they were timed (docs/experiments.md)."""

@@ -130,19 +130,17 @@ def choose_at_once(tokens: int, blocks: int, *, bits: int) -> Tiles | None:
 
 def _choose_8_bits_hopper(tokens: int, blocks: int, outputs: int) -> Tiles | None:
     """The Gluon kernels' tiles where they are the faster ones."""
-    if tokens > 512:
-        return Tiles(128, 128, 4, 4, 1, hopper=True)
-    if outputs >= _MANY_OUTPUTS:
+    if outputs >= _MANY_OUTPUTS and tokens <= 512:
         return None
     if tokens <= FEW_TOKENS:
         return choose_at_once(tokens, blocks, bits=8)
     # The smallest that are all computed at once.
-    small = (
-        (rows, tile)
-        for rows, tile in DENSE_TILES
-        if -(-outputs // rows) * -(-tokens // tile) <= _PROCESSORS
-    )
-    return dense_tile(*next(small, DENSE_TILES[-1]), blocks)
+    for rows, tile in DENSE_TILES:
+        if -(-outputs // rows) * -(-tokens // tile) <= _PROCESSORS:
+            return dense_tile(rows, tile, blocks)
+    if tokens <= 512:
+        return dense_tile(*DENSE_TILES[-1], blocks)
+    return Tiles(128, 128, 4, 4, 1, hopper=True)
 
 
 def _choose_8_bits(tokens: int, blocks: int, outputs: int) -> Tiles:
