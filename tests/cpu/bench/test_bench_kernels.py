@@ -15,15 +15,19 @@ import torch
 from msgspec import UNSET
 
 import fourfold.bench.kernels.cases as case_package
+from fourfold.bench.calibrate.decode_steps import RandomStep, StepOf
 from fourfold.bench.kernels import config as config_module
 from fourfold.bench.kernels.case import Case
+from fourfold.bench.kernels.cases import decode_attention
 from fourfold.bench.kernels.config import KernelsBenchConfig, case_files
 from fourfold.bench.kernels.main import Run, main
 from fourfold.bench.kernels.report import WrongResultError, header, line, measure, results
 from fourfold.bench.kernels.timing import Timing, repeats, summarise
 from fourfold.errors import ConfigError
 from fourfold.kernels import tolerance as tolerance_module
+from fourfold.kernels.decode_attention import DecodePlan, DecodeShape
 from fourfold.kernels.tolerance import TOLERANCES, tolerance
+from fourfold.quadrants.costs import shipped_costs
 
 
 @dataclasses.dataclass
@@ -63,6 +67,24 @@ def test_times_are_medians_with_half_the_middle_range_as_spread() -> None:
 @pytest.mark.parametrize(("seconds", "times"), [(0.0, 16), (5e-6, 16), (1e-3, 3), (0.5, 1)])
 def test_short_calls_are_repeated_more_often(seconds: float, times: int) -> None:
     assert repeats(seconds) == times
+
+
+def test_a_chosen_plan_and_the_fastest_do_the_same_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where all lengths are equal, so that other cases have a baseline of other work."""
+
+    def seconds(_: RandomStep, plan: DecodePlan) -> float:
+        return float(len(plan.tasks_J7))
+
+    cost = next(shipped_costs()).decode_attention
+    monkeypatch.setattr(decode_attention, "cost_of", lambda device: cost)
+    monkeypatch.setattr(RandomStep, "seconds", seconds)
+    step = StepOf(lengths=(130,), shape=DecodeShape(heads=4, kv_heads=1, head_width=64))
+    case = decode_attention._planned("one", step, torch.device("cpu"))
+    measured = measure(
+        dataclasses.replace(case, run=lambda: 2e-6, baseline=lambda: 1e-6, error=None), FakeTimer()
+    )
+    assert measured.peer is not None
+    assert measured.peer.rate == pytest.approx(2 * measured.rate)
 
 
 def test_rates_come_from_the_work_and_the_time() -> None:

@@ -129,6 +129,7 @@ def _planned(name: str, step: StepOf, device: torch.device) -> Case:
         case,
         baseline=partial(made.attend, 0, PlanBuffers.holding(fastest, device)),
         baseline_name="fastest plan",
+        baseline_work=None,
     )
 
 
