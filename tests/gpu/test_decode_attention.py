@@ -28,7 +28,7 @@ GPU = torch.device("cuda:0")
 
 def attend(step: Step, buffers: PlanBuffers) -> torch.Tensor:
     buffers.partial_o.fill_(math.nan)
-    buffers.partial_ml.fill_(math.nan)
+    buffers.partial_lse.fill_(math.nan)
     tensors = (step.q_RHC, step.records, step.open_k, step.open_v)
     return paged_int8_attention_decode(*(t.to(GPU) for t in tensors), step.layout, buffers)
 
@@ -84,7 +84,7 @@ def test_a_graph_follows_the_plan_that_is_loaded() -> None:
         for plan in candidate_plans(step.sequences, shape, COST):
             buffers.load(plan)
             buffers.partial_o.fill_(math.nan)
-            buffers.partial_ml.fill_(math.nan)
+            buffers.partial_lse.fill_(math.nan)
             out.fill_(math.nan)
             graph.replay()
             assert error(out.cpu(), step.reference()) < 6e-3, plan.choice

@@ -11,7 +11,7 @@ from fourfold.engine.graphs import round_room, round_rows, sampled_rows, usual_d
 from fourfold.engine.program import input_sizes, run_step
 from fourfold.engine.sampler import Adjustment, Samples
 from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape, PlanCapacity
-from fourfold.kernels.decode_attention.buffers import MANY_PARTIALS
+from fourfold.kernels.decode_attention.choose import MANY_PARTIALS
 from fourfold.kernels.decode_attention.plan import TILES
 from fourfold.models.decoder import Decoder
 from fourfold.quadrants.decode_attention import decode_planner, decode_shape
@@ -24,7 +24,7 @@ _MANY = 1 << 20  # pages
 # Rows of prompts at which other kernels are chosen, or the same ones tiled in another way.
 _PREFILL_ROWS = (64, 128, 256, 384, 512, 1024, 2048, 3072, 4096, 5120, 8192, 16384)
 # Decode rows, and rows of prompts beside them.
-_MIXED_ROWS = ((256, 512), (128, 192))
+_MIXED_ROWS = ((256, 512), (128, 192), (1, 64))
 # Decode rows beside prompts, and the longest of these, of steps that are recorded ahead of need.
 _USUAL_BESIDE = (16, 0, 64, 128)
 _USUAL_PROMPT = 2048
@@ -90,7 +90,7 @@ def walked_rooms(
     tiles = sorted({TILES[-1], shape.tile}, reverse=True)
     for rows, tasks, beside in (
         (min(16, config.running), 32, None),
-        (config.running, 512, prefill),
+        (config.running, max(512, 2048 // shape.kv_heads), prefill),
     ):
         for some in dict.fromkeys((tuple(tiles), tuple(tiles[-1:]))):
             plan = PlanCapacity.of_tasks(

@@ -12,9 +12,12 @@ from fourfold.engine.config import EngineConfig
 from fourfold.engine.graphs import round_room, usual_decode_rows
 from fourfold.engine.warming import walked_rooms
 from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape
-from fourfold.kernels.decode_attention.buffers import FEW_PARTIALS
-from fourfold.kernels.decode_attention.triton_decode import _FEW_PROGRAMS
-from fourfold.kernels.decode_attention.triton_merge import _FEW_ROWS
+from fourfold.kernels.decode_attention.choose import (
+    are_few,
+    choose_build,
+    choose_merge,
+    most_at_once,
+)
 from fourfold.kernels.rope.choose import choose_tile as choose_heads
 from fourfold.kernels.routing.choose import choose_choice, choose_logits, sorts_at_once
 from fourfold.kernels.routing.groups import choose_tile as choose_grouped_tile
@@ -32,15 +35,19 @@ def forms(rooms: Iterable[StepRoom], kv_heads: int) -> set[tuple[object, ...]]:
     """What the kernels of decode attention are compiled for."""
     found: set[tuple[object, ...]] = set()
     for room in rooms:
-        few_rows = room.rows <= _FEW_ROWS
         plan = room.decode
         if plan is None:
-            found.add(("merge and quantize", False, False, few_rows))
+            merge = choose_merge(room.rows, merges=False)
+            found.add(("merge and quantize", False, False, merge._replace(sealing=0)))
             continue
-        for place, (tile, tasks) in enumerate(plan.tasks):
-            found.add(("decode", tile, place, tasks * kv_heads <= _FEW_PROGRAMS))
-        at_once = plan.merged <= FEW_PARTIALS
-        found.add(("merge and quantize", at_once and plan.merges > 0, True, few_rows))
+        few = are_few(plan.rows, plan.tasks, kv_heads)
+        for place, (tile, _) in enumerate(plan.tasks):
+            build = choose_build(tile, few=few)
+            found.add(("decode", tile, place, build))
+        at_once = plan.merged <= most_at_once(plan.rows)
+        merges = at_once and plan.merges > 0
+        merge = choose_merge(room.rows, merges=merges)
+        found.add(("merge and quantize", merges, True, merge._replace(sealing=0)))
         if not at_once:
             found.add(("merge",))
     return found
@@ -86,7 +93,7 @@ def test_every_form_of_decode_attention_is_walked(
         assert room is not None
         rooms.append(room)
     needed = forms(rooms, kv_heads)
-    assert len(needed) > 4
+    assert len(needed) > 3
     assert needed <= walked
 
 

@@ -19,8 +19,10 @@ from fourfold.kernels.decode_attention import (
     paged_int8_attention_decode,
     paged_int8_attention_decode_reference,
     paged_int8_attention_decode_unmerged,
+    triton_decode,
     triton_merge,
 )
+from fourfold.kernels.decode_attention.choose import choose_merge
 from fourfold.kernels.pages import (
     PAGE_TOKENS,
     VALUE_ORDER,
@@ -166,6 +168,8 @@ CASES = {
     "one sequence": ([300], DecodeShape(heads=4, kv_heads=1, head_width=128), {}),
     "one head a KV head": ([130], DecodeShape(heads=2, kv_heads=2, head_width=64), {}),
     "several rows": ([67, 200], DecodeShape(heads=10, kv_heads=2, head_width=64, rows=3), {}),
+    "pieces in two turns": ([64 * 20 + 5], DecodeShape(heads=2, kv_heads=1, head_width=64), {}),
+    "pieces merged apart": ([64 * 33 + 5, 70], DecodeShape(heads=2, kv_heads=1, head_width=64), {}),
     "more rows than a tile": ([90], DecodeShape(heads=10, kv_heads=1, head_width=64, rows=7), {}),
     "groups in groups": (
         [400, 401, 450, 70],
@@ -180,8 +184,12 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("few", [True, False])
 @pytest.mark.parametrize("case", CASES)
-def test_kernels_against_the_reference(case: str) -> None:
+def test_kernels_against_the_reference(
+    case: str, few: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton_decode, "are_few", lambda rows, tasks, kv_heads: few)
     lengths, shape, sharing = CASES[case]
     step = Step(lengths, shape, sharing)
     wanted = step.reference()
@@ -190,7 +198,7 @@ def test_kernels_against_the_reference(case: str) -> None:
     for plan in [*finest[0], *finest[1], plans[-1]]:
         buffers = PlanBuffers.holding(plan, CPU)
         buffers.partial_o.fill_(math.nan)
-        buffers.partial_ml.fill_(math.nan)
+        buffers.partial_lse.fill_(math.nan)
         out = paged_int8_attention_decode(
             step.q_RHC, step.records, step.open_k, step.open_v, step.layout, buffers
         )
@@ -216,7 +224,16 @@ def test_the_finest_plan_shares_what_it_can() -> None:
     assert plans
 
 
-@pytest.mark.parametrize("case", ["several rows", "groups in groups", "exactly full pages"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "several rows",
+        "groups in groups",
+        "exactly full pages",
+        "pieces in two turns",
+        "pieces merged apart",
+    ],
+)
 def test_rows_are_merged_on_their_way_to_8_bits(case: str) -> None:
     """With rows beyond the plan's, as in a step that also prefills, and padded channels."""
     lengths, shape, sharing = CASES[case]
@@ -243,7 +260,8 @@ def test_rows_are_merged_on_their_way_to_8_bits(case: str) -> None:
 def test_pages_are_sealed_in_the_launch_that_codes_the_rows(
     jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_merge, "_SEALING_PROGRAMS", 5)
+    build = choose_merge(4, merges=True)._replace(sealing=5)
+    monkeypatch.setattr(triton_merge, "choose_merge", lambda rows, merges: build)
     shape = DecodeShape(heads=8, kv_heads=2, head_width=64)
     step = Step([64, 200, 128, 63], shape)
     plan = PlanBuffers.holding(next(candidate_plans(step.sequences, shape, COST)), CPU)

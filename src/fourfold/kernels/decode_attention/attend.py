@@ -32,7 +32,9 @@ def paged_int8_attention_decode(
     layer, INT8 (the recipe of the name) or FP8; `open_k` and `open_v` [S * 64, G, C] in the dtype
     of `q_RHC`, slot s owning rows s * 64 .., new rows included. `scale` is C**-0.5 unless given.
     Rows that the plan does not have are left undefined. Never waits for the device; the same bits
-    from the same plan.
+    from the same plan. The kernel that was enqueued last may make queries and the new rows' keys
+    and values; sealed pages and earlier open rows are read before it has ended, so they must not
+    come from it if it lets others start early.
     """
     out_RHC = paged_int8_attention_decode_unmerged(
         q_RHC, records, open_k, open_v, layout, plan, scale=scale

@@ -18,12 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fourfold.kernels.decode_attention.choose import FEWER_PARTIALS, merged_class
 from fourfold.kernels.decode_attention.plan import TASK_FIELDS, TILES, DecodePlan, DecodeShape
 
 _ALIGNMENT = 32  # words
 _HEADER = 1 + len(TILES)
-FEW_PARTIALS, MANY_PARTIALS = 8, 64
-"""Partials of one row: up to few, one program merges all heads; beyond, each head has its own."""
 # Few of each, so that few graphs are captured.
 _TASK_CLASSES = tuple(32 * 4**i for i in range(9))
 _PAGE_CLASSES = tuple(16384 * 16**i for i in range(5))
@@ -43,7 +42,7 @@ class PlanCapacity:
     """Partials, counted once for each query row and not for each head of it."""
     partials: int
     """Partial results, one of a query head each."""
-    merged: int = FEW_PARTIALS
+    merged: int = FEWER_PARTIALS
     """Partials of one row, usually. More are possible."""
 
     @property
@@ -87,7 +86,7 @@ class PlanCapacity:
             rows=rows,
             tasks=tuple((tile, _class_of(count, _TASK_CLASSES)) for tile, count in plan.tiles),
             pages=_class_of(len(plan.pages), _PAGE_CLASSES),
-            merged=FEW_PARTIALS if plan.merged <= FEW_PARTIALS else MANY_PARTIALS,
+            merged=merged_class(plan.merged, rows),
         )
 
     @classmethod
@@ -120,7 +119,7 @@ def _class_of(number: int, classes: Sequence[int]) -> int:
 class PlanBuffers:
     """Device memory for plans of one shape within a capacity.
 
-    `words`, int32 [`words_needed(capacity)`], and `partials`, the `partial_o` and `partial_ml` of
+    `words`, int32 [`words_needed(capacity)`], and `partials`, the `partial_o` and `partial_lse` of
     buffers at least as large, may be given, so that many buffers whose launches follow each other
     share them.
     """
@@ -148,9 +147,9 @@ class PlanBuffers:
         self._words = words
         if partials is None:
             partials = empty_partials(shape, capacity, device)
-        self.partial_o, self.partial_ml = partials
+        self.partial_o, self.partial_lse = partials
         assert self.partial_o.shape[1:] == (shape.head_width,)
-        assert len(self.partial_ml) >= capacity.partials
+        assert len(self.partial_lse) >= capacity.partials
         assert len(self.partial_o) >= capacity.partials
 
     @staticmethod
@@ -224,10 +223,11 @@ def empty_partials(
     shape: DecodeShape, capacity: PlanCapacity, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Room for the partial results of any plan within a capacity, and within smaller ones: means of
-    values, 16 bits in whichever dtype the queries have, and pairs of float32."""
+    values, 16 bits in whichever dtype the queries have, and base-2 logarithms of sums of weights in
+    float32."""
     return (
         torch.empty(capacity.partials, shape.head_width, dtype=torch.bfloat16, device=device),
-        torch.empty(capacity.partials, 2, dtype=torch.float32, device=device),
+        torch.empty(capacity.partials, dtype=torch.float32, device=device),
     )
 
 

@@ -1,23 +1,35 @@
-"""How the programs of decode attention are built: a pure function of the tile."""
+"""How the programs of decode attention are built: a pure function of the tile and of how many there
+are."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
-# So that three programs of four warps share an SM.
+# So that three programs share an SM.
 _REGISTERS = {64: 168}
+_REGISTERS_OF_FEW = 160
 _PROGRAMS = {16: 5, 32: 4, 64: 3}
+_FEW_TILE = 16
+_FEW_PROGRAMS = 264
+_FEW_ROWS = 16
+_SMS = 132
+FEWER_PARTIALS, FEW_PARTIALS, MANY_PARTIALS = 8, 16, 64
 
 
 class Build(NamedTuple):
     """What Triton compiles a tile to."""
 
     warps: int
-    stages: int
-    """Of the loop over pages, two for each page that is on its way and one that is read."""
-    open_tokens: int
-    """Tokens of a step over the open page."""
-    registers: int | None
+    few: bool
+    """Made to end soon, not to keep a GPU busy together with many others: several warps share 16
+    rows, and what is there already is read before the kernel before has ended."""
+    stages: int = 5
+    """Of the loop over pages, two for each page that is on its way and one that is read; of many
+    programs."""
+    open_tokens: int = 32
+    """Tokens of a step over the open page; of many programs."""
+    registers: int | None = None
     """Of a thread at most; None: as many as it likes."""
 
 
@@ -26,12 +38,60 @@ def programs_per_sm(tile: int, head_width: int) -> int:
     return _PROGRAMS[tile] * (1 if head_width == 128 else 2)
 
 
-def choose_build(tile: int) -> Build:
-    """One warp for 16 rows, so that warps have nothing to exchange; as many pages on their way as
-    let several programs share an SM."""
-    return Build(
-        warps=tile // 16,
-        stages=5,
-        open_tokens=32,
-        registers=_REGISTERS.get(tile),
-    )
+def are_few(rows: int, tasks: Sequence[tuple[int, int]], kv_heads: int) -> bool:
+    """Whether a step of so many query rows waits for each program rather than for the memory.
+
+    `tasks` are the tiles and how many tasks have each. Where there are several tiles their kernels
+    share the SMs, of which a wide tile of several warps more would fill one by itself.
+    """
+    if len(tasks) > 1 or tasks[0][0] != _FEW_TILE:
+        return False
+    programs = tasks[0][1] * kv_heads
+    return programs <= _FEW_PROGRAMS or (rows <= _FEW_ROWS and programs <= 2 * _FEW_PROGRAMS)
+
+
+def choose_build(tile: int, *, few: bool) -> Build:
+    """Of many, one warp for 16 rows, so that warps have nothing to exchange, and as many pages on
+    their way as let several programs share an SM."""
+    if few:
+        return Build(warps=4, few=True, registers=_REGISTERS_OF_FEW)
+    return Build(warps=tile // 16, few=False, registers=_REGISTERS.get(tile))
+
+
+def most_at_once(rows: int) -> int:
+    """Partials of one row up to which one program merges all heads of it, where so many query rows
+    decode: where these are few, what it reads at once. Beyond, each head has a program of its own,
+    and the row is coded by another kernel."""
+    return FEW_PARTIALS if rows <= _FEW_ROWS else FEWER_PARTIALS
+
+
+def merged_class(merged: int, rows: int) -> int:
+    """The partials of one row that buffers for so many query rows are made for, where a plan has
+    `merged`: of few numbers, so that few graphs are captured."""
+    at_once = most_at_once(rows)
+    return at_once if merged <= at_once else MANY_PARTIALS
+
+
+class MergeBuild(NamedTuple):
+    """What Triton compiles the merge on the way to 8-bit rows to."""
+
+    warps: int
+    partials: int
+    """Read at once."""
+    registers: int | None
+    """As of `Build`."""
+    sealing: int
+    """Programs that may seal pages in the same launch."""
+
+
+def choose_merge(rows: int, *, merges: bool) -> MergeBuild:
+    """For so many rows of a step, those that do not decode included, of which some may be in
+    pieces. With few, a program has an SM to itself but for what the kernel before left there, and
+    is waited for."""
+    sealing = max(16, _SMS - rows) if rows <= _SMS else 256
+    warps = 16 if rows <= _SMS else 8
+    if not merges:
+        return MergeBuild(warps, partials=1, registers=None, sealing=sealing)
+    if rows <= _FEW_ROWS:
+        return MergeBuild(warps, partials=FEW_PARTIALS, registers=96, sealing=sealing)
+    return MergeBuild(warps, partials=4, registers=64 if warps == 16 else 80, sealing=sealing)

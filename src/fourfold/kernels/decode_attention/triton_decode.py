@@ -1,10 +1,13 @@
 """Decode attention over 8-bit pages: one program a task of the plan.
 
 A task is a tile of query rows that share one KV head, a run of sealed pages, and perhaps the page
-its sequence is still filling. With tiles of 16 rows a program is a single warp: nothing has to be
-exchanged between warps, and several programs an SM keep enough reads in flight. Both products run
-on 8-bit tensor cores; weights go from the first product's accumulator to the second product's
-operand without leaving their registers, because values lie in `VALUE_ORDER`.
+its sequence is still filling. Both products run on 8-bit tensor cores.
+
+Where programs are many, one with a tile of 16 rows is a single warp: nothing has to be exchanged
+between warps, and several programs an SM keep enough reads in flight. Weights go from the first
+product's accumulator to the second product's operand without leaving their registers, because
+values lie in `VALUE_ORDER`. Where programs are few, each is waited for: several warps share the
+work on a page, and a task's first page and open page are read while the kernel before still runs.
 
 Integers become floats for nothing: a sum that starts at the bits of 1.5 * 2^23 is, read as a float,
 1.5 * 2^23 plus the sum, as long as its magnitude stays below 2^22.
@@ -26,7 +29,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fourfold.kernels.decode_attention.buffers import PlanBuffers
-from fourfold.kernels.decode_attention.choose import choose_build
+from fourfold.kernels.decode_attention.choose import are_few, choose_build
 from fourfold.kernels.decode_attention.plan import TASK_FIELDS
 from fourfold.kernels.dependent_launch import overlaps_launches
 from fourfold.kernels.pages.layout import PageCodes, PageLayout
@@ -37,7 +40,8 @@ _MAGIC_BITS_OF_64 = tl.constexpr(0x30000000)  # -64 * _MAGIC_BITS modulo 2^32
 _TOKENS = tl.constexpr(64)
 _HALF = tl.constexpr(64)
 _FIELDS = tl.constexpr(TASK_FIELDS)
-_FEW_PROGRAMS = 264
+# Pages of a task that are asked for ahead of their use, where programs are few.
+_AHEAD = tl.constexpr(4)
 _LOG2_E = math.log2(math.e)
 
 
@@ -52,12 +56,71 @@ def _weighted(p8_MN, v8_hN, FP8: tl.constexpr):
 
 
 @triton.jit
+def _load_page(records, scales, page, there, kv_head,
+               RECORD: tl.constexpr, G: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Keys [N, C], both halves of the values [h, N] and the scales of a page. Codes are undefined
+    unless it is `there`; a width of 64 has one half, given twice."""
+    n_N = tl.arange(0, _TOKENS)
+    h_h = tl.arange(0, _HALF)
+    k_NC = kv_head * (_TOKENS * C) + n_N[:, None] * C + tl.arange(0, C)[None, :]
+    v_hN = (G + kv_head) * (_TOKENS * C) + h_h[:, None] * _TOKENS + n_N[None, :]
+    record = records + page * RECORD
+    k8_NC = tl.load(record + k_NC, mask=there)
+    v8_hN = tl.load(record + v_hN, mask=there)
+    w8_hN = v8_hN
+    if C > _HALF:
+        w8_hN = tl.load(record + v_hN + _HALF * _TOKENS, mask=there)
+    at = scales + page * (RECORD // 4)
+    return k8_NC, v8_hN, w8_hN, tl.load(at), tl.load(at + G)
+
+
+@triton.jit
+def _attend_page(q8_MC, step_M, k8_NC, v8_hN, w8_hN, k_scale, v_scale, o_Mh, u_Mh, l_M, top_M,
+                 M: tl.constexpr, C: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
+    """The state (o, l, top) grows by a sealed page."""
+    factor_M = step_M * k_scale
+    if FP8:
+        s_MN = tl.dot(q8_MC, k8_NC.T, out_dtype=tl.float32)
+        largest_M = tl.max(s_MN, 1)
+        weight_MN = tl.exp2((s_MN - largest_M[:, None]) * factor_M[:, None])
+        p8_MN = (weight_MN * 448.0).to(q8_MC.dtype)
+        p8_MN = p8_MN.reshape(M, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, _TOKENS)
+        page_top_M = largest_M * factor_M
+        largest_code = 448.0
+    else:
+        start_MN = tl.full((M, _TOKENS), _MAGIC_BITS, tl.int32)
+        s_MN = tl.dot(q8_MC, k8_NC.T, start_MN, out_dtype=tl.int32)
+        s_MN = s_MN.to(tl.float32, bitcast=True)
+        largest_M = tl.max(s_MN, 1)
+        weight_MN = tl.exp2((s_MN - largest_M[:, None]) * factor_M[:, None])
+        bits_MN = (weight_MN * 127.0 + _MAGIC).to(tl.int32, bitcast=True)
+        p8_MN = bits_MN.to(tl.int8)
+        p8_MN = p8_MN.reshape(M, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, _TOKENS)
+        page_top_M = (largest_M - _MAGIC) * factor_M
+        largest_code = 127.0
+
+    new_top_M = tl.maximum(top_M, page_top_M)
+    keep_M = tl.exp2(top_M - new_top_M)
+    take_M = tl.exp2(page_top_M - new_top_M)
+    take_v_M = take_M * (v_scale / largest_code)
+    o_Mh = o_Mh * keep_M[:, None] + _weighted(p8_MN, v8_hN, FP8) * take_v_M[:, None]
+    if C > _HALF:
+        u_Mh = u_Mh * keep_M[:, None] + _weighted(p8_MN, w8_hN, FP8) * take_v_M[:, None]
+    # Sums are not waited for until the end.
+    if FP8:
+        sum_M = tl.sum(weight_MN, 1)
+    else:
+        sum_M = (tl.sum(bits_MN, 1) + _MAGIC_BITS_OF_64).to(tl.float32) * (1.0 / 127.0)
+    return o_Mh, u_Mh, l_M * keep_M + sum_M * take_M, new_top_M
+
+
+@triton.jit
 def _attend_sealed(q8_MC, step_M, records, scales, pages, n_pages, kv_head, k_scale, v_scale,
                    o_Mh, u_Mh, l_M, top_M,
                    RECORD: tl.constexpr, G: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
                    FP8: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Attends to `n_pages` sealed pages; the state (o, l, top) grows by them. `k_scale` and
-    `v_scale` belong to the first."""
+    """Attends to `n_pages` sealed pages, which the compiler brings to shared memory some pages
+    ahead. `k_scale` and `v_scale` belong to the first."""
     n_N = tl.arange(0, _TOKENS)
     c_C = tl.arange(0, C)
     k_NC = kv_head * (_TOKENS * C) + n_N[:, None] * C + c_C[None, :]
@@ -67,6 +130,7 @@ def _attend_sealed(q8_MC, step_M, records, scales, pages, n_pages, kv_head, k_sc
         page = tl.load(pages + i).to(tl.int64)
         k8_NC = tl.load(records + page * RECORD + k_NC)
         v8_hN = tl.load(records + page * RECORD + v_hN)
+        w8_hN = v8_hN
         if C > _HALF:
             w8_hN = tl.load(records + page * RECORD + v_hN + _HALF * _TOKENS)
         # The next page's scales are asked for a page ahead: they would be waited for otherwise.
@@ -74,68 +138,59 @@ def _attend_sealed(q8_MC, step_M, records, scales, pages, n_pages, kv_head, k_sc
         at = scales + following * (RECORD // 4)
         next_k_scale = tl.load(at)
         next_v_scale = tl.load(at + G)
-
-        factor_M = step_M * k_scale
-        if FP8:
-            s_MN = tl.dot(q8_MC, k8_NC.T, out_dtype=tl.float32)
-            largest_M = tl.max(s_MN, 1)
-            weight_MN = tl.exp2((s_MN - largest_M[:, None]) * factor_M[:, None])
-            sum_M = tl.sum(weight_MN, 1)
-            p8_MN = (weight_MN * 448.0).to(q8_MC.dtype)
-            p8_MN = p8_MN.reshape(M, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, _TOKENS)
-            page_top_M = largest_M * factor_M
-            largest_code = 448.0
-        else:
-            start_MN = tl.full((M, _TOKENS), _MAGIC_BITS, tl.int32)
-            s_MN = tl.dot(q8_MC, k8_NC.T, start_MN, out_dtype=tl.int32)
-            s_MN = s_MN.to(tl.float32, bitcast=True)
-            largest_M = tl.max(s_MN, 1)
-            weight_MN = tl.exp2((s_MN - largest_M[:, None]) * factor_M[:, None])
-            bits_MN = (weight_MN * 127.0 + _MAGIC).to(tl.int32, bitcast=True)
-            sum_M = (tl.sum(bits_MN, 1) + _MAGIC_BITS_OF_64).to(tl.float32) * (1.0 / 127.0)
-            p8_MN = bits_MN.to(tl.int8)
-            p8_MN = p8_MN.reshape(M, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, _TOKENS)
-            page_top_M = (largest_M - _MAGIC) * factor_M
-            largest_code = 127.0
-
-        new_top_M = tl.maximum(top_M, page_top_M)
-        keep_M = tl.exp2(top_M - new_top_M)
-        take_M = tl.exp2(page_top_M - new_top_M)
-        take_v_M = take_M * (v_scale / largest_code)
-        o_Mh = o_Mh * keep_M[:, None] + _weighted(p8_MN, v8_hN, FP8) * take_v_M[:, None]
-        if C > _HALF:
-            u_Mh = u_Mh * keep_M[:, None] + _weighted(p8_MN, w8_hN, FP8) * take_v_M[:, None]
-        l_M = l_M * keep_M + sum_M * take_M
-        top_M = new_top_M
+        o_Mh, u_Mh, l_M, top_M = _attend_page(
+            q8_MC, step_M, k8_NC, v8_hN, w8_hN, k_scale, v_scale, o_Mh, u_Mh, l_M, top_M,
+            M, C, FP8,
+        )  # fmt: skip
         k_scale = next_k_scale
         v_scale = next_v_scale
     return o_Mh, u_Mh, l_M, top_M
 
 
 @triton.jit
+def _load_tokens(open_k, open_v, slot, t_T, begin, end, kv_head, k_TC, v_Th, w_Th,
+                 G: tl.constexpr, C: tl.constexpr):  # fmt: skip
+    """Keys and both halves of the values of those tokens `t_T` of an open page that are among
+    `begin` to `end` - 1; of the others what is given."""
+    at_T1 = ((slot * _TOKENS + t_T) * G + kv_head)[:, None] * C
+    wanted_T1 = ((t_T >= begin) & (t_T < end))[:, None]
+    h_h = tl.arange(0, _HALF)
+    k_TC = tl.load(open_k + at_T1 + tl.arange(0, C)[None, :], mask=wanted_T1, other=k_TC)
+    v_Th = tl.load(open_v + at_T1 + h_h[None, :], mask=wanted_T1, other=v_Th)
+    if C > _HALF:
+        w_Th = tl.load(open_v + at_T1 + _HALF + h_h[None, :], mask=wanted_T1, other=w_Th)
+    return k_TC, v_Th, w_Th
+
+
+@triton.jit
+def _attend_tokens(q_MC, scale, k_TC, v_Th, w_Th, t_T, shown_M, o_Mh, u_Mh, l_M, top_M,
+                   C: tl.constexpr):  # fmt: skip
+    """The state grows by tokens `t_T` of an open page, of which row m sees the first
+    `shown_M[m]`."""
+    x_MT = tl.dot(q_MC, k_TC.T) * scale
+    x_MT = tl.where(t_T[None, :] < shown_M[:, None], x_MT, float("-inf"))
+    new_top_M = tl.maximum(top_M, tl.max(x_MT, 1))
+    keep_M = tl.exp2(top_M - new_top_M)
+    p_MT = tl.exp2(x_MT - new_top_M[:, None]).to(q_MC.dtype)
+    l_M = l_M * keep_M + tl.sum(p_MT.to(tl.float32), 1)
+    o_Mh = tl.dot(p_MT, v_Th, o_Mh * keep_M[:, None])
+    if C > _HALF:
+        u_Mh = tl.dot(p_MT, w_Th, u_Mh * keep_M[:, None])
+    return o_Mh, u_Mh, l_M, new_top_M
+
+
+@triton.jit
 def _attend_open(q_MC, scale, open_k, open_v, slot, shown_M, tokens, kv_head, o_Mh, u_Mh, l_M,
                  top_M, G: tl.constexpr, C: tl.constexpr, T: tl.constexpr):  # fmt: skip
     """Attends to the first `tokens` tokens of an open page, row m to the first `shown_M[m]`."""
-    c_C = tl.arange(0, C)
-    h_h = tl.arange(0, _HALF)
     for start in tl.range(0, tokens, T, num_stages=3):
         t_T = start + tl.arange(0, T)
-        at_T1 = ((slot * _TOKENS + t_T) * G + kv_head)[:, None] * C
-        inside_T1 = (t_T < tokens)[:, None]
-        k_TC = tl.load(open_k + at_T1 + c_C[None, :], mask=inside_T1, other=0.0)
-        v_Th = tl.load(open_v + at_T1 + h_h[None, :], mask=inside_T1, other=0.0)
-        if C > _HALF:
-            w_Th = tl.load(open_v + at_T1 + _HALF + h_h[None, :], mask=inside_T1, other=0.0)
-        x_MT = tl.dot(q_MC, k_TC.T) * scale
-        x_MT = tl.where(t_T[None, :] < shown_M[:, None], x_MT, float("-inf"))
-        new_top_M = tl.maximum(top_M, tl.max(x_MT, 1))
-        keep_M = tl.exp2(top_M - new_top_M)
-        p_MT = tl.exp2(x_MT - new_top_M[:, None]).to(q_MC.dtype)
-        l_M = l_M * keep_M + tl.sum(p_MT.to(tl.float32), 1)
-        o_Mh = tl.dot(p_MT, v_Th, o_Mh * keep_M[:, None])
-        if C > _HALF:
-            u_Mh = tl.dot(p_MT, w_Th, u_Mh * keep_M[:, None])
-        top_M = new_top_M
+        k_TC, v_Th, w_Th = _load_tokens(
+            open_k, open_v, slot, t_T, 0, tokens, kv_head, 0.0, 0.0, 0.0, G, C
+        )
+        o_Mh, u_Mh, l_M, top_M = _attend_tokens(
+            q_MC, scale, k_TC, v_Th, w_Th, t_T, shown_M, o_Mh, u_Mh, l_M, top_M, C
+        )
     return o_Mh, u_Mh, l_M, top_M
 
 
@@ -149,34 +204,43 @@ def _prefetch(pointers):
 
 
 @triton.jit
-def _prefetch_task(records, open_k, open_v, page, n_pages, slot, shown, kv_head,
-                   RECORD: tl.constexpr, G: tl.constexpr, C: tl.constexpr):  # fmt: skip
-    """Asks for the first sealed page and the open page of a task, as far as it has them."""
-    if n_pages > 0:
-        line = tl.arange(0, _TOKENS * C // 128) * 128
-        keys = records + page * RECORD + kv_head * (_TOKENS * C)
-        _prefetch(keys + line)
-        _prefetch(keys + G * _TOKENS * C + line)
-    if slot >= 0:
-        token = tl.minimum(tl.arange(0, _TOKENS), shown - 1)
-        at = ((slot * _TOKENS + token) * G + kv_head) * C
-        for half in tl.static_range(0, C, 64):
-            _prefetch(open_k + at + half)
-            _prefetch(open_v + at + half)
+def _arrived(tile, EARLY: tl.constexpr):
+    """The same tile. Without it the compiler would rearrange a tile, and so wait for it, where it
+    is loaded."""
+    if not EARLY:
+        return tile
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=r,r", [tile], dtype=tile.dtype, is_pure=False,
+        pack=32 // tile.dtype.primitive_bitwidth,
+    )  # fmt: skip
 
 
 @triton.jit
-def decode_kernel(q, records, scales, open_k, open_v, out, partial_o, partial_ml,
+def _prefetch_pages(records, pages, n_pages, kv_head, RECORD: tl.constexpr, G: tl.constexpr,
+                    C: tl.constexpr):  # fmt: skip
+    """The same for keys and values of the first few pages of a task."""
+    page_A = tl.load(pages + tl.minimum(tl.arange(0, _AHEAD), n_pages - 1)).to(tl.int64)
+    line = tl.arange(0, 2 * _TOKENS * C // 128)
+    values = line >= _TOKENS * C // 128
+    at = kv_head * (_TOKENS * C) + line * 128 + tl.where(values, (G - 1) * _TOKENS * C, 0)
+    _prefetch(records + page_A[:, None] * RECORD + at[None, :])
+
+
+@triton.jit
+def decode_kernel(q, records, scales, open_k, open_v, out, partial_o, partial_lse,
                   header, tasks, rows, pages, scale,
                   RECORD: tl.constexpr, G: tl.constexpr, SHARED: tl.constexpr, C: tl.constexpr,
-                  M: tl.constexpr, T: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr,
-                  EARLY: tl.constexpr, FEW: tl.constexpr, INDEX: tl.constexpr):  # fmt: skip
+                  NEW: tl.constexpr, M: tl.constexpr, FP8: tl.constexpr, STAGES: tl.constexpr,
+                  T: tl.constexpr, EARLY: tl.constexpr, FEW: tl.constexpr,
+                  INDEX: tl.constexpr):  # fmt: skip
     """One KV head of a task. `scale` includes log2(e); `scales` are the records as float32.
 
     `INDEX`: the place of the tile among those of the capacity. `EARLY`: kernels overlap the end of
     those before them (programmatic dependent launch). The first waits for whoever made its inputs;
     the others start beside it, and wait for it at their end, so that the merge, which waits for the
-    last, waits for all. `FEW`: there are so few programs that memory is idle while they wait.
+    last, waits for all. `FEW`: there are so few programs that each is waited for. Sealed pages, and
+    all but the `NEW` last tokens of the open page, are older than the kernel before this one, so
+    their first reads do not wait for it.
     """
     kv_head = tl.program_id(0) % G
     count = tl.load(header + 1 + INDEX)
@@ -199,12 +263,23 @@ def decode_kernel(q, records, scales, open_k, open_v, out, partial_o, partial_ml
     real_M = local_M < n_rows
     row_M = tl.load(rows + first_row + local_M, mask=real_M, other=0)
     page = tl.load(pages).to(tl.int64)
+    scales += 2 * G * _TOKENS * C // 4 + kv_head
+    tokens = tl.where(slot >= 0, visible + n_rows - 1, 0)
+    t_T = tl.arange(0, _TOKENS)
+    if FEW:
+        older = tl.minimum(visible - NEW, tokens)
+        k_TC, v_Th, w_Th = _load_tokens(
+            open_k, open_v, slot, t_T, 0, older, kv_head, 0.0, 0.0, 0.0, G, C
+        )
+        k8_NC, v8_hN, w8_hN, k_scale, v_scale = _load_page(
+            records, scales, page, n_pages > 0, kv_head, RECORD, G, C
+        )
+        second = tl.load(pages + tl.maximum(tl.minimum(1, n_pages - 1), 0)).to(tl.int64)
+        second_k_scale = tl.load(scales + second * (RECORD // 4))
+        second_v_scale = tl.load(scales + second * (RECORD // 4) + G)
+        if EARLY and n_pages > 1:
+            _prefetch_pages(records, pages, n_pages, kv_head, RECORD, G, C)
     if EARLY:
-        if FEW:
-            _prefetch_task(
-                records, open_k, open_v, page, n_pages, slot, visible + n_rows - 1, kv_head,
-                RECORD, G, C,
-            )  # fmt: skip
         if INDEX == 0:
             gdc_wait()
         gdc_launch_dependents()
@@ -213,9 +288,17 @@ def decode_kernel(q, records, scales, open_k, open_v, out, partial_o, partial_ml
     c_C = tl.arange(0, C)
     at_MC = head_M.to(tl.int64)[:, None] * C + c_C[None, :]
     q_MC = tl.load(q + at_MC, mask=real_M[:, None], other=0.0)
-    scales += 2 * G * _TOKENS * C // 4 + kv_head
-    k_scale = tl.load(scales + page * (RECORD // 4))
-    v_scale = tl.load(scales + page * (RECORD // 4) + G)
+    if FEW:
+        k_TC, v_Th, w_Th = _load_tokens(
+            open_k, open_v, slot, t_T, older, tokens, kv_head, k_TC, v_Th, w_Th, G, C
+        )
+        k8_NC = _arrived(k8_NC, EARLY)
+        v8_hN = _arrived(v8_hN, EARLY)
+        if C > _HALF:
+            w8_hN = _arrived(w8_hN, EARLY)
+    else:
+        k_scale = tl.load(scales + page * (RECORD // 4))
+        v_scale = tl.load(scales + page * (RECORD // 4) + G)
 
     wide_MC = q_MC.to(tl.float32)
     largest_M = tl.maximum(tl.max(tl.abs(wide_MC), 1), 1e-30)
@@ -231,26 +314,48 @@ def decode_kernel(q, records, scales, open_k, open_v, out, partial_o, partial_ml
     u_Mh = tl.zeros((M, _HALF), tl.float32)
     l_M = tl.zeros((M,), tl.float32)
     top_M = tl.full((M,), float("-inf"), tl.float32)
-    o_Mh, u_Mh, l_M, top_M = _attend_sealed(
-        q8_MC, step_M, records, scales, pages, n_pages, kv_head, k_scale, v_scale,
-        o_Mh, u_Mh, l_M, top_M, RECORD, G, M, C, FP8, STAGES,
-    )  # fmt: skip
-    if slot >= 0:
-        o_Mh, u_Mh, l_M, top_M = _attend_open(
-            q_MC, scale, open_k, open_v, slot, visible + local_M, visible + n_rows - 1, kv_head,
-            o_Mh, u_Mh, l_M, top_M, G, C, T,
+    if FEW:
+        if n_pages > 0:
+            o_Mh, u_Mh, l_M, top_M = _attend_page(
+                q8_MC, step_M, k8_NC, v8_hN, w8_hN, k_scale, v_scale, o_Mh, u_Mh, l_M, top_M,
+                M, C, FP8,
+            )  # fmt: skip
+        if n_pages > 1:
+            o_Mh, u_Mh, l_M, top_M = _attend_sealed(
+                q8_MC, step_M, records, scales, pages + 1, n_pages - 1, kv_head,
+                second_k_scale, second_v_scale, o_Mh, u_Mh, l_M, top_M,
+                RECORD, G, M, C, FP8, STAGES,
+            )  # fmt: skip
+        if slot >= 0:
+            k_TC = _arrived(k_TC, EARLY)
+            v_Th = _arrived(v_Th, EARLY)
+            if C > _HALF:
+                w_Th = _arrived(w_Th, EARLY)
+            o_Mh, u_Mh, l_M, top_M = _attend_tokens(
+                q_MC, scale, k_TC, v_Th, w_Th, t_T, visible + local_M,
+                o_Mh, u_Mh, l_M, top_M, C,
+            )  # fmt: skip
+    else:
+        o_Mh, u_Mh, l_M, top_M = _attend_sealed(
+            q8_MC, step_M, records, scales, pages, n_pages, kv_head, k_scale, v_scale,
+            o_Mh, u_Mh, l_M, top_M, RECORD, G, M, C, FP8, STAGES,
         )  # fmt: skip
+        if slot >= 0:
+            o_Mh, u_Mh, l_M, top_M = _attend_open(
+                q_MC, scale, open_k, open_v, slot, visible + local_M, tokens, kv_head,
+                o_Mh, u_Mh, l_M, top_M, G, C, T,
+            )  # fmt: skip
     h_h = tl.arange(0, _HALF)
     if partial < 0:
         to_Mh = out + head_M.to(tl.int64)[:, None] * C + h_h[None, :]
     else:
         to_M = (partial + kv_head * stride).to(tl.int64) + m_M
         to_Mh = partial_o + to_M[:, None] * C + h_h[None, :]
-        tl.store(partial_ml + to_M * 2, top_M, mask=real_M)
-        tl.store(partial_ml + to_M * 2 + 1, l_M, mask=real_M)
-    tl.store(to_Mh, (o_Mh / l_M[:, None]).to(q_MC.dtype), mask=real_M[:, None])
+        tl.store(partial_lse + to_M, top_M + tl.log2(l_M), mask=real_M)
+    share_M = 1.0 / l_M
+    tl.store(to_Mh, (o_Mh * share_M[:, None]).to(q_MC.dtype), mask=real_M[:, None])
     if C > _HALF:
-        tl.store(to_Mh + _HALF, (u_Mh / l_M[:, None]).to(q_MC.dtype), mask=real_M[:, None])
+        tl.store(to_Mh + _HALF, (u_Mh * share_M[:, None]).to(q_MC.dtype), mask=real_M[:, None])
     if EARLY and INDEX > 0:
         gdc_wait()
 
@@ -270,18 +375,19 @@ def launch_tasks(
     out_RHC = torch.empty_like(q_RHC)
     codes, scales = records.view(layout.codes.dtype), records.view(torch.float32)
     early = overlaps_launches(q_RHC.device)
+    few = are_few(plan.capacity.rows, plan.capacity.tasks, shape.kv_heads)
     place = 0
     for i, (tile, count) in enumerate(plan.capacity.tasks):
-        build = choose_build(tile)
-        decode_kernel[(count * shape.kv_heads,)](
+        programs = count * shape.kv_heads
+        build = choose_build(tile, few=few)
+        decode_kernel[(programs,)](
             q_RHC, codes, scales, open_k, open_v, out_RHC, plan.partial_o.view(q_RHC.dtype),
-            plan.partial_ml, plan["header"], plan["tasks"][place:], plan["rows"], plan["pages"],
+            plan.partial_lse, plan["header"], plan["tasks"][place:], plan["rows"], plan["pages"],
             scale * _LOG2_E,
             RECORD=layout.record_bytes, G=shape.kv_heads, SHARED=shape.shared,
-            C=shape.head_width, M=tile, T=build.open_tokens, FP8=layout.codes is PageCodes.FP8,
-            STAGES=build.stages, EARLY=early,
-            FEW=count * shape.kv_heads <= _FEW_PROGRAMS, INDEX=i, num_warps=build.warps,
-            maxnreg=build.registers, launch_pdl=early,
+            C=shape.head_width, NEW=shape.rows, M=tile, FP8=layout.codes is PageCodes.FP8,
+            STAGES=build.stages, T=build.open_tokens, EARLY=early, FEW=build.few, INDEX=i,
+            num_warps=build.warps, maxnreg=build.registers, launch_pdl=early,
         )  # fmt: skip
         place += count * TASK_FIELDS
     return out_RHC
