@@ -126,6 +126,20 @@ def test_the_chosen_plan_is_the_cheapest_candidate(
     assert not chosen.choice.sharing or chosen.seconds == cheapest
 
 
+def test_plans_that_share_are_timed_even_where_the_model_sees_no_gain_in_sharing() -> None:
+    """A model that was fitted without them would otherwise never see any."""
+    shape = DecodeShape(heads=8, kv_heads=1, head_width=64)
+    sequences = make(
+        [1000] * 4, [[*range(12), 12 + 3 * b, 13 + 3 * b, 14 + 3 * b] for b in range(4)]
+    )
+    cost = dataclasses.replace(COST, reread=0.0)
+    assert not plan_decode(sequences, shape, cost).choice.sharing
+    plans = list(candidate_plans(sequences, shape, cost))
+    assert {plan.choice.sharing for plan in plans} == {False, True}
+    for plan in plans:
+        check(plan, sequences, shape)
+
+
 @settings(max_examples=30, deadline=None)
 @given(steps(), steps())
 def test_buffers_take_any_plan_that_fits(

@@ -12,7 +12,6 @@ import sys
 import torch
 
 from fourfold.bench.calibrate.points import POINTS, decode_attention_steps
-from fourfold.kernels.decode_attention import PlanBuffers
 from fourfold.quadrants.costs import PARTS
 
 
@@ -38,7 +37,7 @@ def compile_part(part: str) -> None:
     else:
         for random, plans in decode_attention_steps(device):
             for plan in plans:
-                random.attend(0, PlanBuffers.holding(plan, device))
+                random.code(0, random.buffers(plan))
     torch.cuda.synchronize()
 
 

@@ -1,7 +1,8 @@
 """Timing plans of decode attention on random data: to fit the cost model, to see what a plan loses.
 
 A step is timed as it is served: one call after another in a CUDA graph, each on pages of its own
-(another layer's), so that no call finds its pages in the cache.
+(another layer's), so that no call finds its pages in the cache; with buffers that hold other plans
+too, and with the merge on the way to the 8-bit rows that the output projection reads.
 
 Shapes: B sequences, L layers, P pages, S sequence slots.
 """
@@ -15,18 +16,23 @@ from collections.abc import Callable
 import numpy as np
 import torch
 
-from fourfold.kernels.decode_attention.attend import paged_int8_attention_decode
-from fourfold.kernels.decode_attention.buffers import PlanBuffers
+from fourfold.kernels.decode_attention.attend import (
+    merge_and_quantize,
+    paged_int8_attention_decode,
+    paged_int8_attention_decode_unmerged,
+)
+from fourfold.kernels.decode_attention.buffers import PlanBuffers, PlanCapacity
 from fourfold.kernels.decode_attention.plan import (
     DecodePlan,
     DecodeSequences,
     DecodeShape,
 )
 from fourfold.kernels.pages.layout import PAGE_TOKENS, PageLayout
+from fourfold.kernels.rows.reference import Rows
 
 _CACHE_BYTES = 150e6
 """So many bytes of pages between two uses of the same: three times the L2 of an H100."""
-_MOST_LAYERS = 32
+_MOST_LAYERS = 256
 _REPLAYS = 5
 
 
@@ -86,24 +92,37 @@ class RandomStep:
         rows = (self.layers, count * shape.rows, shape.heads, shape.head_width)
         self.q = torch.randn(rows, dtype=torch.bfloat16, device=device)
 
+    def buffers(self, plan: DecodePlan) -> PlanBuffers:
+        """Buffers with a plan in them, as large as a graph that serves it would have them."""
+        device = self.q.device
+        buffers = PlanBuffers(plan.shape, PlanCapacity.covering(plan, self.q.shape[1]), device)
+        buffers.load(plan)
+        return buffers
+
     def attend(self, layer: int, buffers: PlanBuffers) -> torch.Tensor:
         """One layer's attention, [R, H, C]."""
-        return paged_int8_attention_decode(
-            self.q[layer],
-            self.records[layer],
-            self.open_k[layer],
-            self.open_v[layer],
-            self.layout,
-            buffers,
-        )
+        return paged_int8_attention_decode(*self.arguments(layer), buffers)
+
+    def code(self, layer: int, buffers: PlanBuffers) -> Rows:
+        """One layer's attention as 8-bit rows."""
+        out_RHC = paged_int8_attention_decode_unmerged(*self.arguments(layer), buffers)
+        width = self.shape.heads * self.shape.head_width
+        return merge_and_quantize(out_RHC, buffers, torch.int8, width)
+
+    def arguments(
+        self, layer: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, PageLayout]:
+        """What attention is asked with, but for a plan."""
+        pages = self.records[layer], self.open_k[layer], self.open_v[layer]
+        return self.q[layer], *pages, self.layout
 
     def seconds(self, plan: DecodePlan) -> float:
         """Of one layer by a plan."""
-        buffers = PlanBuffers.holding(plan, self.q.device)
+        buffers = self.buffers(plan)
 
         def all_layers() -> None:
             for layer in range(self.layers):
-                self.attend(layer, buffers)
+                self.code(layer, buffers)
 
         return _replayed(all_layers) / self.layers
 

@@ -5,6 +5,7 @@ Shapes: B sequences, Q new rows of each, R = B * Q rows, N runs of pages, K cand
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -41,15 +42,18 @@ def plan_decode(sequences: DecodeSequences, shape: DecodeShape, cost: DecodeCost
 def candidate_plans(
     sequences: DecodeSequences, shape: DecodeShape, cost: DecodeCost
 ) -> Iterator[DecodePlan]:
-    """Every plan there is, also what `plan_decode` does not look at because tasks would be too
-    small: to measure what its choice loses."""
-    for candidate in _candidates(_step_of(sequences, shape), cost, most_tasks=None):
+    """Also what `plan_decode` does not look at, because tasks would be too small or because sharing
+    is not worth it by the model: to measure what its choice loses, and to fit another model."""
+    step = _step_of(sequences, shape)
+    shared = step.accept(dataclasses.replace(cost, task=0.0, partial=0.0, reread=1.0))
+    for candidate in _candidates(step, cost, shared, most_tasks=None):
         yield candidate.build()
 
 
 def cheapest(step: Step, cost: DecodeCost) -> Candidate:
     """The candidate with the lowest price."""
-    candidates = _candidates(step, cost, most_tasks=_TASKS_PER_SM * cost.sms)
+    shared = step.accept(cost)
+    candidates = _candidates(step, cost, shared, most_tasks=_TASKS_PER_SM * cost.sms)
     return min(candidates, key=lambda candidate: candidate.price)
 
 
@@ -234,10 +238,16 @@ def _step_of(sequences: DecodeSequences, shape: DecodeShape) -> Step:
     return Step(sequences, shape, pages, sealed_B.cumsum() - sealed_B)
 
 
-def _candidates(step: Step, cost: DecodeCost, most_tasks: int | None) -> Iterator[Candidate]:
-    """All chunk sizes that differ, without and with all sharing that pays by itself."""
+def _candidates(
+    step: Step,
+    cost: DecodeCost,
+    shared: tuple[list[SharedRun], Ints],
+    most_tasks: int | None,
+) -> Iterator[Candidate]:
+    """All chunk sizes that differ, without sharing and with the runs that are shared, as `accept`
+    gives them."""
     for sharing in (False, True):
-        nodes, covered_B = step.accept(cost) if sharing else ([], None)
+        nodes, covered_B = shared if sharing else ([], None)
         if sharing and not nodes:
             return
         runs = step.runs(nodes, covered_B)

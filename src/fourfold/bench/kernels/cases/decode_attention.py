@@ -3,7 +3,8 @@
 The work is the bytes of the KV pages that have to be read, shared pages once. Where all sequences
 have one length, PyTorch's attention over contiguous 16-bit keys and values is the baseline. That of
 siblings is as many sequences of the same lengths that share nothing, at the same work, so that the
-ratio is that of times. That of a plan is the fastest of all plans there are, found by timing them.
+ratio is that of times. That of a plan is the fastest of all plans there are, found by timing them;
+both with the merge on the way to 8-bit rows, as steps are served.
 """
 
 from __future__ import annotations
@@ -20,11 +21,8 @@ from fourfold.bench.calibrate.decode_steps import RandomStep, StepOf
 from fourfold.bench.kernels.case import Case
 from fourfold.kernels.decode_attention import (
     DecodeShape,
-    PlanBuffers,
     candidate_plans,
-    merge_and_quantize,
     paged_int8_attention_decode_reference,
-    paged_int8_attention_decode_unmerged,
     plan_decode,
 )
 from fourfold.kernels.pages import PAGE_TOKENS
@@ -65,7 +63,8 @@ def cases(device: torch.device) -> Iterator[Case]:
     ):
         yield _planned(f"int8 {name}, plan", step, device)
     for batch in (1, 256):
-        yield _coded(StepOf(lengths=(512,) * batch, shape=_of(1)), device)
+        step = StepOf(lengths=(512,) * batch, shape=_of(1))
+        yield _coded(f"int8 {batch} x 512, to 8-bit rows", step, device)
 
 
 def _siblings(prefix: int, groups: int) -> StepOf:
@@ -83,16 +82,13 @@ def _of(rows: int) -> DecodeShape:
 
 def _case(name: str, step: StepOf, device: torch.device) -> Case:
     made = RandomStep(step, device, layers=1)
-    cost = cost_of(device)
-    buffers = PlanBuffers.holding(plan_decode(made.sequences, made.shape, cost), device)
+    buffers = made.buffers(plan_decode(made.sequences, made.shape, cost_of(device)))
 
     def run() -> torch.Tensor:
         return made.attend(0, buffers)
 
     def error() -> float:
-        wanted = paged_int8_attention_decode_reference(
-            made.q[0], made.records[0], made.open_k[0], made.open_v[0], made.layout, made.sequences
-        ).float()
+        wanted = paged_int8_attention_decode_reference(*made.arguments(0), made.sequences).float()
         return float((run().float() - wanted).norm() / wanted.norm())
 
     same = len(set(step.lengths)) == 1
@@ -114,45 +110,40 @@ def _run(step: StepOf, device: torch.device) -> Callable[[], object]:
     """A step by the plan that is chosen for it."""
     made = RandomStep(step, device, layers=1)
     plan = plan_decode(made.sequences, made.shape, cost_of(device))
-    return partial(made.attend, 0, PlanBuffers.holding(plan, device))
+    return partial(made.attend, 0, made.buffers(plan))
 
 
 def _planned(name: str, step: StepOf, device: torch.device) -> Case:
     """The plan that the cost model chooses, beside the fastest."""
-    cost = cost_of(device)
     timed = RandomStep(step, device)
-    fast = sorted(candidate_plans(timed.sequences, timed.shape, cost), key=timed.seconds)
+    plans = candidate_plans(timed.sequences, timed.shape, cost_of(device))
+    fast = sorted(plans, key=timed.seconds)
     fastest = min(fast[:3], key=timed.seconds)  # once may have been luck
-    case = _case(name, step, device)
     made = RandomStep(step, device, layers=1)
     return dataclasses.replace(
-        case,
-        baseline=partial(made.attend, 0, PlanBuffers.holding(fastest, device)),
+        _coded(name, step, device),
+        baseline=partial(made.code, 0, made.buffers(fastest)),
         baseline_name="fastest plan",
-        baseline_work=None,
     )
 
 
-def _coded(step: StepOf, device: torch.device) -> Case:
+def _coded(name: str, step: StepOf, device: torch.device) -> Case:
     """With the merge on the way to the 8-bit rows that the output projection reads."""
     made = RandomStep(step, device, layers=1)
-    buffers = PlanBuffers.holding(plan_decode(made.sequences, made.shape, cost_of(device)), device)
-    width = step.shape.heads * step.shape.head_width
-    arguments = (made.q[0], made.records[0], made.open_k[0], made.open_v[0], made.layout)
+    buffers = made.buffers(plan_decode(made.sequences, made.shape, cost_of(device)))
 
     def run() -> Rows:
-        out_RHC = paged_int8_attention_decode_unmerged(*arguments, buffers)
-        return merge_and_quantize(out_RHC, buffers, torch.int8, width)
+        return made.code(0, buffers)
 
     def error() -> float:
-        wanted = paged_int8_attention_decode_reference(*arguments, made.sequences)
+        wanted = paged_int8_attention_decode_reference(*made.arguments(0), made.sequences)
         codes_TW, scale_T = run()
         out = codes_TW.float() * scale_T[:, None]
         return float((out - wanted.flatten(1).float()).norm() / wanted.float().norm())
 
     return Case(
         kernel="paged_int8_attention_decode",
-        case=f"int8 {len(step.lengths)} x {step.lengths[0]}, to 8-bit rows",
+        case=name,
         run=run,
         work=float(step.page_bytes),
         unit="B",
