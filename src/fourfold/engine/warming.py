@@ -18,8 +18,10 @@ from fourfold.quadrants.decode_attention import decode_planner, decode_shape
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, PageShape, Span, make_pages
 from fourfold.quadrants.step import CodedStep, CodedWork, StepRoom
 
-# Tokens of the sequences that decode.
-_CONTEXT = 500
+# Tokens of the sequences that decode. Longer ones of a few rows need room for more tasks, in which
+# short ones take longer.
+_CONTEXT, _LONGER = 500, 600
+_FEW_ROWS = 16
 _MANY = 1 << 20  # pages
 # Rows of prompts at which other kernels are chosen, or the same ones tiled in another way.
 _PREFILL_ROWS = (64, 128, 256, 384, 512, 1024, 2048, 3072, 4096, 5120, 8192, 16384)
@@ -35,9 +37,12 @@ _DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 def usual_decodes(
     max_running: int, page_count: int, planner: DecodePlanner | None
 ) -> Iterator[CodedWork]:
-    """Steps that decode, of every number of rows that has a graph of its own."""
+    """Steps that decode, of every number of rows that has a graph of its own; shorter sequences
+    first, whose graphs longer ones cannot take."""
     for rows in usual_decode_rows(max_running):
         yield CodedWork(_decodes(rows, page_count), [], planner)
+        if rows <= _FEW_ROWS:
+            yield CodedWork(_decodes(rows, page_count, _LONGER), [], planner)
 
 
 def usual_mixes(config: EngineConfig, page_count: int) -> Iterator[tuple[list[Span], list[Span]]]:
@@ -49,7 +54,7 @@ def usual_mixes(config: EngineConfig, page_count: int) -> Iterator[tuple[list[Sp
             key = min(decodes, config.running), round_rows(rows)
             if key not in seen:
                 seen.add(key)
-                yield _decodes(key[0], page_count), [_prompt(rows)]
+                yield _decodes(key[0], page_count, _LONGER), [_prompt(rows)]
 
 
 def largest_work(
@@ -136,10 +141,10 @@ def walk_rooms(model: Decoder, pages: CodedPages, rooms: Iterable[StepRoom]) -> 
         adjustments = [Adjustment.NONE]
 
 
-def _decodes(rows: int, page_count: int) -> list[Span]:
-    each = -(-_CONTEXT // PAGE_TOKENS)
+def _decodes(rows: int, page_count: int, context: int = _CONTEXT) -> list[Span]:
+    each = -(-context // PAGE_TOKENS)
     return [
-        Span(_CONTEXT, 1, [(row * each + page) % page_count for page in range(each)], row)
+        Span(context, 1, [(row * each + page) % page_count for page in range(each)], row)
         for row in range(rows)
     ]
 

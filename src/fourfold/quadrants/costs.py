@@ -306,6 +306,7 @@ def scaled(
             sms=sms or decode.sms,
             page=decode.page * ratio,
             opened=decode.opened * ratio,
+            opened_beside=decode.opened_beside * ratio,
             partial=decode.partial * ratio,
         ),
         prefill_ffn=slower(costs.prefill_ffn),

@@ -36,7 +36,7 @@ from fourfold.quadrants.costs import shipped_costs
 
 CPU = torch.device("cpu")
 # Sharing costs nothing, so that plans share wherever they can.
-COST = dataclasses.replace(next(shipped_costs()).decode_attention, task=0.0, partial=0.0)
+COST = dataclasses.replace(next(shipped_costs()).decode_attention, partial=0.0)
 
 
 class Step:

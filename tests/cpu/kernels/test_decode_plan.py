@@ -25,8 +25,9 @@ from fourfold.kernels.decode_attention.cost import DecodeCost, Measurement, Work
 from fourfold.quadrants.costs import shipped_costs
 
 COST = next(shipped_costs()).decode_attention
+BANDWIDTH = next(shipped_costs()).limits.bandwidth
 # Sharing costs nothing, so that plans share wherever they can.
-EAGER = dataclasses.replace(COST, task=0.0, partial=0.0, further=0.0)
+EAGER = dataclasses.replace(COST, partial=0.0, further=0.0)
 
 
 def make(lengths: list[int], tables: list[list[int]]) -> DecodeSequences:
@@ -224,23 +225,48 @@ def test_fit_finds_the_coefficients_that_made_the_measurements() -> None:
             "full": rng.uniform(),
             "longest": longest,
             "longest_rows": longest * tile,
+            "many": rng.integers(0, 2),
+            "second_pages": rng.integers(0, 2),
             "pages": pages,
             "rereads": rng.integers(0, 2) * rng.integers(0, 60000),
             "row_pages": pages * tile,
             "opened": rng.integers(1, 1000),
-            "tasks": rng.integers(1, 3000),
+            "opened_beside": rng.integers(0, 2) * rng.integers(1, 300),
             "partials": merges * rng.integers(1, 30000),
             "merges": merges,
             "merged": merges * rng.integers(2, 100),
+            "coded_apart": merges * rng.integers(0, 2),
         }
         work = Work(**{name: np.float64(value) for name, value in numbers.items()})
         measurements.append(Measurement(work, 128, float(COST.seconds(work, 128))))
-    fitted = fit(measurements, "made up", 132)
+    fitted = fit(measurements, "made up", 132, BANDWIDTH)
     assert isinstance(fitted, DecodeCost)
     assert fitted.hardware == "made up"
     predicted = np.array([float(fitted.seconds(m.work, 128)) for m in measurements])
     measured = np.array([m.seconds for m in measurements])
     assert np.abs(predicted / measured - 1).max() < 0.1
+
+
+@pytest.mark.parametrize("timed", ["nothing shared", "sharing", "reading again costs nothing"])
+def test_whatever_was_timed_sharing_survives_a_fit(timed: str) -> None:
+    """Times that say that reading a page again costs nothing are times of something else."""
+    shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
+    siblings = 1 if timed == "nothing shared" else 8
+    true = dataclasses.replace(COST, reread=COST.reread * (timed == "sharing"))
+    measurements = []
+    for batch, pages in ((1, 8), (1, 60), (8, 14), (8, 130), (64, 7), (64, 64)):
+        tables = [
+            [*range(pages * (b - b % siblings), pages * (b - b % siblings + 1) - 1), 100_000 + b]
+            for b in range(batch)
+        ]
+        plans = candidate_plans(make([pages * 64 + 9] * batch, tables), shape, true)
+        measurements += [Measurement(plan.work, 128, plan.seconds) for plan in plans]
+    fitted = fit(measurements, "made up", 132, BANDWIDTH)
+    bytes_over_bandwidth = 2 * 64 * 128 / BANDWIDTH
+    assert fitted.page >= 0.999 * bytes_over_bandwidth
+    assert fitted.reread >= 0.999 * bytes_over_bandwidth / 4
+    tables = [[*range(128 * (b // 8), 128 * (b // 8 + 1)), 10_000 + b] for b in range(64)]
+    assert plan_decode(make([129 * 64 + 9] * 64, tables), shape, fitted).choice.sharing
 
 
 @settings(max_examples=60, deadline=None)

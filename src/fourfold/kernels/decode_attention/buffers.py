@@ -11,7 +11,6 @@ Shapes: R query rows, J tasks, C head width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -19,12 +18,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fourfold.kernels.decode_attention.choose import FEWER_PARTIALS, merged_class
-from fourfold.kernels.decode_attention.plan import TASK_FIELDS, TILES, DecodePlan, DecodeShape
+from fourfold.kernels.decode_attention.plan import (
+    TASK_CLASSES,
+    TASK_FIELDS,
+    TILES,
+    DecodePlan,
+    DecodeShape,
+    class_of,
+)
 
 _ALIGNMENT = 32  # words
 _HEADER = 1 + len(TILES)
-# Few of each, so that few graphs are captured.
-_TASK_CLASSES = tuple(32 * 4**i for i in range(9))
 _PAGE_CLASSES = tuple(16384 * 16**i for i in range(5))
 
 
@@ -84,8 +88,8 @@ class PlanCapacity:
         return cls.of_tasks(
             plan.shape,
             rows=rows,
-            tasks=tuple((tile, _class_of(count, _TASK_CLASSES)) for tile, count in plan.tiles),
-            pages=_class_of(len(plan.pages), _PAGE_CLASSES),
+            tasks=tuple((tile, class_of(count, TASK_CLASSES)) for tile, count in plan.tiles),
+            pages=class_of(len(plan.pages), _PAGE_CLASSES),
             merged=merged_class(plan.merged, rows),
         )
 
@@ -109,11 +113,6 @@ class PlanCapacity:
             partials=pieces * shape.heads,
             merged=merged,
         )
-
-
-def _class_of(number: int, classes: Sequence[int]) -> int:
-    """The smallest class that holds so many."""
-    return next(size for size in classes if size >= number)
 
 
 class PlanBuffers:

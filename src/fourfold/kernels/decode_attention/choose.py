@@ -10,6 +10,7 @@ from typing import NamedTuple
 _REGISTERS = {64: 168}
 _REGISTERS_OF_FEW = 160
 _PROGRAMS = {16: 5, 32: 4, 64: 3}
+_PROGRAMS_OF_FEW = 3
 _FEW_TILE = 16
 _FEW_PROGRAMS = 264
 _FEW_ROWS = 16
@@ -33,8 +34,10 @@ class Build(NamedTuple):
     """Of a thread at most; None: as many as it likes."""
 
 
-def programs_per_sm(tile: int, head_width: int) -> int:
+def programs_per_sm(tile: int, head_width: int, *, few: bool) -> int:
     """How many programs share an SM, by their shared memory and registers."""
+    if few:
+        return _PROGRAMS_OF_FEW
     return _PROGRAMS[tile] * (1 if head_width == 128 else 2)
 
 

@@ -1,13 +1,14 @@
 """What a decode-attention plan costs, in seconds: a model with few coefficients, fitted to
 measurements of one GPU.
 
-    t = start + full + (alone ^ 3 + last ^ 3) ^ (1 / 3) + merge
+    t = start + full + (alone ^ 2 + last ^ 2) ^ (1 / 2) + merge
 
 Tasks run in waves, as many at once as fit on the GPU. `full` is what the waves before the last ask
 of the memory, `last` the same of the last wave, and `alone` is its longest task, which waits for
-page after page. The larger of these two counts, and both where they are near each other.
-All coefficients but those of kernels and tasks belong to a head width of 128 and scale
-with the bytes of a page of one KV head.
+page after page. The larger of these two counts, and both where they are near each other. `merge` is
+one kernel up to some partials of a row and two beyond, as `choose.most_at_once` says.
+All coefficients but those of kernels and pages that are waited for belong to a head width of 128
+and scale with the bytes of a page of one KV head.
 
 Shapes: K candidate plans, F coefficients.
 """
@@ -21,10 +22,15 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from fourfold.kernels.pages.layout import PAGE_TOKENS
+
 Floats = NDArray[np.float64]
 _HEAD_WIDTH = 128
-_SHARPNESS = 3
+_SHARPNESS = 2
 _TURNS = 40
+_PAGE_BYTES = 2 * PAGE_TOKENS * _HEAD_WIDTH
+_CACHE_GAIN = 4
+"""How many times as fast as the memory the L2 cache reads, at most."""
 
 
 class Work(NamedTuple):
@@ -43,6 +49,10 @@ class Work(NamedTuple):
     """Pages of the longest task of the last wave."""
     longest_rows: Floats
     """Most rows times pages of such a task, rows being those of its tile."""
+    many: Floats
+    """1 where the kernel is made for many programs, 0 where it is made for few."""
+    second_pages: Floats
+    """1 where a kernel made for few programs has a task of several pages."""
     pages: Floats
     """Different pages."""
     rereads: Floats
@@ -51,13 +61,16 @@ class Work(NamedTuple):
     """Rows times pages, summed over tasks."""
     opened: Floats
     """Open pages."""
-    tasks: Floats
+    opened_beside: Floats
+    """The same where a kernel made for few programs has a task of several pages."""
     partials: Floats
     """Partial results, one of a query head each."""
     merges: Floats
     """1 where anything is merged."""
     merged: Floats
     """Most partials of one row; 0 where nothing is merged."""
+    coded_apart: Floats
+    """1 where these are so many that another kernel than the one that merges codes the row."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,13 +81,18 @@ class DecodeCost:
     sms: int
     """Streaming multiprocessors."""
     start: float
-    """A kernel, and a task without pages."""
+    """A kernel, and a task without pages; the coding of rows."""
     further: float
     """Another kernel, which starts beside the first."""
     page_alone: float
     """One more page of the longest task."""
     row_alone: float
     """The same for each row of its tile."""
+    many_alone: float
+    """What the first page of a task takes longer where programs are many, of a warp each."""
+    second_page: float
+    """Waiting for the second page of a task where programs are few: the first is there when the
+    kernel before ends."""
     page: float
     """One more page, when all of the GPU is busy: bytes over bandwidth."""
     reread: float
@@ -83,14 +101,16 @@ class DecodeCost:
     """One more row of a tile that reads a page, when all of the GPU is busy."""
     opened: float
     """One open page."""
-    task: float
-    """One more task, when all of the GPU is busy."""
+    opened_beside: float
+    """The same besides, where programs are few and ask for later pages at the same moment."""
     partial: float
     """Writing and reading one partial result."""
     merge: float
-    """The merge kernel."""
+    """A row that has partials."""
     merge_step: float
     """One more partial of the row that has most."""
+    coding: float
+    """Another kernel that codes rows."""
 
     def seconds(self, work: Work, head_width: int) -> Floats:
         """Predicted seconds of plans."""
@@ -105,11 +125,12 @@ class DecodeCost:
 _COEFFICIENTS = tuple(
     f.name for f in dataclasses.fields(DecodeCost) if f.type != "str" and f.type != "int"
 )
-_ALONE = np.array([name in ("page_alone", "row_alone") for name in _COEFFICIENTS])
-_REST = np.array([name in ("start", "further", "merge", "merge_step") for name in _COEFFICIENTS])
+_OF_A_TASK = ("page_alone", "row_alone", "many_alone")
+_ALONE = np.array([name in _OF_A_TASK for name in _COEFFICIENTS])
+_OF_KERNELS = ("start", "further", "second_page", "merge", "merge_step", "coding")
+_REST = np.array([name in _OF_KERNELS for name in _COEFFICIENTS])
 _TOGETHER = ~_ALONE & ~_REST
-_UNSCALED = ("start", "further", "page_alone", "row_alone", "task", "merge")
-_PER_BYTE = np.array([name not in _UNSCALED for name in _COEFFICIENTS])
+_PER_BYTE = _TOGETHER | np.array([name == "merge_step" for name in _COEFFICIENTS])
 _FULL = Work._fields.index("full")
 
 
@@ -141,12 +162,23 @@ class Measurement(NamedTuple):
     seconds: float
 
 
-def fit(measurements: Sequence[Measurement], hardware: str, sms: int = 132) -> DecodeCost:
-    """Least squares of relative errors, coefficients not negative.
+def fit(
+    measurements: Sequence[Measurement], hardware: str, sms: int, bandwidth: float
+) -> DecodeCost:
+    """Least squares of relative errors, of coefficients that can be.
 
-    The model is linear but for the sum of cubes, of which each side counts by how much of it it is;
-    those weights and the coefficients are found in turns.
+    None is negative. A page costs at least its bytes over the `bandwidth` of the memory, bytes per
+    second, and reading it again a part of that: of times that do not tell them from what else grows
+    with pages, least squares would give either all of it, and without a price of reading again no
+    plan would share pages.
+
+    The model is linear but for the sum of squares, of which each side counts by how much of it it
+    is; those weights and the coefficients are found in turns.
     """
+    page = _PAGE_BYTES / bandwidth
+    least = np.zeros(len(_COEFFICIENTS))
+    least[_COEFFICIENTS.index("page")] = page
+    least[_COEFFICIENTS.index("reread")] = page / _CACHE_GAIN
     features = np.stack([_features(m.work, m.head_width) for m in measurements])
     seconds = np.array([m.seconds for m in measurements])
     full = np.array([float(m.work.full) for m in measurements])
@@ -156,7 +188,7 @@ def fit(measurements: Sequence[Measurement], hardware: str, sms: int = 132) -> D
         weighted = features.copy()
         weighted[:, _ALONE] *= weight_alone[:, None]
         weighted[:, _TOGETHER] *= weight_together[:, None]
-        coefficients = _non_negative(weighted / seconds[:, None], np.ones(len(seconds)))
+        coefficients = _solve(weighted / seconds[:, None], least)
         alone, together, rest = _parts(features, coefficients)
         last = together * (1 - full)
         either = np.maximum(_either(alone, last), 1e-12)
@@ -173,15 +205,17 @@ def fit(measurements: Sequence[Measurement], hardware: str, sms: int = 132) -> D
     )
 
 
-def _non_negative(matrix: Floats, wanted: Floats) -> Floats:
-    """Least squares without negative coefficients: coordinate descent on the normal equations."""
+def _solve(matrix: Floats, least: Floats) -> Floats:
+    """The x, nowhere below `least`, that makes `matrix @ x` nearest to ones: coordinate descent on
+    the normal equations."""
     scale = np.maximum(np.sqrt(np.square(matrix).sum(0)), 1e-300)
     scaled = matrix / scale
-    gram, target = scaled.T @ scaled, scaled.T @ wanted
-    solution = np.zeros(matrix.shape[1])
+    gram, target = scaled.T @ scaled, scaled.sum(0)
+    bound = least * scale
+    solution = bound.copy()
     for _ in range(500):
         for i in range(len(solution)):
             if gram[i, i] > 0:
                 step = (target[i] - gram[i] @ solution) / gram[i, i]
-                solution[i] = max(0.0, solution[i] + step)
+                solution[i] = max(bound[i], solution[i] + step)
     return np.asarray(solution / scale)

@@ -27,6 +27,13 @@ Ints = NDArray[np.int64]
 
 TILES = (16, 32, 64)
 TASK_FIELDS = 7
+TASK_CLASSES = tuple(32 * 4**i for i in range(9))
+"""Tasks of a tile that kernels are launched for: few numbers, so that few graphs are captured."""
+
+
+def class_of(number: int, classes: Sequence[int]) -> int:
+    """The smallest class that holds so many."""
+    return next(size for size in classes if size >= number)
 
 
 class DecodeSequences(NamedTuple):

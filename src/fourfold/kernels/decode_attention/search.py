@@ -12,16 +12,18 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from fourfold.kernels.decode_attention.choose import programs_per_sm
+from fourfold.kernels.decode_attention.choose import are_few, most_at_once, programs_per_sm
 from fourfold.kernels.decode_attention.cost import DecodeCost, Work
 from fourfold.kernels.decode_attention.cutting import Cut, Runs, cut, pieces_of, start_order
 from fourfold.kernels.decode_attention.plan import (
+    TASK_CLASSES,
     TILES,
     Choice,
     DecodePlan,
     DecodeSequences,
     DecodeShape,
     Ints,
+    class_of,
 )
 from fourfold.kernels.decode_attention.siblings import SharedRun, find_shared_runs
 from fourfold.kernels.pages.layout import PAGE_TOKENS
@@ -45,7 +47,7 @@ def candidate_plans(
     """Also what `plan_decode` does not look at, because tasks would be too small or because sharing
     is not worth it by the model: to measure what its choice loses, and to fit another model."""
     step = _step_of(sequences, shape)
-    shared = step.accept(dataclasses.replace(cost, task=0.0, partial=0.0, reread=1.0))
+    shared = step.accept(dataclasses.replace(cost, partial=0.0, reread=1.0))
     for candidate in _candidates(step, cost, shared, most_tasks=None):
         yield candidate.build()
 
@@ -118,7 +120,7 @@ class Step:
         accepted = []
         per_tile = TILES[-1] // self.shape.shared
         tiles_of_one = -(-self.shape.rows * self.shape.shared // self.shape.tile)
-        extra = (cost.task + cost.partial * self.shape.shared) * self.shape.rows
+        extra = cost.partial * self.shape.shared * self.shape.rows
         for node in self.tree.nodes:
             sharers = node.end - node.first
             start = int(covered_B[node.first])
@@ -153,7 +155,10 @@ class Step:
         tiles_N = -(-runs.rows // (runs.tile // shape.shared))
         reads_N = tiles_N * runs.pages
         count_KN = pieces_KN * (tiles_N * shape.kv_heads)
-        waves = _last_wave(runs, pieces_KN, count_KN, reads_N, sms, shape.head_width)
+        rows = len(self.sealed_B) * shape.rows
+        few_K = self._few(runs, rows, count_KN)
+        waves = _last_wave(runs, pieces_KN, count_KN, few_K, reads_N, sms, shape.head_width)
+        second_K = np.where(few_K & (waves[1] > 1), 1.0, 0.0)
         most_K = per_row_KN.max(1)
         split_KN = np.where(per_row_KN > 1, pieces_KN, 0)
         once = np.ones(len(chunk_K))
@@ -164,15 +169,30 @@ class Step:
             full=waves[0],
             longest=waves[1],
             longest_rows=waves[2],
+            many=np.where(few_K, 0.0, 1.0),
+            second_pages=second_K,
             pages=once * (unique_pages * shape.kv_heads),
             rereads=once * ((reads_N.sum() - unique_pages) * shape.kv_heads),
             row_pages=once * ((reads_N * runs.tile).sum() * shape.kv_heads),
             opened=once * (len(self.sealed_B) * shape.kv_heads),
-            tasks=count_KN.sum(1).astype(np.float64),
+            opened_beside=second_K * (len(self.sealed_B) * shape.kv_heads),
             partials=(split_KN @ runs.rows).astype(np.float64) * shape.heads,
             merges=(most_K > 1).astype(np.float64),
             merged=np.where(most_K > 1, most_K, 0).astype(np.float64),
+            coded_apart=(most_K > most_at_once(rows)).astype(np.float64),
         )
+
+    def _few(self, runs: Runs, rows: int, count_KN: Ints) -> NDArray[np.bool_]:
+        """Whether the kernel is made for few programs, [K], by how many each run has."""
+        shape, tile = self.shape, int(runs.tile[0])
+        if (runs.tile != tile).any():
+            return np.zeros(len(count_KN), np.bool_)
+        tasks_K = (count_KN.sum(1) // shape.kv_heads).tolist()
+        few = [
+            are_few(rows, ((tile, class_of(tasks, TASK_CLASSES)),), shape.kv_heads)
+            for tasks in tasks_K
+        ]
+        return np.array(few)
 
     def _shared_runs(self, nodes: Sequence[SharedRun]) -> Runs:
         first, end, start, stop = np.array(nodes, np.int64).T
@@ -268,7 +288,13 @@ def _candidates(
 
 
 def _last_wave(
-    runs: Runs, pieces_KN: Ints, count_KN: Ints, reads_N: Ints, sms: int, head_width: int
+    runs: Runs,
+    pieces_KN: Ints,
+    count_KN: Ints,
+    few_K: NDArray[np.bool_],
+    reads_N: Ints,
+    sms: int,
+    head_width: int,
 ) -> tuple[Floats, Floats, Floats]:
     """What part of all reads precedes the last wave of tasks, most pages of a task of that wave,
     and most rows times pages; [K] each."""
@@ -276,9 +302,11 @@ def _last_wave(
     rows_N = runs.tile
     order_KN = start_order(rows_N, units_KN)
     pages_KN = np.where(pieces_KN == 1, runs.pages, units_KN)
-    slots = {tile: programs_per_sm(tile, head_width) for tile in TILES}
-    share_N = np.array([1 / slots[tile] for tile in rows_N.tolist()])
-    used_KN = np.take_along_axis(count_KN * share_N, order_KN, 1).cumsum(1)
+    share_KN = np.empty(count_KN.shape)
+    for few in (False, True):
+        slots = {tile: programs_per_sm(tile, head_width, few=few) for tile in TILES}
+        share_KN[few_K == few] = [1 / slots[tile] for tile in rows_N.tolist()]
+    used_KN = np.take_along_axis(count_KN * share_KN, order_KN, 1).cumsum(1)
     before_K = np.floor((used_KN[:, -1] - 1e-9) / sms) * sms
     late_KN = used_KN > before_K[:, None]
     read_KN = np.where(late_KN, 0, reads_N[order_KN]).sum(1)
@@ -286,7 +314,7 @@ def _last_wave(
     first_K = late_KN.argmax(1)[:, None]
     end_K = np.take_along_axis(used_KN, first_K, 1)[:, 0]
     n_K = np.take_along_axis(order_KN, first_K, 1)
-    size_K = np.take_along_axis(count_KN * share_N, n_K, 1)[:, 0]
+    size_K = np.take_along_axis(count_KN * share_KN, n_K, 1)[:, 0]
     early_K = 1 - (end_K - before_K) / size_K
     read_K = read_KN + reads_N[n_K[:, 0]] * early_K
     late_pages_KN = np.where(late_KN, np.take_along_axis(pages_KN, order_KN, 1), 0)
