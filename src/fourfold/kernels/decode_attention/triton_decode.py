@@ -75,8 +75,16 @@ def _load_page(records, scales, page, there, kv_head,
 
 
 @triton.jit
+def _sums(weight_MN, FP8: tl.constexpr):
+    """Sums of a page's weights [M]; of integers by their bits."""
+    if FP8:
+        return tl.sum(weight_MN, 1)
+    return (tl.sum(weight_MN, 1) + _MAGIC_BITS_OF_64).to(tl.float32) * (1.0 / 127.0)
+
+
+@triton.jit
 def _attend_page(q8_MC, step_M, k8_NC, v8_hN, w8_hN, k_scale, v_scale, o_Mh, u_Mh, l_M, top_M,
-                 M: tl.constexpr, C: tl.constexpr, FP8: tl.constexpr):  # fmt: skip
+                 M: tl.constexpr, C: tl.constexpr, FP8: tl.constexpr, FEW: tl.constexpr):  # fmt: skip
     """The state (o, l, top) grows by a sealed page."""
     factor_M = step_M * k_scale
     if FP8:
@@ -84,7 +92,6 @@ def _attend_page(q8_MC, step_M, k8_NC, v8_hN, w8_hN, k_scale, v_scale, o_Mh, u_M
         largest_M = tl.max(s_MN, 1)
         weight_MN = tl.exp2((s_MN - largest_M[:, None]) * factor_M[:, None])
         p8_MN = (weight_MN * 448.0).to(q8_MC.dtype)
-        p8_MN = p8_MN.reshape(M, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, _TOKENS)
         page_top_M = largest_M * factor_M
         largest_code = 448.0
     else:
@@ -93,12 +100,14 @@ def _attend_page(q8_MC, step_M, k8_NC, v8_hN, w8_hN, k_scale, v_scale, o_Mh, u_M
         s_MN = s_MN.to(tl.float32, bitcast=True)
         largest_M = tl.max(s_MN, 1)
         weight_MN = tl.exp2((s_MN - largest_M[:, None]) * factor_M[:, None])
-        bits_MN = (weight_MN * 127.0 + _MAGIC).to(tl.int32, bitcast=True)
-        p8_MN = bits_MN.to(tl.int8)
-        p8_MN = p8_MN.reshape(M, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, _TOKENS)
+        weight_MN = (weight_MN * 127.0 + _MAGIC).to(tl.int32, bitcast=True)
+        p8_MN = weight_MN.to(tl.int8)
         page_top_M = (largest_M - _MAGIC) * factor_M
         largest_code = 127.0
-
+    # Few programs wait for sums at the end only; many lack registers to keep weights until then.
+    if not FEW:
+        sum_M = _sums(weight_MN, FP8)
+    p8_MN = p8_MN.reshape(M, 4, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(M, _TOKENS)
     new_top_M = tl.maximum(top_M, page_top_M)
     keep_M = tl.exp2(top_M - new_top_M)
     take_M = tl.exp2(page_top_M - new_top_M)
@@ -106,11 +115,8 @@ def _attend_page(q8_MC, step_M, k8_NC, v8_hN, w8_hN, k_scale, v_scale, o_Mh, u_M
     o_Mh = o_Mh * keep_M[:, None] + _weighted(p8_MN, v8_hN, FP8) * take_v_M[:, None]
     if C > _HALF:
         u_Mh = u_Mh * keep_M[:, None] + _weighted(p8_MN, w8_hN, FP8) * take_v_M[:, None]
-    # Sums are not waited for until the end.
-    if FP8:
-        sum_M = tl.sum(weight_MN, 1)
-    else:
-        sum_M = (tl.sum(bits_MN, 1) + _MAGIC_BITS_OF_64).to(tl.float32) * (1.0 / 127.0)
+    if FEW:
+        sum_M = _sums(weight_MN, FP8)
     return o_Mh, u_Mh, l_M * keep_M + sum_M * take_M, new_top_M
 
 
@@ -118,7 +124,7 @@ def _attend_page(q8_MC, step_M, k8_NC, v8_hN, w8_hN, k_scale, v_scale, o_Mh, u_M
 def _attend_sealed(q8_MC, step_M, records, scales, pages, n_pages, kv_head, k_scale, v_scale,
                    o_Mh, u_Mh, l_M, top_M,
                    RECORD: tl.constexpr, G: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
-                   FP8: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+                   FP8: tl.constexpr, STAGES: tl.constexpr, FEW: tl.constexpr):  # fmt: skip
     """Attends to `n_pages` sealed pages, which the compiler brings to shared memory some pages
     ahead. `k_scale` and `v_scale` belong to the first."""
     n_N = tl.arange(0, _TOKENS)
@@ -140,7 +146,7 @@ def _attend_sealed(q8_MC, step_M, records, scales, pages, n_pages, kv_head, k_sc
         next_v_scale = tl.load(at + G)
         o_Mh, u_Mh, l_M, top_M = _attend_page(
             q8_MC, step_M, k8_NC, v8_hN, w8_hN, k_scale, v_scale, o_Mh, u_Mh, l_M, top_M,
-            M, C, FP8,
+            M, C, FP8, FEW,
         )  # fmt: skip
         k_scale = next_k_scale
         v_scale = next_v_scale
@@ -318,13 +324,13 @@ def decode_kernel(q, records, scales, open_k, open_v, out, partial_o, partial_ls
         if n_pages > 0:
             o_Mh, u_Mh, l_M, top_M = _attend_page(
                 q8_MC, step_M, k8_NC, v8_hN, w8_hN, k_scale, v_scale, o_Mh, u_Mh, l_M, top_M,
-                M, C, FP8,
+                M, C, FP8, FEW,
             )  # fmt: skip
         if n_pages > 1:
             o_Mh, u_Mh, l_M, top_M = _attend_sealed(
                 q8_MC, step_M, records, scales, pages + 1, n_pages - 1, kv_head,
                 second_k_scale, second_v_scale, o_Mh, u_Mh, l_M, top_M,
-                RECORD, G, M, C, FP8, STAGES,
+                RECORD, G, M, C, FP8, STAGES, FEW,
             )  # fmt: skip
         if slot >= 0:
             k_TC = _arrived(k_TC, EARLY)
@@ -338,7 +344,7 @@ def decode_kernel(q, records, scales, open_k, open_v, out, partial_o, partial_ls
     else:
         o_Mh, u_Mh, l_M, top_M = _attend_sealed(
             q8_MC, step_M, records, scales, pages, n_pages, kv_head, k_scale, v_scale,
-            o_Mh, u_Mh, l_M, top_M, RECORD, G, M, C, FP8, STAGES,
+            o_Mh, u_Mh, l_M, top_M, RECORD, G, M, C, FP8, STAGES, FEW,
         )  # fmt: skip
         if slot >= 0:
             o_Mh, u_Mh, l_M, top_M = _attend_open(
