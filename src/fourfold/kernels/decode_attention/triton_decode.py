@@ -84,7 +84,8 @@ def _sums(weight_MN, FP8: tl.constexpr):
 
 @triton.jit
 def _attend_page(q8_MC, step_M, k8_NC, v8_hN, w8_hN, k_scale, v_scale, o_Mh, u_Mh, l_M, top_M,
-                 M: tl.constexpr, C: tl.constexpr, FP8: tl.constexpr, FEW: tl.constexpr):  # fmt: skip
+                 M: tl.constexpr, C: tl.constexpr, FP8: tl.constexpr,
+                 FEW: tl.constexpr):  # fmt: skip
     """The state (o, l, top) grows by a sealed page."""
     factor_M = step_M * k_scale
     if FP8:
