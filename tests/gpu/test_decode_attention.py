@@ -66,7 +66,7 @@ def test_a_graph_follows_the_plan_that_is_loaded() -> None:
         for sharing in ({}, {1: (0, 20), 2: (0, 25)})
     ]
     capacity = PlanCapacity(
-        rows=6, tasks=((64, 1000), (16, 3000)), pages=200, merges=500, partials=20000
+        rows=6, tasks=((64, 1000), (16, 3000)), pages=200, merges=500, partials=20000, merged=64
     )
     buffers = PlanBuffers(shape, capacity, GPU)
     q, records, open_k, open_v = (t.to(GPU).clone() for t in (steps[0].q_RHC, *vars_of(steps[0])))

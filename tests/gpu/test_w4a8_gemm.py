@@ -12,6 +12,7 @@ from fourfold.kernels.routing import reference as routing_reference
 from fourfold.kernels.w4a8_gemm import reference
 from fourfold.kernels.w4a8_gemm.choose import (
     DENSE_TILES,
+    Kernel,
     Tiles,
     choose_at_once,
     choose_grouped,
@@ -143,7 +144,7 @@ def test_dense_product(recipe: W4A8Recipe, tokens: int, shape: tuple[int, int]) 
     )
     if not IS_HOPPER:
         return
-    hopper = Tiles(128, 128, 5, 4, 1, hopper=True)
+    hopper = Tiles(128, 128, 5, 4, 1, kernel=Kernel.RING)
     assert_equal(
         w4a8_gemm.w4a8_gemm(*rows, weight, out_dtype=torch.float32, tiles=hopper), wanted, recipe
     )

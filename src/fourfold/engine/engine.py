@@ -185,6 +185,7 @@ class Engine:
         self._inbox.put(None)
         if self._thread is not None:
             self._thread.join()
+            self._runner.settle()
             gc.unfreeze()
         if self._handover is not None:
             self._handover.close()

@@ -48,7 +48,7 @@ _TOKENS_OF_A_CHUNK = (64, 8)
 # A graph holds about 10 MB beside the shared pool.
 _MOST_GRAPHS = 96
 # Tasks of decode attention that a graph may have more than a step's room: each takes its program a
-# look at a number.
+# look at a number, and beside prompts all may be built for many, which takes them longer.
 _IDLE_TASKS = 512
 # And rows that are sampled.
 _IDLE_SAMPLES = 64
@@ -62,9 +62,10 @@ class _Key:
     adjustment: Adjustment
     kept: bool
 
-    def serves(self, other: _Key) -> bool:
+    def serves(self, other: _Key, kv_heads: int) -> bool:
         """Whether steps of another key can take this one's graph, at hardly any cost: of as many
-        rows, with no more than a few tasks of decode attention and samples that are not there."""
+        rows, with no more than a few tasks of decode attention and samples that are not there.
+        Where nothing is prefilled, attention must be built for as many programs, too."""
         room, needed = self.room, other.room
         if self.adjustment is not other.adjustment or self.kept < other.kept:
             return False
@@ -74,6 +75,10 @@ class _Key:
             return False
         if room.decode is None or needed.decode is None:
             return room.decode is needed.decode
+        if room.prefill is None and room.decode.are_few(kv_heads) != needed.decode.are_few(
+            kv_heads
+        ):
+            return False
         return (
             room.decode.holds(needed.decode)
             and room.decode.tasks_of_all - needed.decode.tasks_of_all <= _IDLE_TASKS
@@ -173,7 +178,10 @@ class StepGraphs:
 
     def _serving(self, key: _Key) -> StepGraph | None:
         """The best recorded graph that serves a key without one, from now on."""
-        serving = [k for k, graph in self._graphs.items() if graph.is_recorded and k.serves(key)]
+        kv_heads = self._pages.shape.kv_heads
+        serving = [
+            k for k, graph in self._graphs.items() if graph.is_recorded and k.serves(key, kv_heads)
+        ]
         if not serving:
             return None
         best = self._served[key] = min(serving, key=lambda other: other.size)

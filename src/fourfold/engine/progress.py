@@ -37,8 +37,11 @@ class Progress:
         self._told = borrow(host.data_ptr(), host.nbytes, device, host).view(torch.int32)
         self._number = np.zeros(1, np.int32)
 
-    def begin(self) -> Ints:
-        """The next step's number [1], which the device is to know before the step begins."""
+    def begin(self, prefill_rows: int) -> Ints:
+        """The next step's number [1], which the device is to know before the step begins. Steps
+        that tell nothing have none, or marks could lag behind by more than numbers can tell."""
+        if prefill_rows < _LEAST_ROWS:
+            return np.zeros(1, np.int32)
         self._number = self._number + 1  # it wraps around, and so do differences
         return self._number
 

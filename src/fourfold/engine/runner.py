@@ -114,6 +114,12 @@ class Runner:
                 return False
         return True
 
+    def settle(self) -> None:
+        """Waits for what is enqueued, which still writes to memory that will be given up."""
+        if self._stream is not None:
+            with contextlib.suppress(RuntimeError):  # of a device that is lost
+                self._stream.synchronize()
+
     def free_memory(self) -> None:
         """Gives up what can be made again, graphs above all, and what a step that failed may have
         left of its samples. Every step before it must be read before the next is launched.
@@ -266,8 +272,9 @@ class Runner:
     def _inputs(
         self, plan: StepPlan, params: Ints, decode_rows: int, prefill_rows: int, sampled: int
     ) -> dict[str, Ints]:
-        """What `run_step` reads, filled up to a room. Tokens that the host has not seen yet are
-        named by their slot."""
+        """What `run_step` reads of the next step, filled up to a room. Tokens that the host has not
+        seen yet are named by their slot."""
+        number = self._progress.begin(prefill_rows) if self._progress else np.zeros(1, np.int32)
         tokens = np.zeros(decode_rows + prefill_rows, np.int32)
         sources = np.full(decode_rows + prefill_rows, -1, np.int32)
         for row, work in enumerate(plan.decodes):
@@ -284,7 +291,7 @@ class Runner:
             if work.samples:
                 drawn.append(end - 1)
         return {
-            "number": self._progress.begin() if self._progress else np.zeros(1, np.int32),
+            "number": number,
             "tokens": tokens,
             "sources": sources,
             "sampled": padded(np.array(drawn, np.int32), sampled, 0),

@@ -16,7 +16,7 @@ from fourfold.bench.tiles.config import TilesBenchConfig
 from fourfold.bench.tiles.main import compare, describe, disagreeing, main
 from fourfold.bench.tiles.products import Work, works
 from fourfold.errors import ConfigError
-from fourfold.kernels.w4a8_gemm.choose import Tiles
+from fourfold.kernels.w4a8_gemm.choose import Kernel, Tiles
 from fourfold.kernels.w4a8_gemm.packing import W4A8Recipe
 
 SLOW, QUICK, WRONG = Tiles(64, 16, 4, 4, 8), Tiles(64, 32, 4, 4, 8), Tiles(128, 16, 4, 4, 8)
@@ -46,10 +46,10 @@ def test_candidates_differ_and_suit_the_rows(tokens: int, bits: int) -> None:
     assert len(set(found)) == len(found) > 10
     assert all(each.tokens < 2 * max(tokens, 16) for each in found)
     assert all(16 % each.split == 0 for each in found)
-    assert any(each.hopper for each in found)
+    assert any(each.kernel is Kernel.RING for each in found)
     without = candidates(tokens, 16, bits=bits, grouped=True, second=True, hopper=False)
     assert without
-    assert all(not each.hopper and each.split == 1 for each in without)
+    assert all(each.kernel is Kernel.TRITON and each.split == 1 for each in without)
 
 
 def test_nothing_is_split_that_does_not_divide() -> None:
@@ -61,7 +61,7 @@ def test_tiles_of_the_dense_kernel() -> None:
     def dense(tokens: int, **options: Any) -> set[tuple[int, int]]:
         options = {"bits": 8, "grouped": False, "second": False, "hopper": True} | options
         found = candidates(tokens, 16, **options)
-        return {(2 * each.half, each.tokens) for each in found if each.dense}
+        return {(2 * each.half, each.tokens) for each in found if each.kernel is Kernel.DENSE}
 
     assert dense(17) == dense(48) == {(64, 64), (128, 64)}
     assert dense(512) == dense(48) | {(128, 128), (256, 128)}
@@ -79,7 +79,7 @@ def test_tiles_of_the_kernel_for_few_tokens() -> None:
     def few(tokens: int, **options: Any) -> list[tuple[int, int]]:
         options = {"bits": 8, "grouped": False, "second": False, "hopper": True} | options
         found = candidates(tokens, 16, **options)
-        return [(2 * each.half, each.tokens) for each in found if each.at_once]
+        return [(2 * each.half, each.tokens) for each in found if each.kernel is Kernel.FEW]
 
     second: dict[str, Any] = {"bits": 4, "grouped": True, "second": True}
     assert few(1) == [(16, 8)]
@@ -136,12 +136,12 @@ def test_a_result_that_is_no_number_disagrees() -> None:
 
 def test_tiles_in_words() -> None:
     assert describe(SLOW) == "Triton 128 x 16, 4 stages, 4 warps, 8 programs"
-    gluon = Tiles(64, 32, 8, 4, 2, split=2, hopper=True, unroll=2)
+    gluon = Tiles(64, 32, 8, 4, 2, split=2, kernel=Kernel.RING, unroll=2)
     assert describe(gluon) == "Gluon 128 x 32, 8 stages, 4 warps, 2 programs, K split 2, unrolled 2"
-    dense = Tiles(64, 128, 6, 8, 1, hopper=True, dense=True)
+    dense = Tiles(64, 128, 6, 8, 1, kernel=Kernel.DENSE)
     assert describe(dense) == "dense Gluon 128 x 128, 6 stages, 8 warps, 1 programs"
-    few = Tiles(16, 8, 1, 8, 1, split=8, hopper=True, at_once=True)
-    assert describe(few) == "Gluon, at once, 32 x 8, 8 warps, K split 8"
+    few = Tiles(16, 8, 1, 8, 1, split=8, kernel=Kernel.FEW)
+    assert describe(few) == "Gluon for few tokens 32 x 8, 8 warps, K split 8"
 
 
 @pytest.mark.parametrize("wrong", [{"tokens": (0,)}, {"tokens": ()}, {"products": ()}])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -12,9 +13,13 @@ import pytest
 import torch
 
 from fourfold.engine.engine import Engine
+from fourfold.engine.handover import Handover, sending
 from fourfold.engine.handover.landing import HostLanding
 from fourfold.engine.handover.pulling import PullLanding
 from fourfold.engine.messages import Abort, FinishReason, Granted, SamplingParams, Stage, Submit
+from fourfold.engine.runner import Launched
+from fourfold.engine.scheduler import StepPlan
+from fourfold.engine.sequence import Sequence as Sample
 from fourfold.kernels import device_memory
 from fourfold.models.decoder import Decoder
 from fourfold.models.precision import PageFormat
@@ -405,3 +410,74 @@ def test_pages_that_cannot_be_handled_fail_their_prompt_alone(
         assert "RuntimeError: no memory is left" in next(filter(None, pair.moved[1]))
         assert pair.answers(other) == wanted
         pair.wait_until_free()
+
+
+@pytest.fixture
+def told_late(model: Decoder, monkeypatch: pytest.MonkeyPatch) -> Callable[[], Engine]:
+    """Makes engines whose steps say by themselves how far they are, as those of a GPU do."""
+    monkeypatch.setattr(sending, "_AT_ONCE", 0)
+
+    def make() -> Engine:
+        engine = make_engine(model, max_running=6, step_tokens=128, kv_pages=PageFormat.INT8)
+        launch, layers = engine._runner.launch, model.config.layers
+
+        def launched(plan: StepPlan) -> Launched:
+            seen = itertools.chain(range(layers), itertools.repeat(layers))
+            return dataclasses.replace(launch(plan), reached=lambda: next(seen))
+
+        monkeypatch.setattr(engine._runner, "launch", launched)
+        monkeypatch.setattr(Handover, "stored", lambda *_: None)
+        return engine
+
+    return make
+
+
+def test_pages_leave_as_steps_tell_how_far_they_are(
+    model: Decoder, told_late: Callable[[], Engine]
+) -> None:
+    """Nothing else sends a prompt here, not even the end of a step."""
+    options = {"max_running": 6, "step_tokens": 128, "kv_pages": PageFormat.INT8}
+    requests = [submit(n, prompt_of(length, length), GREEDY) for n, length in enumerate(LENGTHS)]
+    wanted = alone(make_engine(model, **options), *requests)
+    with couple(told_late(), make_engine(model, **options)) as pair:
+        assert pair.answers(*requests) == wanted
+        pair.wait_until_free()
+        handover = pair.first._handover
+        assert handover is not None
+        wait_until(lambda: not handover._courier._followed)
+
+
+def test_prompts_that_are_aborted_while_they_leave_hold_nothing(
+    model: Decoder, told_late: Callable[[], Engine]
+) -> None:
+    options = {"max_running": 6, "step_tokens": 128, "kv_pages": PageFormat.INT8}
+    with couple(told_late(), make_engine(model, **options)) as pair:
+        for number in range(12):
+            pair.submit(submit(number, prompt_of(300, number), GREEDY))
+            pair.abort(number)
+        pair.wait_until_free()
+        handover = pair.first._handover
+        assert handover is not None
+        wait_until(lambda: not handover._courier._followed and not handover._sendings)
+        request = submit(50, prompt_of(300, 50), GREEDY)
+        assert pair.answers(request) == alone(make_engine(model, **options), request)
+
+
+def test_a_receiver_on_the_same_gpu_gets_pages_at_the_end_of_a_step(model: Decoder) -> None:
+    memory = DeviceMemory(1, 1, 1)
+    here, there = (DevicePages(gpu=gpu, pages=1, records=memory) for gpu in ("one", "other"))
+    with couple(make_engine(model), make_engine(model)) as pair:
+        handover, node = pair.first._handover, pair.first_node
+        assert handover is not None
+        node.peer = msgspec.structs.replace(node.peer, device=here)
+
+        def shares(device: DevicePages | None, **changes: object) -> bool:
+            peer = msgspec.structs.replace(pair.second_node.peer, device=device, **changes)
+            request = submit(1, [5], GREEDY)
+            request = msgspec.structs.replace(request, stage=Stage.PREFILL, peer=peer)
+            return handover._shares_gpu(Sample(request, 0, 0, None, 10))
+
+        assert shares(here)
+        assert not shares(there)
+        assert not shares(None)
+        assert not shares(here, host_id="another")

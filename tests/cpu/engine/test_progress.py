@@ -81,7 +81,7 @@ def test_marks_tell_how_far_a_step_is(before: int) -> None:
     progress._seen[:] = before
     earlier = []
     for _ in range(3):
-        step, number = Step(), progress.begin()
+        step, number = Step(), progress.begin(ROWS)
         progress.mark(step, torch.from_numpy(number), ROWS)
         reached = progress.of(number, ROWS)
         assert reached is not None
@@ -96,12 +96,19 @@ def test_marks_tell_how_far_a_step_is(before: int) -> None:
 
 def test_steps_of_few_rows_tell_nothing() -> None:
     progress = Progress(LAYERS, torch.device("cpu"))
-    step, number = Step(), progress.begin()
+    step, number = Step(), progress.begin(64)
     progress.mark(step, torch.from_numpy(number), 64)
     for layer in range(LAYERS):
         step.stored(layer)
     assert progress.of(number, 64) is None
     assert not np.any(progress._seen)
+
+
+def test_steps_that_tell_nothing_let_no_mark_grow_old() -> None:
+    progress = Progress(LAYERS, torch.device("cpu"))
+    for _ in range(3):
+        progress.begin(64)
+    assert progress.begin(ROWS) == 1
 
 
 def test_prompts_are_sent_while_a_step_computes_them(courier: Courier) -> None:

@@ -133,7 +133,7 @@ def test_usual_graphs_serve_contexts_of_other_lengths(
         prompt = Span(0, random.choice((512, 1024)), range(page, page + 16))
         prompts = [prompt] * random.randrange(3)
         needed = key(CodedWork(decodes, prompts, planner()))
-        assert any(one.serves(needed) for one in usual)
+        assert any(one.serves(needed, 4) for one in usual)
 
 
 def test_what_a_graph_must_not_hold_too_much_of() -> None:
@@ -149,12 +149,12 @@ def test_what_a_graph_must_not_hold_too_much_of() -> None:
         return _Key(room=room, adjustment=Adjustment.NONE, kept=False)
 
     needed = key()
-    assert key(tasks=512).serves(needed)
-    assert key(chunks=64).serves(needed)
+    assert key(tasks=512).serves(needed, 4)
+    assert key(chunks=64).serves(needed, 4)
     for more in ({"tasks": 2048}, {"pages": 262144}, {"merged": 64}, {"chunks": 256}):
-        assert not key(**more).serves(needed), more
-    assert not needed.serves(key(tasks=128))
-    assert not needed.serves(key(chunks=32))
-    assert not needed.serves(dataclasses.replace(needed, kept=True))
-    assert dataclasses.replace(needed, kept=True).serves(needed)
+        assert not key(**more).serves(needed, 4), more
+    assert not needed.serves(key(tasks=128), 4)
+    assert not needed.serves(key(chunks=32), 4)
+    assert not needed.serves(dataclasses.replace(needed, kept=True), 4)
+    assert dataclasses.replace(needed, kept=True).serves(needed, 4)
     assert key(tasks=128).size < key(tasks=512).size

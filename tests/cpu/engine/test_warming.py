@@ -13,7 +13,6 @@ from fourfold.engine.graphs import round_room, usual_decode_rows
 from fourfold.engine.warming import walked_rooms
 from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape
 from fourfold.kernels.decode_attention.choose import (
-    are_few,
     choose_build,
     choose_merge,
     most_at_once,
@@ -31,22 +30,22 @@ CONTEXT = 40_960
 COSTS = {costs.hardware: costs.decode_attention for costs in shipped_costs()}
 
 
-def forms(rooms: Iterable[StepRoom], kv_heads: int) -> set[tuple[object, ...]]:
+def forms(rooms: Iterable[StepRoom], kv_heads: int, heads: int = 32) -> set[tuple[object, ...]]:
     """What the kernels of decode attention are compiled for."""
     found: set[tuple[object, ...]] = set()
     for room in rooms:
         plan = room.decode
         if plan is None:
-            merge = choose_merge(room.rows, merges=False)
+            merge = choose_merge(room.rows, heads, merges=False)
             found.add(("merge and quantize", False, False, merge._replace(sealing=0)))
             continue
-        few = are_few(plan.rows, plan.tasks, kv_heads)
+        few = plan.are_few(kv_heads)
         for place, (tile, _) in enumerate(plan.tasks):
             build = choose_build(tile, few=few)
             found.add(("decode", tile, place, build))
         at_once = plan.merged <= most_at_once(plan.rows)
         merges = at_once and plan.merges > 0
-        merge = choose_merge(room.rows, merges=merges)
+        merge = choose_merge(room.rows, heads, merges=merges)
         found.add(("merge and quantize", merges, True, merge._replace(sealing=0)))
         if not at_once:
             found.add(("merge",))

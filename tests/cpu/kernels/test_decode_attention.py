@@ -14,12 +14,12 @@ from fourfold.kernels.decode_attention import (
     DecodeSequences,
     DecodeShape,
     PlanBuffers,
+    PlanCapacity,
     candidate_plans,
     merge_and_quantize,
     paged_int8_attention_decode,
     paged_int8_attention_decode_reference,
     paged_int8_attention_decode_unmerged,
-    triton_decode,
     triton_merge,
 )
 from fourfold.kernels.decode_attention.choose import choose_merge
@@ -189,7 +189,7 @@ CASES = {
 def test_kernels_against_the_reference(
     case: str, few: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_decode, "are_few", lambda rows, tasks, kv_heads: few)
+    monkeypatch.setattr(PlanCapacity, "are_few", lambda capacity, kv_heads: few)
     lengths, shape, sharing = CASES[case]
     step = Step(lengths, shape, sharing)
     wanted = step.reference()
@@ -260,8 +260,8 @@ def test_rows_are_merged_on_their_way_to_8_bits(case: str) -> None:
 def test_pages_are_sealed_in_the_launch_that_codes_the_rows(
     jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = choose_merge(4, merges=True)._replace(sealing=5)
-    monkeypatch.setattr(triton_merge, "choose_merge", lambda rows, merges: build)
+    build = choose_merge(4, 8, merges=True)._replace(sealing=5)
+    monkeypatch.setattr(triton_merge, "choose_merge", lambda rows, heads, merges: build)
     shape = DecodeShape(heads=8, kv_heads=2, head_width=64)
     step = Step([64, 200, 128, 63], shape)
     plan = PlanBuffers.holding(next(candidate_plans(step.sequences, shape, COST)), CPU)
@@ -287,3 +287,14 @@ def test_rows_without_a_plan_are_coded_as_they_are() -> None:
     ours = merge_and_quantize(out_THC, None, torch.int8, 256)
     for part, wanted in zip(ours, quantize_rows(out_THC.flatten(1), torch.int8, 256), strict=True):
         assert torch.equal(part, wanted)
+
+
+def test_a_merge_reads_less_at_once_where_heads_are_many() -> None:
+    """Sums of 32 heads and 16 partials are what registers hold."""
+    for rows in (1, 64, 256):
+        few = choose_merge(rows, 32, merges=True)
+        for heads in (48, 64, 96, 128):
+            many = choose_merge(rows, heads, merges=True)
+            assert many.partials >= 1
+            assert many.partials * (1 << (heads - 1).bit_length()) <= few.partials * 32
+            assert many.registers is None

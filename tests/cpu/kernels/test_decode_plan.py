@@ -151,7 +151,12 @@ def test_buffers_take_any_plan_that_fits(
     plan = plan_decode(sequences, shape, COST)
     before = plan_decode(other[0], other[1], COST)
     capacity = PlanCapacity(
-        rows=200, tasks=((16, 900), (32, 900), (64, 900)), pages=800, merges=9000, partials=99999
+        rows=200,
+        tasks=((16, 900), (32, 900), (64, 900)),
+        pages=800,
+        merges=9000,
+        partials=99999,
+        merged=64,
     )
     buffers = PlanBuffers(shape, capacity, cpu)
     if before.shape == shape:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from fourfold.kernels.routing import group_rows
 from fourfold.kernels.w4a8_gemm import grouped_w4a8_gemm, reference, w4a8_gemm, w8a8_gemm
 from fourfold.kernels.w4a8_gemm.choose import (
+    Kernel,
     Tiles,
     choose_at_once,
     choose_dense,
@@ -187,11 +189,11 @@ def test_blocks_in_flight_fit_into_shared_memory(tokens: int, itemsize: int, blo
 def test_a_gpu_before_hopper_gets_the_triton_form() -> None:
     for tokens in (16, 32, 64, 128):
         tiles = choose_grouped(tokens, 8, 4, second=True, groups=True, hopper=False)
-        assert not tiles.hopper
+        assert tiles.kernel is Kernel.TRITON
     for tokens in (1, 16, 32, 64, 512, 8192):
         for bits, blocks in itertools.product((4, 8), (6, 16)):
             tiles = choose_dense(tokens, blocks, bits=bits, outputs=4096, hopper=False)
-            assert not tiles.hopper
+            assert tiles.kernel is Kernel.TRITON
             assert blocks % tiles.split == 0
 
 
@@ -200,7 +202,7 @@ def test_a_gpu_before_hopper_gets_the_triton_form() -> None:
 def test_dense_tiles_are_all_computed_at_once(tokens: int, outputs: int, blocks: int) -> None:
     """By the smallest tiles of which that holds, on a GPU of 132 processors."""
     tiles = choose_dense(tokens, blocks, bits=8, outputs=outputs, hopper=True)
-    assert tiles.dense
+    assert tiles.kernel is Kernel.DENSE
 
     def programs(rows: int, tokens_of_tile: int) -> int:
         return -(-outputs // rows) * -(-tokens // tokens_of_tile)
@@ -215,9 +217,9 @@ def test_dense_tiles_are_all_computed_at_once(tokens: int, outputs: int, blocks:
 def test_more_tokens_are_dense_tiles_where_all_are_computed_at_once() -> None:
     def tile(tokens: int, outputs: int) -> tuple[int, int] | None:
         tiles = choose_dense(tokens, 16, bits=8, outputs=outputs, hopper=True)
-        return (2 * tiles.half, tiles.tokens) if tiles.dense else None
+        return (2 * tiles.half, tiles.tokens) if tiles.kernel is Kernel.DENSE else None
 
-    assert [tile(n, 2048) for n in (640, 1024, 1025)] == [(128, 128), (128, 128), (256, 128)]
+    assert [tile(n, 2048) for n in (640, 1024, 1025)] == [(128, 128), (128, 128), None]
     assert [tile(n, 5120) for n in (640, 768, 769)] == [(256, 128), (256, 128), None]
     assert tile(16384, 2048) is None
 
@@ -238,8 +240,9 @@ def test_dense_tiles_fit_and_let_results_out(outputs: int, tokens: int, blocks: 
 def test_weights_asked_for_at_once_fit_into_shared_memory(bits: int) -> None:
     for blocks in range(1, 129):
         tiles = choose_at_once(8, blocks, bits=bits)
+        split = math.gcd(blocks, 8)
+        assert (tiles is None) == (split == 1 or 8 // split * blocks > 32)
         if tiles is None:
-            assert blocks % 2 == 1 or blocks > 8
             continue
         rows = 2 * tiles.half
         assert blocks % tiles.split == 0
@@ -250,7 +253,9 @@ def test_weights_asked_for_at_once_fit_into_shared_memory(bits: int) -> None:
 
 def test_few_tokens_of_a_hopper_ask_for_their_weights_at_once() -> None:
     def dense(tokens: int, blocks: int = 16, outputs: int = 5120) -> bool:
-        return choose_dense(tokens, blocks, bits=8, outputs=outputs, hopper=True).at_once
+        return (
+            choose_dense(tokens, blocks, bits=8, outputs=outputs, hopper=True).kernel is Kernel.FEW
+        )
 
     assert all([dense(1), dense(16), dense(1, 32, 2048)])
     # More tokens, the head, and more channels than a program can ask for.
@@ -258,7 +263,7 @@ def test_few_tokens_of_a_hopper_ask_for_their_weights_at_once() -> None:
 
     def grouped(rows: int, blocks: int = 6, tile: int = 16, *, second: bool = True) -> bool:
         tiles = choose_grouped(tile, rows, blocks, second=second, groups=True, hopper=True)
-        return tiles.at_once
+        return tiles.kernel is Kernel.FEW
 
     assert all([grouped(8), grouped(256)])
     assert not any([grouped(264), grouped(8, 5), grouped(256, tile=32)])

@@ -8,7 +8,9 @@ from collections.abc import Iterator
 from fourfold.kernels.w4a8_gemm.choose import (
     DENSE_TILES,
     FEW_TOKENS,
+    MOST_DENSE,
     MOST_SPLIT_TOKENS,
+    Kernel,
     Tiles,
     choose_at_once,
     dense_tile,
@@ -18,8 +20,6 @@ _SHARED_MEMORY = 220 << 10
 _REGISTERS = (16, 128)
 """Of a thread for its sums: with fewer the tensor cores starve, with more they spill."""
 _TOKENS = (16, 32, 64, 128)
-_MOST_DENSE = 1024
-"""Tokens for which the dense kernel is meant: with more, programs should take tile after tile."""
 _STAGES = 4
 """Of the Triton kernel; three were 0-3 % slower wherever they were timed (docs/experiments.md)."""
 
@@ -35,7 +35,7 @@ def candidates(
     found = list(_triton(rows, blocks, bits, splits=not grouped))
     if hopper:
         found += _gluon(rows, blocks)
-    if hopper and bits == 8 and not grouped and FEW_TOKENS < tokens <= _MOST_DENSE:
+    if hopper and bits == 8 and not grouped and FEW_TOKENS < tokens <= MOST_DENSE:
         found += _gluon_dense(tokens, blocks)
     if hopper and (second if grouped else bits == 8):
         few = choose_at_once(max(tokens, FEW_TOKENS) if grouped else tokens, blocks, bits=bits)
@@ -58,9 +58,9 @@ def _triton(rows: list[int], blocks: int, bits: int, *, splits: bool) -> Iterato
 
 def _gluon(rows: list[int], blocks: int) -> Iterator[Tiles]:
     for row, unroll in itertools.product(rows, (1, 2)):
-        yield Tiles(128, row, 8, 4, 1, hopper=True, unroll=unroll)
+        yield Tiles(128, row, 8, 4, 1, kernel=Kernel.RING, unroll=unroll)
         if blocks % 2 == 0 and row <= MOST_SPLIT_TOKENS:
-            yield Tiles(64, row, 8, 4, 2, split=2, hopper=True, unroll=unroll)
+            yield Tiles(64, row, 8, 4, 2, split=2, kernel=Kernel.RING, unroll=unroll)
 
 
 def _gluon_dense(tokens: int, blocks: int) -> Iterator[Tiles]:

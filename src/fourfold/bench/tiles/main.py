@@ -17,7 +17,7 @@ from fourfold.bench.tiles.config import TilesBenchConfig
 from fourfold.bench.tiles.products import Work, works
 from fourfold.errors import ConfigError
 from fourfold.kernels.compiling import KernelCompiler
-from fourfold.kernels.w4a8_gemm.choose import Tiles
+from fourfold.kernels.w4a8_gemm.choose import Kernel, Tiles
 from fourfold.kernels.w4a8_gemm.packing import W4A8Recipe
 
 _NAME = "tiles"
@@ -110,15 +110,12 @@ def compare(work: Work, timer: Timer, *, leave_out: Sequence[Tiles] = ()) -> Res
 
 def describe(tiles: Tiles) -> str:
     """Tiles in words."""
-    if tiles.at_once:
-        return (
-            f"Gluon, at once, {2 * tiles.half} x {tiles.tokens}, {tiles.warps} warps, "
-            f"K split {tiles.split}"
-        )
-    kernel = "dense Gluon" if tiles.dense else "Gluon" if tiles.hopper else "Triton"
+    cut = f"{tiles.kernel.value} {2 * tiles.half} x {tiles.tokens}"
     split = f", K split {tiles.split}" if tiles.split > 1 else ""
+    if tiles.kernel is Kernel.FEW:
+        return f"{cut}, {tiles.warps} warps{split}"
     unroll = f", unrolled {tiles.unroll}" if tiles.unroll > 1 else ""
     return (
-        f"{kernel} {2 * tiles.half} x {tiles.tokens}, {tiles.stages} stages, {tiles.warps} warps, "
+        f"{cut}, {tiles.stages} stages, {tiles.warps} warps, "
         f"{tiles.programs} programs{split}{unroll}"
     )

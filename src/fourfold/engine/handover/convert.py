@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fourfold.engine.handover.pages import Prompt, is_coded, view
+from fourfold.engine.handover.pages import Prompt, is_coded, side_stream, view
 from fourfold.kernels.pages import seal_pages
 from fourfold.kernels.pages.layout import PAGE_TOKENS, VALUE_ORDER, PageCodes, PageLayout
 from fourfold.quadrants.kv_pages import CodedPages, KVPages
@@ -41,6 +41,7 @@ class ConvertedPages:
 
     def __init__(self, pages: KVPages, theirs: PageFormat) -> None:
         self._pages = pages
+        self._stream = side_stream(pages)
         self._dtype: torch.dtype = getattr(torch, theirs.open_code)
         self._layout: PageLayout | None = None
         if is_coded(theirs):
@@ -75,6 +76,10 @@ class ConvertedPages:
 
     def _read(self, layer: int, prompt: Prompt, first: int, end: int) -> Tensor:
         """Keys and values from page `first` to token `end`, float32 [2, T, G, C] on a CPU."""
+        with torch.cuda.stream(self._stream):
+            return self._fetched(layer, prompt, first, end)
+
+    def _fetched(self, layer: int, prompt: Prompt, first: int, end: int) -> Tensor:
         start = first * PAGE_TOKENS
         pages = self._pages
         if isinstance(pages, CodedPages):

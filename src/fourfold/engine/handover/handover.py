@@ -197,7 +197,8 @@ class Handover:
         peer, me = sequence.request.peer, self._node.peer
         if peer is None or peer.device is None or me.device is None:
             return False
-        return self._node.may_share and peer.device.gpu == me.device.gpu
+        same = peer.device.gpu == me.device.gpu
+        return same and self._node.may_share and may_pull(me, peer)
 
     def _sending(self, sequence: Sequence) -> Sending:
         request_id = sequence.request.request_id

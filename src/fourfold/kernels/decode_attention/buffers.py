@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fourfold.kernels.decode_attention.choose import FEWER_PARTIALS, merged_class
+from fourfold.kernels.decode_attention.choose import are_few, merged_class
 from fourfold.kernels.decode_attention.plan import (
     TASK_CLASSES,
     TASK_FIELDS,
@@ -46,7 +46,7 @@ class PlanCapacity:
     """Partials, counted once for each query row and not for each head of it."""
     partials: int
     """Partial results, one of a query head each."""
-    merged: int = FEWER_PARTIALS
+    merged: int
     """Partials of one row, usually. More are possible."""
 
     @property
@@ -76,6 +76,10 @@ class PlanCapacity:
             partials=plan.partials,
             merged=plan.merged,
         )
+
+    def are_few(self, kv_heads: int) -> bool:
+        """Whether the programs of such plans are built to be few."""
+        return are_few(self.rows, self.tasks, kv_heads)
 
     @classmethod
     def covering(cls, plan: DecodePlan, rows: int) -> PlanCapacity:

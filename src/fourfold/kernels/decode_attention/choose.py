@@ -15,7 +15,10 @@ _FEW_TILE = 16
 _FEW_PROGRAMS = 264
 _FEW_ROWS = 16
 _SMS = 132
-FEWER_PARTIALS, FEW_PARTIALS, MANY_PARTIALS = 8, 16, 64
+_MERGED_HEADS = 32  # of a row, so many that a program merges without spilling registers
+_AT_ONCE, _AT_ONCE_OF_FEW = 8, 16
+MANY_PARTIALS = 64
+"""The class of rows in more pieces than one program merges."""
 
 
 class Build(NamedTuple):
@@ -26,8 +29,7 @@ class Build(NamedTuple):
     """Made to end soon, not to keep a GPU busy together with many others: several warps share 16
     rows, and what is there already is read before the kernel before has ended."""
     stages: int = 5
-    """Of the loop over pages, two for each page that is on its way and one that is read; of many
-    programs."""
+    """Of the loop over pages, two for each page that is on its way and one that is read."""
     open_tokens: int = 32
     """Tokens of a step over the open page; of many programs."""
     registers: int | None = None
@@ -65,7 +67,7 @@ def most_at_once(rows: int) -> int:
     """Partials of one row up to which one program merges all heads of it, where so many query rows
     decode: where these are few, what it reads at once. Beyond, each head has a program of its own,
     and the row is coded by another kernel."""
-    return FEW_PARTIALS if rows <= _FEW_ROWS else FEWER_PARTIALS
+    return _AT_ONCE_OF_FEW if rows <= _FEW_ROWS else _AT_ONCE
 
 
 def merged_class(merged: int, rows: int) -> int:
@@ -87,14 +89,23 @@ class MergeBuild(NamedTuple):
     """Programs that may seal pages in the same launch."""
 
 
-def choose_merge(rows: int, *, merges: bool) -> MergeBuild:
+def choose_merge(rows: int, heads: int, *, merges: bool) -> MergeBuild:
     """For so many rows of a step, those that do not decode included, of which some may be in
-    pieces. With few, a program has an SM to itself but for what the kernel before left there, and
-    is waited for."""
+    pieces, and their query heads. With few rows, a program has an SM to itself but for what the
+    kernel before left there, and is waited for. Where heads are many, it reads fewer partials of
+    all of them at once."""
     sealing = max(16, _SMS - rows) if rows <= _SMS else 256
     warps = 16 if rows <= _SMS else 8
     if not merges:
         return MergeBuild(warps, partials=1, registers=None, sealing=sealing)
+    if heads > _MERGED_HEADS:
+        partials = max(1, 4 * _MERGED_HEADS // (1 << (heads - 1).bit_length()))
+        return MergeBuild(warps, partials, registers=None, sealing=sealing)
     if rows <= _FEW_ROWS:
-        return MergeBuild(warps, partials=FEW_PARTIALS, registers=96, sealing=sealing)
+        return MergeBuild(warps, partials=_AT_ONCE_OF_FEW, registers=96, sealing=sealing)
     return MergeBuild(warps, partials=4, registers=64 if warps == 16 else 80, sealing=sealing)
+
+
+def merge_of_heads(merged: int) -> tuple[int, int]:
+    """Partials that a program for one head of a row reads at once, and its warps."""
+    return (16, 1) if merged <= 16 else (64, 4)

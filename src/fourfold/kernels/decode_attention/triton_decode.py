@@ -29,7 +29,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fourfold.kernels.decode_attention.buffers import PlanBuffers
-from fourfold.kernels.decode_attention.choose import are_few, choose_build
+from fourfold.kernels.decode_attention.choose import choose_build
 from fourfold.kernels.decode_attention.plan import TASK_FIELDS
 from fourfold.kernels.dependent_launch import overlaps_launches
 from fourfold.kernels.pages.layout import PageCodes, PageLayout
@@ -382,7 +382,8 @@ def launch_tasks(
     out_RHC = torch.empty_like(q_RHC)
     codes, scales = records.view(layout.codes.dtype), records.view(torch.float32)
     early = overlaps_launches(q_RHC.device)
-    few = are_few(plan.capacity.rows, plan.capacity.tasks, shape.kv_heads)
+    # GPUs that start nothing early would read nothing ahead by it.
+    few = (early or not q_RHC.is_cuda) and plan.capacity.are_few(shape.kv_heads)
     place = 0
     for i, (tile, count) in enumerate(plan.capacity.tasks):
         programs = count * shape.kv_heads

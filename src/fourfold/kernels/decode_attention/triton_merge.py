@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fourfold.kernels.decode_attention.buffers import PlanBuffers
-from fourfold.kernels.decode_attention.choose import choose_merge, most_at_once
+from fourfold.kernels.decode_attention.choose import choose_merge, merge_of_heads, most_at_once
 from fourfold.kernels.dependent_launch import overlaps_launches
 from fourfold.kernels.pages.fill import SealJobs
 from fourfold.kernels.pages.layout import PageCodes
@@ -181,11 +181,11 @@ def launch_merge(out_RHC: Tensor, plan: PlanBuffers) -> None:
     """Adds up the partials of every row that has any, in `out_RHC`."""
     rows, heads, width = out_RHC.shape
     early = overlaps_launches(out_RHC.device)
-    at_once = 16 if plan.capacity.merged <= 16 else 64
+    at_once, warps = merge_of_heads(plan.capacity.merged)
     merge_kernel[(rows, heads)](
         out_RHC, plan.partial_o.view(out_RHC.dtype), plan.partial_lse, plan["merge_starts"],
         plan["merge_rows"], plan["header"], SHARED=plan.shape.shared, C=width, B=at_once,
-        EARLY=early, num_warps=at_once // 16, launch_pdl=early,
+        EARLY=early, num_warps=warps, launch_pdl=early,
     )  # fmt: skip
 
 
@@ -209,7 +209,7 @@ def launch_merge_quantize(
         plan = None
     if plan is not None and not plan.capacity.merges:
         plan = None
-    build = choose_merge(rows, merges=plan is not None)
+    build = choose_merge(rows, heads, merges=plan is not None)
     early = overlaps_launches(device)
     sealing, page_settings, programs = _sealing(seals, out_RHC, build.sealing)
     merge_quantize_kernel[(rows + programs,)](

@@ -11,23 +11,15 @@ width.
 from __future__ import annotations
 
 import functools
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fourfold.kernels.dependent_launch import overlaps_launches
 from fourfold.kernels.routing.groups import RowGroups
 from fourfold.kernels.w4a8_gemm import reference
-from fourfold.kernels.w4a8_gemm.choose import (
-    FEW_TOKENS,
-    MOST_SPLIT_TOKENS,
-    Tiles,
-    choose_dense,
-    choose_grouped,
-    hopper_stages,
-)
+from fourfold.kernels.w4a8_gemm.choose import Tiles, choose_dense, choose_grouped
+from fourfold.kernels.w4a8_gemm.launch import Product, launch, processors
 from fourfold.kernels.w4a8_gemm.packing import BLOCK, PackedW4A8
 
 
@@ -53,24 +45,17 @@ def w4a8_gemm(
         return reference.w4a8_gemm(codes_TK, scale_T, weight, out_dtype=out_dtype)
     tokens, outputs = codes_TK.shape[0], weight.scale_EO.shape[1]
     y_TO = torch.empty((tokens, outputs), dtype=out_dtype, device=codes_TK.device)
-    _launch(
-        codes_TK,
-        scale_T,
-        weight.packed_EBOJ,
-        weight.scale_EO,
-        weight.group_EGO,
-        y_TO,
-        tiles
-        or choose_dense(
-            tokens,
-            codes_TK.shape[1] // BLOCK,
-            bits=4,
-            outputs=outputs,
-            groups=weight.group_EGO is not None,
-            hopper=_hopper(),
-        ),
+    product = Product(
+        x=codes_TK,
+        x_scale=scale_T,
+        weight=weight.packed_EBOJ,
+        w_scale_EO=weight.scale_EO,
+        group=weight.group_EGO,
+        y=y_TO,
         **_recipe(codes_TK, weight),
     )
+    groups = weight.group_EGO is not None
+    launch(product, tiles or _dense_tiles(product, groups=groups))
     return y_TO
 
 
@@ -99,26 +84,20 @@ def w8a8_gemm(
     assert codes_TK.shape[1] % BLOCK == 0, f"{codes_TK.shape[1]} channels are not whole blocks"
     if not codes_TK.is_cuda and tiles is None:
         return reference.w8a8_gemm(codes_TK, scale_T, weight_OK, scale_O, out_dtype=out_dtype)
-    tokens, inputs = codes_TK.shape
-    outputs = weight_OK.shape[0]
-    y_TO = torch.empty((tokens, outputs), dtype=out_dtype, device=codes_TK.device)
-    blocks = inputs // BLOCK
-    tiles = tiles or choose_dense(tokens, blocks, bits=8, outputs=outputs, hopper=_hopper())
-    if tiles.dense:
-        _launch_dense(codes_TK, scale_T, weight_OK, scale_O, y_TO, tiles)
-        return y_TO
-    _launch(
-        codes_TK,
-        scale_T,
-        weight_OK,
-        scale_O[None],
-        None,
-        y_TO,
-        tiles,
+    y_TO = torch.empty(
+        (codes_TK.shape[0], weight_OK.shape[0]), dtype=out_dtype, device=codes_TK.device
+    )
+    product = Product(
+        x=codes_TK,
+        x_scale=scale_T,
+        weight=weight_OK,
+        w_scale_EO=scale_O[None],
+        y=y_TO,
         codes="int8" if codes_TK.dtype == torch.int8 else "fp8",
         unit=1.0,
         span=0,
     )
+    launch(product, tiles or _dense_tiles(product))
     return y_TO
 
 
@@ -170,29 +149,41 @@ def grouped_w4a8_gemm(
         )
     width = outputs // 2 if swiglu else outputs
     y = torch.empty((rows, width), dtype=out_dtype, device=codes.device)
-    _launch(
-        codes,
-        scale,
-        weight.packed_EBOJ,
-        weight.scale_EO,
-        weight.group_EGO,
-        y,
-        tiles
-        or choose_grouped(
-            groups.tile,
-            rows,
-            codes.shape[1] // BLOCK,
-            second=gather is None and scatter and not swiglu,
-            groups=weight.recipe.group is not None,
-            hopper=_hopper(),
-        ),
+    product = Product(
+        x=codes,
+        x_scale=scale,
+        weight=weight.packed_EBOJ,
+        w_scale_EO=weight.scale_EO,
+        group=weight.group_EGO,
+        y=y,
         groups=groups,
         gather=gather,
         scatter=scatter,
         swiglu=swiglu,
         **_recipe(codes, weight),
     )
+    tiles = tiles or choose_grouped(
+        groups.tile,
+        rows,
+        product.blocks,
+        second=scatter and gather is None and not swiglu,
+        groups=weight.recipe.group is not None,
+        hopper=_hopper(),
+    )
+    launch(product, tiles)
     return y
+
+
+def _dense_tiles(product: Product, *, groups: bool = False) -> Tiles:
+    return choose_dense(
+        product.y.shape[0],
+        product.blocks,
+        bits=product.bits,
+        outputs=product.y.shape[1],
+        groups=groups,
+        hopper=_hopper(),
+        processors=processors(product.x.device),
+    )
 
 
 def _recipe(codes: Tensor, weight: PackedW4A8) -> dict[str, Any]:
@@ -208,177 +199,6 @@ def _recipe(codes: Tensor, weight: PackedW4A8) -> dict[str, Any]:
     }
 
 
-def _launch(
-    x: Tensor,
-    x_scale: Tensor,
-    weight: Tensor,
-    w_scale_EO: Tensor,
-    group: Tensor | None,
-    y: Tensor,
-    tiles: Tiles,
-    *,
-    codes: str,
-    unit: float,
-    span: int,
-    groups: RowGroups | None = None,
-    gather: int | None = None,
-    scatter: bool = False,
-    swiglu: bool = False,
-) -> None:
-    assert x.is_contiguous(), x.shape
-    assert x_scale.dtype == torch.float32, x_scale.dtype
-    assert groups is None or groups.tile == tiles.tokens, (groups, tiles)
-    assert not tiles.dense, tiles
-    tokens, width = y.shape
-    bits = 4 if weight.dtype == torch.uint8 else 8
-    columns = -(-width // (tiles.half if swiglu else 2 * tiles.half))
-    many = groups.tiles_3N.shape[1] if groups is not None else -(-tokens // tiles.tokens)
-    programs = min(many * columns, tiles.programs * _processors(x.device))
-    arguments = (
-        x,
-        x_scale,
-        weight,
-        w_scale_EO,
-        group if group is not None else weight,
-        groups.order_R if groups is not None else weight,
-        groups.tiles_3N if groups is not None else weight,
-        y,
-        tokens,
-        w_scale_EO.shape[1],
-        x.shape[1],
-        many,
-        width,
-    )
-    blocks = x.shape[1] // BLOCK
-    assert blocks % tiles.split == 0, (blocks, tiles)
-    early = overlaps_launches(x.device)
-    options: dict[str, Any] = {
-        "UNIT": unit,
-        "SPAN": span,
-        "GROUPED": groups is not None,
-        "CHOICES": gather or 0,
-        "SCATTER": scatter,
-        "SWIGLU": swiglu,
-        "TILE": tiles.tokens,
-        "STAGES": tiles.stages,
-        "num_warps": tiles.warps,
-    }
-    if tiles.at_once:
-        assert (bits == 4) == (groups is not None) == scatter, (weight.dtype, groups, scatter)
-        assert gather is None, gather
-        assert not swiglu
-        assert tiles.tokens <= FEW_TOKENS, tiles
-        _launch_at_once((columns, many), arguments[:-1], tiles, codes == "int8", unit, span)
-    elif tiles.hopper:
-        if group is not None:
-            # Parameters are copied by words of 32 bits.
-            of_word = 4 // group.element_size()
-            assert w_scale_EO.shape[1] % of_word == width % of_word == 0, (width, of_word)
-        options["INT8"] = codes == "int8"
-        options["BITS"] = bits
-        options["STAGES"] = hopper_stages(tiles, y.element_size(), bits)
-        assert tiles.split == 1 or tiles.tokens <= MOST_SPLIT_TOKENS, tiles
-        options["UNROLL"] = math.gcd(tiles.unroll, blocks // tiles.split)
-        options["SPLIT"] = tiles.split > 1
-        if tiles.split > 1:
-            options["maxnreg"] = 80  # two programs share a processor
-        _launch_hopper(programs, arguments, options)
-    else:
-        from fourfold.kernels.w4a8_gemm import triton_gemm
-
-        triton_gemm._gemm[(programs,)](
-            *arguments,
-            CODES=codes,
-            BITS=bits,
-            HALF=tiles.half,
-            SPLIT=tiles.split,
-            ASM=x.is_cuda,
-            EARLY=early,
-            launch_pdl=early,
-            **options,
-        )
-
-
-def _launch_hopper(programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from fourfold.kernels.w4a8_gemm import gluon_gemm
-
-    x, x_scale, weight, *others = arguments
-    rows = weight.view(-1, weight.shape[-1])
-    shared = gl.NVMMASharedLayout(64, 8, 2)
-    copies = TensorDescriptor.from_tensor(rows, list(gluon_gemm.BOX), shared)
-    gluon_gemm._gemm[(programs,)](
-        x, x_scale, copies, *others, EARLY=True, launch_pdl=True, **options
-    )
-
-
-def _launch_dense(
-    x: Tensor, x_scale: Tensor, weight: Tensor, w_scale: Tensor, y: Tensor, tiles: Tiles
-) -> None:
-    """Launches the kernel that is for weights of 8 bits alone."""
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from fourfold.kernels.w4a8_gemm import gluon_dense
-
-    assert x.is_contiguous(), x.shape
-    assert x_scale.dtype == w_scale.dtype == torch.float32, (x_scale.dtype, w_scale.dtype)
-    tokens, inputs = x.shape
-    outputs, rows = w_scale.shape[0], 2 * tiles.half
-    # Results leave through the ring of weights.
-    assert tiles.stages * BLOCK >= tiles.tokens * y.element_size(), tiles
-    many = -(-tokens // tiles.tokens)
-    shared = gl.NVMMASharedLayout(128, 8, 2)
-    gluon_dense._gemm[(many * -(-outputs // rows),)](
-        TensorDescriptor.from_tensor(x, [tiles.tokens, BLOCK], shared),
-        TensorDescriptor.from_tensor(weight, [rows, BLOCK], shared),
-        x_scale,
-        w_scale,
-        y,
-        tokens,
-        outputs,
-        inputs,
-        many,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
-        # Fewer registers than there are, so that a program starts beside the kernel in front.
-        maxnreg=128 if rows <= 128 else None,
-        launch_pdl=True,
-    )
-
-
-def _launch_at_once(
-    grid: tuple[int, int],
-    arguments: tuple[Any, ...],
-    tiles: Tiles,
-    int8: bool,
-    unit: float,
-    span: int,
-) -> None:
-    from fourfold.kernels.w4a8_gemm import gluon_few
-
-    gluon_few._gemm[grid](
-        *arguments,
-        UNIT=unit,
-        INT8=int8,
-        SPAN=span,
-        ROWS=2 * tiles.half,
-        TILE=tiles.tokens,
-        SPLIT=tiles.split,
-        num_warps=tiles.warps,
-        launch_pdl=True,
-    )
-
-
 @functools.cache
 def _hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 4
-    return torch.cuda.get_device_properties(device).multi_processor_count

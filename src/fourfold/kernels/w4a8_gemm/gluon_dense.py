@@ -1,4 +1,4 @@
-"""Gluon kernel of dense products with weights of 8 bits for Hopper, for some hundred tokens.
+"""Gluon kernel of dense products with weights of 8 bits for Hopper, for some to a thousand tokens.
 
 So few tokens make few tiles, and a product is over soon after it has begun: what counts is that its
 reading begins early. Weights are nobody's results, so as many blocks of them as the ring holds are
@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.language.core import _aggregate as aggregate
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fourfold.kernels.w4a8_gemm.gluon_multiply import _by_name
+from fourfold.kernels.w4a8_gemm.gluon_multiply import by_name
 
 
 @aggregate
@@ -40,7 +40,7 @@ class Tile:
     output: gl.tensor
     blocks: gl.tensor
 
-    __init__ = _by_name
+    __init__ = by_name
 
 
 @gluon.jit

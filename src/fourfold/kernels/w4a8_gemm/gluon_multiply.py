@@ -30,7 +30,7 @@ swiglu = gluon.jit(triton_swiglu.swiglu.fn)
 
 
 @gluon.constexpr_function
-def _by_name(self, **fields):
+def by_name(self, **fields):
     for name, value in fields.items():
         setattr(self, name, value if isinstance(value, base_value) else gl.constexpr(value))
 
@@ -76,7 +76,7 @@ class Product:
     SPLIT: gl.constexpr
     RUNS: gl.constexpr
 
-    __init__ = _by_name
+    __init__ = by_name
 
 
 @gluon.jit
