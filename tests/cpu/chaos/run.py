@@ -347,6 +347,7 @@ class Run:
             late += time.monotonic() - slept - _LOOK_SECONDS
             held = await self._held()
         if held:
+            await self._tell_state()
             self.story.violate("leaked", "; ".join(held))
         self.story.releases.append(time.monotonic() - began)
         self._check_noticed()
