@@ -230,6 +230,21 @@ def test_what_the_decoding_worker_says_of_pages_counts() -> None:
     world.check_end()
 
 
+def test_pages_that_came_are_no_use_where_no_first_token_will_come() -> None:
+    """A sender that cannot tell whether they came ends its part, amid the step that draws it."""
+    world = World()
+    first, last = world.join(), world.join()
+    world.routes.append((0, 1))
+    flight = world.request(1)
+    part = world.opened[-1].number
+    flight.granted(last, Granted(request_id=part))
+    flight.moved(last, Moved(request_id=part))
+    flight.moved(first, Moved(request_id=part, error="its line was cut"))
+    assert part not in flight.parts
+    world.settle()
+    world.check_end()
+
+
 def test_a_request_that_kills_every_worker_fails_in_the_end() -> None:
     world = World(max_attempts=3)
     flight = world.request(2)

@@ -159,8 +159,10 @@ class Flight:
         part = self.parts.get(message.request_id)
         if part is None or part.route.whole or worker not in part.route:
             return
-        if part.moved and (message.error is None or worker == part.route.prefill):
-            return  # the decoding worker, who has them, knows better
+        if part.moved and (message.error is None or (worker == part.route.prefill and part.begun)):
+            # The decoding worker, who has them, knows better. But whose pages did not leave has
+            # given the part up, perhaps before its first token was said.
+            return
         if message.error is not None:
             self._post.avoid(part.route, message.error)
             self.lose(part, f"its pages could not be moved: {message.error}")
