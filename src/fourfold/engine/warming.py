@@ -11,7 +11,7 @@ from fourfold.engine.graphs import round_room, round_rows, sampled_rows, usual_d
 from fourfold.engine.program import input_sizes, run_step
 from fourfold.engine.sampler import Adjustment, Samples
 from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape, PlanCapacity
-from fourfold.kernels.decode_attention.choose import MANY_PARTIALS
+from fourfold.kernels.decode_attention.choose import FEW_ROWS, MANY_PARTIALS
 from fourfold.kernels.decode_attention.plan import TILES
 from fourfold.models.decoder import Decoder
 from fourfold.quadrants.decode_attention import decode_planner, decode_shape
@@ -21,7 +21,6 @@ from fourfold.quadrants.step import CodedStep, CodedWork, StepRoom
 # Tokens of the sequences that decode. Longer ones of a few rows need room for more tasks, in which
 # short ones take longer.
 _CONTEXT, _LONGER = 500, 600
-_FEW_ROWS = 16
 _MANY = 1 << 20  # pages
 # Rows of prompts at which other kernels are chosen, or the same ones tiled in another way.
 _PREFILL_ROWS = (64, 128, 256, 384, 512, 1024, 2048, 3072, 4096, 5120, 8192, 16384)
@@ -41,7 +40,7 @@ def usual_decodes(
     first, whose graphs longer ones cannot take."""
     for rows in usual_decode_rows(max_running):
         yield CodedWork(_decodes(rows, page_count), [], planner)
-        if rows <= _FEW_ROWS:
+        if rows <= FEW_ROWS:
             yield CodedWork(_decodes(rows, page_count, _LONGER), [], planner)
 
 

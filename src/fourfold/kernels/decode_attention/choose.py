@@ -13,7 +13,8 @@ _PROGRAMS = {16: 5, 32: 4, 64: 3}
 _PROGRAMS_OF_FEW = 3
 _FEW_TILE = 16
 _FEW_PROGRAMS = 264
-_FEW_ROWS = 16
+FEW_ROWS = 16
+"""Query rows at most that are few: each program is waited for, of attention and of the merge."""
 _SMS = 132
 _MERGED_HEADS = 32  # of a row, so many that a program merges without spilling registers
 _AT_ONCE, _AT_ONCE_OF_FEW = 8, 16
@@ -52,7 +53,7 @@ def are_few(rows: int, tasks: Sequence[tuple[int, int]], kv_heads: int) -> bool:
     if len(tasks) > 1 or tasks[0][0] != _FEW_TILE:
         return False
     programs = tasks[0][1] * kv_heads
-    return programs <= _FEW_PROGRAMS or (rows <= _FEW_ROWS and programs <= 2 * _FEW_PROGRAMS)
+    return programs <= _FEW_PROGRAMS or (rows <= FEW_ROWS and programs <= 2 * _FEW_PROGRAMS)
 
 
 def choose_build(tile: int, *, few: bool) -> Build:
@@ -67,7 +68,7 @@ def most_at_once(rows: int) -> int:
     """Partials of one row up to which one program merges all heads of it, where so many query rows
     decode: where these are few, what it reads at once. Beyond, each head has a program of its own,
     and the row is coded by another kernel."""
-    return _AT_ONCE_OF_FEW if rows <= _FEW_ROWS else _AT_ONCE
+    return _AT_ONCE_OF_FEW if rows <= FEW_ROWS else _AT_ONCE
 
 
 def merged_class(merged: int, rows: int) -> int:
@@ -101,7 +102,7 @@ def choose_merge(rows: int, heads: int, *, merges: bool) -> MergeBuild:
     if heads > _MERGED_HEADS:
         partials = max(1, 4 * _MERGED_HEADS // (1 << (heads - 1).bit_length()))
         return MergeBuild(warps, partials, registers=None, sealing=sealing)
-    if rows <= _FEW_ROWS:
+    if rows <= FEW_ROWS:
         return MergeBuild(warps, partials=_AT_ONCE_OF_FEW, registers=96, sealing=sealing)
     return MergeBuild(warps, partials=4, registers=64 if warps == 16 else 80, sealing=sealing)
 

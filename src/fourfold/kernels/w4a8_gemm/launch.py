@@ -72,7 +72,8 @@ def launch(product: Product, tiles: Tiles) -> None:
     """Enqueues a product."""
     p = product
     assert p.x.is_contiguous(), p.x.shape
-    assert p.x_scale.dtype == p.w_scale_EO.dtype == torch.float32, (p.x_scale, p.w_scale_EO)
+    dtypes = p.x_scale.dtype, p.w_scale_EO.dtype
+    assert dtypes == (torch.float32, torch.float32), dtypes
     assert p.groups is None or p.groups.tile == tiles.tokens, (p.groups, tiles)
     assert p.blocks % tiles.split == 0, (p.blocks, tiles)
     launches = {
