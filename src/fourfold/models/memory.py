@@ -19,10 +19,10 @@ def weight_bytes(model: Decoder) -> dict[str, int]:
     for path, module in model.named_modules():
         part = _part_of(path, module, model)
         for tensor in _tensors_of(module):
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in seen:
-                seen.add(storage.data_ptr())
-                held[part] = held.get(part, 0) + storage.nbytes()
+            place, size = _storage_of(tensor)
+            if place not in seen:
+                seen.add(place)
+                held[part] = held.get(part, 0) + size
     return held
 
 
@@ -57,6 +57,14 @@ def _tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
             yield value
         elif isinstance(value, tuple | list):
             yield from _tensors_in(value)
+
+
+def _storage_of(tensor: Tensor) -> tuple[int, int]:
+    """What tells a tensor's storage from others, and its bytes."""
+    if tensor.is_mkldnn:  # packed for a CPU, which shows nobody where
+        return id(tensor), tensor.nbytes
+    storage = tensor.untyped_storage()
+    return storage.data_ptr(), storage.nbytes()
 
 
 def _gib(held: int) -> str:

@@ -30,8 +30,11 @@ def test_weights_are_told_by_part(family: str, checkpoint: Find) -> None:
     assert {part: held[part] for part in held if held[part]} == parts
 
 
-def test_codes_are_told_too(checkpoint: Find) -> None:
-    """They are no parameters of a module."""
+@pytest.mark.parametrize("exact", [False, True])
+def test_codes_are_told_too(exact: bool, checkpoint: Find, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are no parameters of a module, and packed for oneDNN where a CPU has VNNI: whatever
+    this one has."""
+    monkeypatch.setattr("fourfold.kernels.cpu_w8a8_gemm.exact_on_cpu", lambda: exact)
     source = find_source(str(checkpoint("qwen3-moe")))
     model = load_model(source, LoadOptions(precision=Precision.W8A8))
     [experts] = [part.total for part in footprint(model.config) if part.name == EXPERTS]
