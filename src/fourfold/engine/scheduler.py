@@ -16,6 +16,7 @@ have come. Both kinds are `moving` meanwhile: they are not scheduled and never p
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import deque
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
@@ -34,6 +35,10 @@ from fourfold.engine.messages import (
 from fourfold.engine.page_pool import PagePool
 from fourfold.engine.sequence import Sequence
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
+
+# Steps that the prompts which wait take beside answers, at most, before steps take more of them;
+# and how often that may double.
+_BACKLOG_STEPS, _MOST_DOUBLINGS = 4, 2
 
 
 class Work(NamedTuple):
@@ -166,13 +171,14 @@ class Scheduler:
     def schedule(self) -> StepPlan | None:
         """The next step, or None if there is nothing to compute. Counts its tokens as computed."""
         decodes = self._schedule_decodes()
+        begun = [sequence for sequence in self.running if not sequence.pending]
         # Once steps were made smaller, samples whose prompts came from elsewhere may fill them all.
         budget = max(0, self.tokens.value - len(decodes))
         if decodes and self._config.mixed_tokens is not None:
-            budget = min(budget, max(self._config.mixed_tokens, self._chunk_multiple))
+            budget = min(budget, self._beside_answers(begun, self._config.mixed_tokens))
         prefills: list[Work] = []
-        for sequence in self.running:
-            if not sequence.pending and self._chunk(sequence, budget):
+        for sequence in begun:
+            if self._chunk(sequence, budget):
                 budget -= self._schedule_chunk(sequence, budget, prefills)
         for sequence in list(self.waiting):
             full = not self._slots or len(self.running) >= self._samples.value
@@ -322,6 +328,22 @@ class Scheduler:
                 return False
         self._grow(sequence, sequence.computed + 1)
         return True
+
+    def _beside_answers(self, begun: list[Sequence], least: int) -> int:
+        """Tokens of prompts in a step that decodes: `least`, doubled as long as more than
+        `_BACKLOG_STEPS` such steps of prompts wait, up to `_MOST_DOUBLINGS` times. Few sizes,
+        for each has graphs of its own."""
+        budget = max(least, self._chunk_multiple)
+        most = budget << _MOST_DOUBLINGS
+        waits = 0
+        for sequence in itertools.chain(begun, self.waiting):
+            if sequence.stage is not Stage.DECODE and not _waits_for_leader(sequence):
+                waits += sequence.remaining
+            if waits >= _BACKLOG_STEPS * most:
+                return most
+        while 2 * budget * _BACKLOG_STEPS <= waits:
+            budget *= 2
+        return budget
 
     def _schedule_chunk(self, sequence: Sequence, budget: int, prefills: list[Work]) -> int:
         length = self._chunk(sequence, budget)

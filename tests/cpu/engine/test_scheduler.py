@@ -211,7 +211,7 @@ def test_a_long_prompt_moves_in_every_step_while_others_decode() -> None:
     drive.check_ending()
 
 
-@pytest.mark.parametrize(("multiple", "chunk"), [(1, 5), (PAGE_TOKENS, PAGE_TOKENS)])
+@pytest.mark.parametrize(("multiple", "chunk"), [(1, 5), (13, 13)])
 def test_a_prompt_takes_small_chunks_only_beside_answers(multiple: int, chunk: int) -> None:
     config = EngineConfig(max_running=4, step_tokens=200, mixed_tokens=5)
     scheduler = Scheduler(config, PagePool(20), 20 * PAGE_TOKENS, chunk_multiple=multiple)
@@ -223,8 +223,41 @@ def test_a_prompt_takes_small_chunks_only_beside_answers(multiple: int, chunk: i
         plans.append([work.length for work in plan.work])
         scheduler.commit(plan, [Sampled(token=3 if work.samples else None) for work in plan.work])
         if not step:
-            scheduler.add(request(1, 150, max_tokens=2))
-    assert plans == [[128], [1, chunk], [150 - chunk]]
+            scheduler.add(request(1, 39, max_tokens=2))
+    assert plans == [[128], [1, chunk], [39 - chunk]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "beside"),
+    [([79], 10), ([80], 20), ([40, 40], 20), ([159], 20), ([100, 60], 40), ([200, 200], 40)],
+)
+def test_more_of_prompts_that_queue_is_taken_beside_answers(
+    prompts: list[int], beside: int
+) -> None:
+    config = EngineConfig(max_running=4, step_tokens=200, mixed_tokens=10)
+    scheduler = Scheduler(config, PagePool(20), 20 * PAGE_TOKENS)
+    scheduler.add(request(0, 8, max_tokens=100))
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.commit(plan, [Sampled(token=3)])
+    for number, length in enumerate(prompts, start=1):
+        scheduler.add(request(number, length, max_tokens=2))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert (len(plan.decodes), plan.tokens) == (1, 1 + beside)
+
+
+def test_samples_that_wait_for_their_leader_are_no_queue() -> None:
+    config = EngineConfig(max_running=8, step_tokens=200, mixed_tokens=10)
+    scheduler = Scheduler(config, PagePool(20), 20 * PAGE_TOKENS)
+    scheduler.add(request(0, 8, max_tokens=100))
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.commit(plan, [Sampled(token=3)])
+    scheduler.add(request(1, 60, n=3, max_tokens=2))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.tokens == 1 + 10
 
 
 def test_the_youngest_gives_way_and_comes_back_first() -> None:
