@@ -92,13 +92,13 @@ def server(real_server: Server) -> Iterator[Server]:
 
 
 def test_the_openai_client_gets_sense() -> None:
-    question = [{"role": "user", "content": "What is the capital of France?"}]
+    question = [{"role": "user", "content": "What is the capital of Japan?"}]
     with served() as server:
         client = openai.OpenAI(base_url=f"{server.base_url}/v1", api_key="none")
         whole = client.chat.completions.create(
             model="default", messages=question, temperature=0, max_tokens=32
         )
-        assert "Paris" in (whole.choices[0].message.content or "")
+        assert "Tokyo" in (whole.choices[0].message.content or "")
         stream = client.chat.completions.create(
             model="default", messages=question, temperature=0, max_tokens=32, stream=True
         )

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from fourfold.bench.quality.layers import Allowed, Comparison, LayerErrors, main
 from fourfold.bench.quality.layers_config import LayersBenchConfig
-from fourfold.bench.quality.plain import codes_of
+from fourfold.bench.quality.plain import codes_of, in_plain_float32
 from fourfold.bench.quality.streams import stream_turn
 from fourfold.bench.record import load
 from fourfold.errors import ConfigError
-from fourfold.models.conversion.simulated import Int8Codes, values
+from fourfold.models.conversion.simulated import Int8Codes, SimulatedWeight, values
+from fourfold.models.layers import Linear
 from fourfold.models.loading import read_model_config
 from fourfold.models.precision import PageFormat, Precision
 from fourfold.quantize.weights import W8A8Weight, to_w8a8
@@ -117,7 +118,11 @@ def test_a_wrong_layer_is_found(
     assert errors.decode > 0.05
 
 
-def test_the_codes_of_a_packed_weight_are_found_again() -> None:
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_codes_of_a_packed_weight_are_found_again(
+    exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fourfold.kernels.cpu_w8a8_gemm.exact_on_cpu", lambda: exact)
     weight = torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(1))
     packed = to_w8a8(weight)
     assert isinstance(packed, W8A8Weight)
@@ -126,6 +131,18 @@ def test_the_codes_of_a_packed_weight_are_found_again() -> None:
     expected = Int8Codes.of(weight)
     assert torch.equal(codes.codes_EOI, expected.codes_EOI)
     torch.testing.assert_close(values(codes), values(expected))
+
+
+def test_a_part_with_weights_packed_for_a_cpu_is_compared_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """They cannot be copied."""
+    monkeypatch.setattr("fourfold.kernels.cpu_w8a8_gemm.exact_on_cpu", lambda: True)
+    served = Linear(64, 40)
+    served.weight = to_w8a8(torch.randn(40, 64, generator=torch.Generator().manual_seed(1)))
+    plain = in_plain_float32(served)
+    assert isinstance(served.weight, W8A8Weight)
+    assert isinstance(plain.weight, SimulatedWeight)
 
 
 def test_the_stream_is_turned_as_embeddings_are(checkpoint: Find) -> None:

@@ -27,7 +27,11 @@ Part = TypeVar("Part", bound=nn.Module)
 
 def in_plain_float32(part: Part) -> Part:
     """A copy of a part of a quantised model whose products are float32 ones, on the same device."""
-    part = copy.deepcopy(part)
+    # Weights packed for a CPU cannot be copied, and are replaced anyhow.
+    kept: dict[int, object] = {
+        id(module): module for module in part.modules() if isinstance(module, W8A8Weight)
+    }
+    part = copy.deepcopy(part, kept)
     for module in list(part.modules()):
         if isinstance(module, Linear):
             module.weight = _simulated(module.weight, stacked=False)
@@ -75,6 +79,7 @@ def _simulated(weight: Weight, *, stacked: bool) -> SimulatedWeight:
 
 def _unpacked(packed: Tensor, scale_O: Tensor) -> Tensor:
     """Int8 codes [O, I] of a weight whose layout is opaque: its product with unit rows."""
-    unit = ZERO_POINT + torch.eye(packed.shape[-1], dtype=torch.uint8)
-    ones_I1, ones_O = torch.ones(packed.shape[-1], 1), torch.ones_like(scale_O)
+    inputs = packed.numel() // len(scale_O)
+    unit = ZERO_POINT + torch.eye(inputs, dtype=torch.uint8)
+    ones_I1, ones_O = torch.ones(inputs, 1), torch.ones_like(scale_O)
     return cpu_w8a8_gemm(unit, ones_I1, packed, ones_O).T.round().to(torch.int8)
