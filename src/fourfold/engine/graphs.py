@@ -46,7 +46,7 @@ _LEAST_CHUNKS = 16
 # Of prompts that come together: as most are at least, and as they have to be on average.
 _TOKENS_OF_A_CHUNK = (64, 8)
 # A graph holds about 10 MB beside the shared pool.
-_MOST_GRAPHS = 96
+_MOST_GRAPHS = 128
 # Tasks of decode attention that a graph may have more than a step's room: each takes its program a
 # look at a number, and beside prompts all may be built for many, which takes them longer.
 _IDLE_TASKS = 512
@@ -115,7 +115,9 @@ def round_room(work: CodedWork, max_pages: int) -> StepRoom | None:
         prefill = PrefillRoom(chunks=room_for_chunks, rows=rows, pages=max_pages)
     return StepRoom(
         decode_rows=decode_rows,
-        decode=PlanCapacity.covering(work.plan, decode_rows) if work.plan else None,
+        decode=PlanCapacity.covering(work.plan, decode_rows, beside_prompts=chunks > 0)
+        if work.plan
+        else None,
         prefill=prefill,
     )
 

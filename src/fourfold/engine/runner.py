@@ -28,7 +28,7 @@ from fourfold.engine.progress import Progress, Reached
 from fourfold.engine.sampler import Samples
 from fourfold.engine.scheduler import Sampled, StepPlan, Work
 from fourfold.engine.shortage import is_shortage
-from fourfold.engine.warming import largest_work, usual_decodes, usual_mixes
+from fourfold.engine.warming import largest_work, usual_decodes, usual_steps
 from fourfold.errors import ConfigError
 from fourfold.kernels.decode_attention import DecodePlanner
 from fourfold.kernels.staging import Ints, Staging, padded
@@ -91,7 +91,7 @@ class Runner:
         """Whether that was done since graphs were forgotten last."""
         if config.cuda_graphs and isinstance(self.pages, CodedPages) and self._progress is not None:
             self._graphs = StepGraphs(model, self.pages, self._samples, self._progress)
-            self._planner = decode_planner(self.pages, model.config.query_heads)
+            self._planner = self._new_planner()
 
     @property
     def max_context(self) -> int:
@@ -147,7 +147,8 @@ class Runner:
         with self.on_stream():
             try:
                 self._padded_step(self._largest_work(), StepGraph.record)
-                for work in usual_decodes(self._config.running, self.page_count, self._planner):
+                for decodes in usual_decodes(self._config.running, self.page_count):
+                    work = CodedWork(decodes, [], self._new_planner())
                     self._padded_step(work, StepGraph.run)
             except Exception as error:
                 if not is_shortage(error):
@@ -157,7 +158,7 @@ class Runner:
                     "lower --kv-memory-gib or --step-tokens"
                 ) from None
             torch.cuda.synchronize(self.device)
-        self._ahead = usual_mixes(self._config, self.page_count)
+        self._ahead = usual_steps(self._config, self.page_count)
 
     @torch.inference_mode()
     def prepare(self) -> bool:
@@ -167,7 +168,7 @@ class Runner:
         if mix is None:
             return False
         with self.on_stream():
-            recorded = self._record_if_it_fits(CodedWork(*mix, self._planner))
+            recorded = self._record_if_it_fits(CodedWork(*mix, self._new_planner()))
         if recorded is None:
             self.free_memory()
         elif not recorded:
@@ -196,7 +197,13 @@ class Runner:
             return None  # the caller frees memory, since the error holds what had been allocated
 
     def _largest_work(self) -> CodedWork:
-        return largest_work(self._config, self.max_context, self.page_count, self._planner)
+        planner = self._new_planner()
+        return largest_work(self._config, self.max_context, self.page_count, planner)
+
+    def _new_planner(self) -> DecodePlanner | None:
+        """For a step that is none of those that follow each other."""
+        assert isinstance(self.pages, CodedPages)
+        return decode_planner(self.pages, self.model.config.query_heads)
 
     def _padded_step(
         self, work: CodedWork, do: Callable[[StepGraph, CodedWork, Mapping[str, Ints]], object]

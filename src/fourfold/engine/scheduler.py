@@ -36,9 +36,10 @@ from fourfold.engine.page_pool import PagePool
 from fourfold.engine.sequence import Sequence
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 
-# Steps that the prompts which wait take beside answers, at most, before steps take more of them;
-# and how often that may double.
-_BACKLOG_STEPS, _MOST_DOUBLINGS = 4, 2
+# Steps that the prompts which wait take beside answers, at most, before steps take more of them.
+_BACKLOG_STEPS = 4
+# How often what a step takes beside answers may double.
+MOST_DOUBLINGS = 2
 
 
 class Work(NamedTuple):
@@ -331,10 +332,10 @@ class Scheduler:
 
     def _beside_answers(self, begun: list[Sequence], least: int) -> int:
         """Tokens of prompts in a step that decodes: `least`, doubled as long as more than
-        `_BACKLOG_STEPS` such steps of prompts wait, up to `_MOST_DOUBLINGS` times. Few sizes,
+        `_BACKLOG_STEPS` such steps of prompts wait, up to `MOST_DOUBLINGS` times. Few sizes,
         for each has graphs of its own."""
         budget = max(least, self._chunk_multiple)
-        most = budget << _MOST_DOUBLINGS
+        most = budget << MOST_DOUBLINGS
         waits = 0
         for sequence in itertools.chain(begun, self.waiting):
             if sequence.stage is not Stage.DECODE and not _waits_for_leader(sequence):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import product
 
 import torch
 
@@ -10,6 +11,7 @@ from fourfold.engine.config import EngineConfig
 from fourfold.engine.graphs import round_room, round_rows, sampled_rows, usual_decode_rows
 from fourfold.engine.program import input_sizes, run_step
 from fourfold.engine.sampler import Adjustment, Samples
+from fourfold.engine.scheduler import MOST_DOUBLINGS
 from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape, PlanCapacity
 from fourfold.kernels.decode_attention.choose import FEW_ROWS, MANY_PARTIALS
 from fourfold.kernels.decode_attention.plan import TILES
@@ -19,41 +21,49 @@ from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, PageShape, Span
 from fourfold.quadrants.step import CodedStep, CodedWork, StepRoom
 
 # Tokens of the sequences that decode. Longer ones of a few rows need room for more tasks, in which
-# short ones take longer.
-_CONTEXT, _LONGER = 500, 600
+# short ones take longer; and so do still longer ones of more rows.
+_CONTEXT, _LONGER, _LONG = 500, 600, (1000, 1300, 2500)
 _MANY = 1 << 20  # pages
 # Rows of prompts at which other kernels are chosen, or the same ones tiled in another way.
 _PREFILL_ROWS = (64, 128, 256, 384, 512, 1024, 2048, 3072, 4096, 5120, 8192, 16384)
 # Decode rows, and rows of prompts beside them.
 _MIXED_ROWS = ((256, 512), (128, 192), (1, 64))
-# Decode rows beside prompts, and the longest of these, of steps that are recorded ahead of need.
+# Decode rows beside prompts, and the longest of these, of steps that are recorded ahead of need;
+# first where prompts queue, for then nothing is recorded without holding somebody up.
+_QUEUED_BESIDE = (16, 64, 128, 256)
 _USUAL_BESIDE = (16, 0, 64, 128)
 _USUAL_PROMPT = 2048
 # Decode rows at which other kernels are chosen.
 _DECODE_ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
-def usual_decodes(
-    max_running: int, page_count: int, planner: DecodePlanner | None
-) -> Iterator[CodedWork]:
+def usual_decodes(max_running: int, page_count: int) -> Iterator[list[Span]]:
     """Steps that decode, of every number of rows that has a graph of its own; shorter sequences
     first, whose graphs longer ones cannot take."""
     for rows in usual_decode_rows(max_running):
-        yield CodedWork(_decodes(rows, page_count), [], planner)
+        yield _decodes(rows, page_count)
         if rows <= FEW_ROWS:
-            yield CodedWork(_decodes(rows, page_count, _LONGER), [], planner)
+            yield _decodes(rows, page_count, _LONGER)
 
 
-def usual_mixes(config: EngineConfig, page_count: int) -> Iterator[tuple[list[Span], list[Span]]]:
-    """Decodes and prompts of steps that prompts of some length cause, the likeliest first. `config`
-    has its defaults filled in."""
+def usual_steps(config: EngineConfig, page_count: int) -> Iterator[tuple[list[Span], list[Span]]]:
+    """Decodes and prompts of steps that are worth a graph before they come, the likeliest first:
+    where prompts queue, long answers, and prompts of any length. `config` has its defaults filled
+    in."""
+    least = config.mixed_tokens or config.tokens
+    full = [least << doubled for doubled in range(MOST_DOUBLINGS + 1)]
     seen = set()
-    for decodes in _USUAL_BESIDE:
-        for rows in range(PAGE_TOKENS, min(_USUAL_PROMPT, config.tokens) + 1, PAGE_TOKENS):
-            key = min(decodes, config.running), round_rows(rows)
-            if key not in seen:
-                seen.add(key)
-                yield _decodes(key[0], page_count, _LONGER), [_prompt(rows)]
+    for decodes, context, rows in (
+        *product(_QUEUED_BESIDE, [_LONGER], full),
+        *product(usual_decode_rows(config.running), _LONG, [0]),
+        *product(_USUAL_BESIDE, [_LONGER], range(PAGE_TOKENS, _USUAL_PROMPT + 1, PAGE_TOKENS)),
+    ):
+        decodes = min(decodes, config.running)
+        rows = min(rows, config.tokens - decodes)
+        key = decodes, context, round_rows(rows) if rows else 0
+        if key not in seen:
+            seen.add(key)
+            yield _decodes(decodes, page_count, context), [_prompt(rows)] * (rows > 0)
 
 
 def largest_work(

@@ -18,7 +18,7 @@ from fourfold.engine.program import StepOutputs, run_step
 from fourfold.engine.progress import Progress
 from fourfold.engine.runner import Runner
 from fourfold.engine.sampler import Adjustment, Samples
-from fourfold.engine.warming import usual_mixes
+from fourfold.engine.warming import usual_steps
 from fourfold.kernels.staging import Staging
 from fourfold.models.decoder import Decoder
 from fourfold.models.loading import pages_of
@@ -238,7 +238,7 @@ def test_nothing_is_recorded_ahead_once_memory_ran_short(
 ) -> None:
     runner = make_runner(model)
     engine = Engine(runner, CONFIG)
-    runner._ahead = usual_mixes(CONFIG.on("cpu"), runner.page_count)
+    runner._ahead = usual_steps(CONFIG.on("cpu"), runner.page_count)
     assert runner.prepare()
     assert runner.graphs == 1
     recorder.amid, recorder.at_end = [SHORTAGE], [BROKEN]

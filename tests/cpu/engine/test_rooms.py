@@ -16,7 +16,7 @@ from fourfold.engine.graphs import (
     usual_decode_rows,
 )
 from fourfold.engine.sampler import Adjustment
-from fourfold.engine.warming import largest_work, usual_decodes, usual_mixes
+from fourfold.engine.warming import largest_work, usual_decodes, usual_steps
 from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape, PlanCapacity
 from fourfold.kernels.prefill_attention import PrefillRoom
 from fourfold.quadrants.costs import QuadrantCosts, shipped_costs
@@ -24,6 +24,7 @@ from fourfold.quadrants.kv_pages import PAGE_TOKENS, Span
 from fourfold.quadrants.step import CodedWork, StepRoom
 
 MAX_PAGES = 640
+SHAPE = DecodeShape(heads=32, kv_heads=4, head_width=128)
 
 
 def work(decodes: int, prompts: list[int]) -> CodedWork:
@@ -91,58 +92,72 @@ def test_no_step_needs_a_larger_room_than_the_largest(max_context: int) -> None:
             assert room.prefill_rows <= largest.prefill_rows
 
 
-@pytest.mark.parametrize("running", [1, 20, 256])
-def test_what_is_recorded_ahead_is_worth_a_graph_each_and_fits(running: int) -> None:
-    config = EngineConfig(max_running=running).on("cuda")
-    rooms = [
-        round_room(CodedWork(*mix, None), MAX_PAGES) for mix in usual_mixes(config, page_count=900)
-    ]
-    assert None not in rooms
-    assert len(set(rooms)) == len(rooms)
-    assert len(rooms) + len(usual_decode_rows(running)) < _MOST_GRAPHS
+@pytest.mark.parametrize("costs", list(shipped_costs()), ids=lambda costs: costs.hardware)
+@pytest.mark.parametrize("running", [1, 20, 256, 512])
+def test_what_is_recorded_ahead_can_all_be_kept(costs: QuadrantCosts, running: int) -> None:
+    assert len(usual_keys(costs, EngineConfig(max_running=running).on("cuda"))) < _MOST_GRAPHS
 
 
 @pytest.mark.parametrize("costs", list(shipped_costs()), ids=lambda costs: costs.hardware)
-@pytest.mark.parametrize(("shortest", "longest"), [(64, 320), (300, 900)])
+@pytest.mark.parametrize(
+    ("fewest", "most", "shortest", "longest", "prompts"),
+    [
+        (13, 16, 64, 320, (0, 512, 1024)),
+        (13, 16, 300, 900, (0, 512, 1024)),
+        (17, 60, 64, 2000, (512, 1024, 2048)),
+        (65, 120, 300, 1500, (512, 1024, 2048)),
+        (130, 256, 300, 1500, (512, 1024, 2048)),
+    ],
+)
 def test_usual_graphs_serve_contexts_of_other_lengths(
-    costs: QuadrantCosts, shortest: int, longest: int
+    costs: QuadrantCosts,
+    fewest: int,
+    most: int,
+    shortest: int,
+    longest: int,
+    prompts: tuple[int, ...],
 ) -> None:
     """How many tasks decode attention is cut into depends on them."""
-    shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
-    config = EngineConfig().on("cuda")
+    usual = usual_keys(costs, EngineConfig().on("cuda"))
     random = Random(0)
-
-    def key(work: CodedWork) -> _Key:
-        room = round_room(work, MAX_PAGES)
-        assert room is not None
-        return _Key(room=room, adjustment=Adjustment.NONE, kept=False)
-
-    def planner() -> DecodePlanner:
-        return DecodePlanner(shape, costs.decode_attention)
-
-    mixes = usual_mixes(config, 1 << 20)
-    usual = {key(CodedWork(*mix, planner())) for mix in mixes}
-    usual |= {key(work) for work in usual_decodes(config.running, 1 << 20, planner())}
-    for _ in range(100):
+    for _ in range(30):
         decodes, page = [], 0
-        for slot in range(random.randint(13, 16)):
+        for slot in range(random.randint(fewest, most)):
             length = random.randint(shortest, longest)
             pages = -(-length // PAGE_TOKENS)
             decodes.append(Span(length - 1, 1, range(page, page + pages), slot))
             page += pages
-        prompt = Span(0, random.choice((512, 1024)), range(page, page + 16))
-        prompts = [prompt] * random.randrange(3)
-        needed = key(CodedWork(decodes, prompts, planner()))
-        assert any(one.serves(needed, 4) for one in usual)
+        rows = random.choice(prompts)
+        prompt = [Span(0, rows, range(page, page + 32))] * (rows > 0)
+        needed = key_of(CodedWork(decodes, prompt, planner(costs)))
+        assert any(one.serves(needed, SHAPE.kv_heads) for one in usual)
+
+
+def usual_keys(costs: QuadrantCosts, config: EngineConfig) -> set[_Key]:
+    """Of the graphs that are recorded before the first request, and while there is none."""
+    steps = [
+        *((decodes, []) for decodes in usual_decodes(config.running, 1 << 20)),
+        *usual_steps(config, 1 << 20),
+    ]
+    return {key_of(CodedWork(*step, planner(costs))) for step in steps}
+
+
+def planner(costs: QuadrantCosts) -> DecodePlanner:
+    return DecodePlanner(SHAPE, costs.decode_attention)
+
+
+def key_of(work: CodedWork) -> _Key:
+    room = round_room(work, MAX_PAGES)
+    assert room is not None
+    return _Key(room=room, adjustment=Adjustment.NONE, kept=False)
 
 
 def test_what_a_graph_must_not_hold_too_much_of() -> None:
     """Rows that are sampled, pieces that are merged apart, page tables that are copied whole."""
-    shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
 
     def key(*, tasks: int = 32, pages: int = 16384, merged: int = 8, chunks: int = 16) -> _Key:
         plan = PlanCapacity.of_tasks(
-            shape, rows=16, tasks=((16, tasks),), pages=pages, merged=merged
+            SHAPE, rows=16, tasks=((16, tasks),), pages=pages, merged=merged
         )
         prefill = PrefillRoom(chunks=chunks, rows=2048, pages=MAX_PAGES)
         room = StepRoom(decode_rows=16, decode=plan, prefill=prefill)

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fourfold.kernels.decode_attention.choose import are_few, merged_class
+from fourfold.kernels.decode_attention.choose import MANY_PARTIALS, are_few, merged_class
 from fourfold.kernels.decode_attention.plan import (
     TASK_CLASSES,
     TASK_FIELDS,
@@ -30,6 +30,8 @@ from fourfold.kernels.decode_attention.plan import (
 _ALIGNMENT = 32  # words
 _HEADER = 1 + len(TILES)
 _PAGE_CLASSES = tuple(16384 * 16**i for i in range(5))
+# Tasks of a tile beside prompts: room for so many, and for more where more rows decode.
+_FEW_BESIDE, _MANY_BESIDE, _FEW_ROWS_BESIDE = 512, 2048, 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,19 +84,23 @@ class PlanCapacity:
         return are_few(self.rows, self.tasks, kv_heads)
 
     @classmethod
-    def covering(cls, plan: DecodePlan, rows: int) -> PlanCapacity:
+    def covering(cls, plan: DecodePlan, rows: int, *, beside_prompts: bool = False) -> PlanCapacity:
         """One of few capacities that hold the plan, for a batch padded to `rows` query rows.
 
         Numbers of tasks are rounded up generously, since a task that is not there costs next to
-        nothing.
+        nothing; and beside prompts, which take longer than that, so much that batches of usual
+        lengths share a capacity, whether their rows are in many pieces or in few.
         """
         assert rows >= len(plan.rows_R)
+        least = (_FEW_BESIDE if rows <= _FEW_ROWS_BESIDE else _MANY_BESIDE) * beside_prompts
         return cls.of_tasks(
             plan.shape,
             rows=rows,
-            tasks=tuple((tile, class_of(count, TASK_CLASSES)) for tile, count in plan.tiles),
+            tasks=tuple(
+                (tile, class_of(max(count, least), TASK_CLASSES)) for tile, count in plan.tiles
+            ),
             pages=class_of(len(plan.pages), _PAGE_CLASSES),
-            merged=merged_class(plan.merged, rows),
+            merged=MANY_PARTIALS if beside_prompts else merged_class(plan.merged, rows),
         )
 
     @classmethod
