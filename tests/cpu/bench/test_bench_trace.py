@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fourfold.bench.offline.trace import Activity, by_kernel, idle, read_trace
+from fourfold.bench.offline.trace import Activity, by_kernel, idle, read_trace, settled
 
 
 def event(name: str, category: str, start: float, length: float, launch: int) -> dict[str, Any]:
@@ -40,6 +40,13 @@ def test_gaps_are_told_apart_by_launch() -> None:
     assert spent.window == pytest.approx(51e-6)
     assert spent.within == pytest.approx(2e-6)  # 10 to 12
     assert spent.between == pytest.approx(11e-6)  # 20 to 25, 30 to 31, 45 to 50
+
+
+def test_what_a_recorder_holds_up_is_left_out() -> None:
+    activities = read_trace(json.dumps(TRACE).encode())
+    names = [activity.name for activity in settled(activities, 2)]
+    assert names == ["a", "b", "c", "set"]
+    assert settled(activities, 0) == activities
 
 
 def test_kernels_are_summed_the_most_first() -> None:

@@ -14,7 +14,7 @@ from fourfold.bench.offline.cases import Case, Kind
 from fourfold.bench.offline.floors import with_floor
 from fourfold.bench.offline.measure import Answered, Prompts
 from fourfold.bench.offline.task import Task
-from fourfold.bench.offline.trace import Activity, record
+from fourfold.bench.offline.trace import Activity, record, settled
 from fourfold.bench.record import Result
 from fourfold.bench.serve.measure import spread
 from fourfold.engine.building import EngineSetup, build_engine
@@ -35,6 +35,7 @@ from fourfold.quadrants.kv_pages import PAGE_TOKENS
 _MOST_RUNNING = 512
 _MOST_STEP_TOKENS = 16384
 _TRACED_STEPS = 24
+_SETTLING_LAUNCHES = 6  # two steps: each is a copy, a graph and a copy
 _TRACED_ANSWER = 4096
 """Tokens that a traced sequence may have at most; it is stopped when the trace is long enough."""
 _STEADY_TOKENS = 4
@@ -123,7 +124,7 @@ class Ours:
         for number in range(len(prompts)):
             self._engine.abort(Abort(request_id=number))
         run.ended.wait()
-        return activities
+        return settled(activities, _SETTLING_LAUNCHES)
 
     def close(self) -> None:
         """Ends the engine's thread."""
