@@ -164,6 +164,8 @@ class World:
         self.routes: deque[tuple[int, int]] = deque()
         """Places among the living, modulo how many there are, for the next parts."""
         self.opened: list[Part] = []
+        self.meanwhile: list[tuple[int, int | None]] = []
+        """Requests and samples that are aborted while the next part is sent out."""
         self._max_attempts = max_attempts
         self._numbers = 0
 
@@ -184,6 +186,9 @@ class World:
         else:
             self.send(route.prefill, msgspec.structs.replace(submit, stage=Stage.PREFILL))
             self.send(route.decode, msgspec.structs.replace(submit, stage=Stage.DECODE))
+        leaving, self.meanwhile = self.meanwhile, []
+        for request, index in leaving:
+            self.abort(request, index)
         return part
 
     def began(self, part: Part) -> None:

@@ -71,11 +71,15 @@ class Journeys(RuleBasedStateMachine):
         self.world.transfer(*transfer, fails=fails, overtakes=overtakes)
 
     @precondition(lambda self: self.world.flights)
-    @rule(place=PLACES, index=st.none() | st.integers(0, 2))
-    def abort(self, place: int, index: int | None) -> None:
+    @rule(place=PLACES, index=st.none() | st.integers(0, 2), meanwhile=st.booleans())
+    def abort(self, place: int, index: int | None, meanwhile: bool) -> None:
+        """At once, or while the next part is sent out."""
         number = self._pick(sorted(self.world.flights), place)
         if index is None or index < self.world.flights[number].request.n:
-            self.world.abort(number, index)
+            if meanwhile:
+                self.world.meanwhile.append((number, index))
+            else:
+                self.world.abort(number, index)
 
     @precondition(lambda self: self.world.workers)
     @rule(place=PLACES, which=PLACES)
@@ -397,5 +401,22 @@ def test_an_aborted_sample_leaves_the_others_running(index: int) -> None:
     flight = world.request(2)
     world.abort(flight.request.request_id, index)
     assert not flight.done
+    world.settle()
+    world.check_end()
+
+
+@pytest.mark.parametrize("route", [(0, 0), (0, 1)])
+def test_what_ends_while_it_is_sent_out_leaves_nothing(route: tuple[int, int]) -> None:
+    world = World()
+    first, last = world.join(), world.join()
+    world.routes.extend([(0, 1), route])
+    flight = world.request(1)
+    world.meanwhile.append((flight.request.request_id, None))
+    flight.moved(last, Moved(request_id=world.opened[-1].number, error="its line was cut"))
+    assert len(world.opened) == 2
+    assert not flight.parts
+    number = world.opened[-1].number
+    for worker in {first, world.opened[-1].route.decode}:
+        assert world.workers[worker].inbox[-1] == Abort(request_id=number)
     world.settle()
     world.check_end()

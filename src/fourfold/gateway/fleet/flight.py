@@ -13,7 +13,7 @@ number. It depends on the prefilling one until the first token is known and the 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import msgspec
@@ -63,7 +63,8 @@ class Post(Protocol):
 
     def open(self, flight: Flight, asked: Submit) -> Part | None:
         """Chooses who computes a part, submits it to them under a fresh number, and hands what they
-        say to the flight. None where nobody can now."""
+        say to the flight. None where nobody can now. Samples of the flight may be aborted
+        meanwhile."""
 
     def began(self, part: Part) -> None:
         """The part's prompt is computed."""
@@ -206,12 +207,7 @@ class Flight:
         for index in indices:
             self._samples[index].ended = True
         for part in list(self.parts.values()):
-            gone = part.live.intersection(indices)
-            part.live -= gone
-            if not part.live:
-                self._close(part, abort=message.reason)
-            elif gone:
-                self._abort_in(part, gone, message.reason)
+            self._end_in(part, indices, message.reason)
 
     def _dispatch(self, indices: Sequence[int]) -> None:
         indices = tuple(index for index in indices if not self._samples[index].ended)
@@ -223,10 +219,9 @@ class Flight:
             self._parked.append(indices)
             return
         self.parts[part.number] = part
-        for index in range(asked.index, asked.index + asked.n):
-            if self._samples[index].ended:  # before the request was sent out
-                part.live.discard(index)
-                self._abort_in(part, {index}, FinishReason.CANCELLED)
+        # Before the request was sent out, or while it was.
+        ended = [index for index in part.live if self._samples[index].ended]
+        self._end_in(part, ended, FinishReason.CANCELLED)
 
     def _asked(self, indices: Sequence[int]) -> Submit:
         """What is still to be computed of some samples; several only if nothing came of any."""
@@ -273,8 +268,13 @@ class Flight:
             self._post.send(part.route.decode, told)
             self._note_progress(part)
 
-    def _abort_in(self, part: Part, gone: set[int], reason: FinishReason) -> None:
-        """Ends some samples of a part of which others live."""
+    def _end_in(self, part: Part, indices: Iterable[int], reason: FinishReason) -> None:
+        """Ends those of some samples that a part computes, and the part with the last of them."""
+        gone = part.live.intersection(indices)
+        part.live -= gone
+        if not part.live:
+            self._close(part, abort=reason)
+            return
         for index in gone:
             message = Abort(request_id=part.number, index=index, reason=reason)
             self._post.send(part.route.decode, message)
