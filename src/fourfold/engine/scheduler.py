@@ -214,7 +214,7 @@ class Scheduler:
             if work.samples and _wanted_elsewhere(sequence):
                 self.running.remove(sequence)
                 self.moving[sequence.request.request_id] = sequence
-            elif sequence.finish is not None or sequence.delivered:
+            elif sequence.finish is not None or (work.samples and sequence.delivered):
                 self._retire(sequence)
         return outputs
 
@@ -236,7 +236,7 @@ class Scheduler:
         """The pages of a prompt are with whom they were for; it ends once its next token is
         known."""
         sequence.delivered = True
-        if not sequence.pending:
+        if len(sequence.tokens) > sequence.given:
             self._retire(sequence)
 
     def drop(self, sequence: Sequence) -> None:

@@ -371,6 +371,31 @@ def test_pages_that_arrive_before_a_step_is_read_lose_no_token(model: Decoder) -
         pair.wait_until_free()
 
 
+def test_pages_that_leave_amid_a_step_without_memory_lose_no_token(
+    model: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step is tried again, smaller, when all its layers have left and are delivered."""
+    request = submit(1, prompt_of(150), GREEDY)
+    wanted = alone(make_engine(model), request)
+    with couple(make_engine(model), make_engine(model)) as pair:
+        engine, launched = pair.first, list[Launched]()
+        launch, handover = engine._runner.launch, engine._handover
+        assert handover is not None
+
+        def short(plan: StepPlan) -> Launched:
+            if launched:
+                return launch(plan)
+            wait_until(lambda: engine.receive() == [] and 1 in handover._grants)
+            launched.append(launch(plan))
+            wait_until(lambda: not engine._inbox.empty())  # they are delivered
+            raise MemoryError
+
+        monkeypatch.setattr(engine._runner, "launch", short)
+        assert pair.answers(request) == wanted
+        assert launched
+        pair.wait_until_free()
+
+
 def break_reading(pair: Couple, monkeypatch: pytest.MonkeyPatch) -> None:
     assert pair.first._handover is not None
     monkeypatch.setattr(pair.first._handover._memory, "records", broken)

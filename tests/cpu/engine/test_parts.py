@@ -325,3 +325,22 @@ def test_pages_that_are_delivered_before_a_step_is_read_cost_no_token() -> None:
     assert [output.token for output in drive.news[2, 0]] == [drawn_token(part, 0, 130)]
     assert drive.scheduler.part(2) is None
     assert drive.scheduler.pool.in_use == 0
+
+
+def test_pages_that_are_delivered_before_a_step_is_tried_again_cost_no_token() -> None:
+    """They left amid a step that ran out of memory after its last layer."""
+    drive = Drive(EngineConfig(max_running=3, step_tokens=300), 12)
+    part = Submit(
+        request_id=2, prompt_ids=(2,) * 130, sampling=SamplingParams(), stage=Stage.PREFILL
+    )
+    drive.add(part)
+    plan = drive.schedule()
+    assert plan is not None
+    assert drive.scheduler.retry_smaller(plan)
+    sequence = drive.scheduler.part(2)
+    assert sequence is not None
+    drive.scheduler.deliver(sequence)
+    drive.run()
+    assert [output.token for output in drive.news[2, 0]] == [drawn_token(part, 0, 130)]
+    assert drive.scheduler.part(2) is None
+    assert drive.scheduler.pool.in_use == 0
