@@ -302,7 +302,7 @@ class Link:
         for index, wire in enumerate(self._streams):
             sender = threading.Thread(
                 target=self._serve,
-                args=(wire, self._probe),
+                args=(index, wire, self._probe),
                 name=f"link {self.peer.name} stream {index}",
                 daemon=True,
             )
@@ -333,15 +333,16 @@ class Link:
         slice_bytes = self._slice_bytes
         if rate > _FAST:
             slice_bytes = min(2 * slice_bytes, self._max_payload)
-        self._transfers.open(self._window, slice_bytes)
+        streams = len(self._streams) if self._ways.readable else 0
+        self._transfers.open(self._window, slice_bytes, streams)
 
-    def _serve(self, wire: Wire, probe: Probe) -> None:
+    def _serve(self, index: int, wire: Wire, probe: Probe) -> None:
         """Sends frames on one stream until the link breaks."""
         try:
             for _ in range(probe.frames):
                 wire.send(probe.frame(self.peer.epoch))
             staging = Staging(self._config.stream_count)
-            while (part := self._transfers.take()) is not None:
+            while (part := self._transfers.take(index)) is not None:
                 self._send(wire, part, staging)
         except OSError as error:
             self._break(f"a stream broke: {error.strerror or error}")

@@ -18,6 +18,8 @@ from fourfold.transport.stats import Counters
 
 Done = Callable[[str | None], None]
 
+_AHEAD = 2
+"""Frames that a stream may have taken more than another, where they are dealt out evenly."""
 _GRACE_SECONDS = 1.0
 """For a frame to leave by itself after its transfer was cancelled."""
 
@@ -90,6 +92,8 @@ class Transfers:
         self._transfers: dict[int, Transfer] = {}
         self._open = False
         self._credit = 0
+        self._taken: list[int] = []
+        """Frames that each stream has taken, where they are dealt out evenly."""
         self._moved = time.monotonic()
         self.problem: str | None = None
         """Why nothing is sent any more."""
@@ -137,10 +141,12 @@ class Transfers:
             transfer.left = left
             return False
 
-    def open(self, window: int, slice_bytes: int) -> None:
-        """Frames may be sent from now on, with so many bytes under way, and so many in each."""
+    def open(self, window: int, slice_bytes: int, streams: int) -> None:
+        """Frames may be sent from now on, with so many bytes under way, and so many in each.
+        `streams`: how many take equally many of them; 0 where each takes what it has room for."""
         with self._changed:
             self._open = True
+            self._taken = [0] * streams
             self._cutter.slice_bytes = slice_bytes
             self._credit += window
             self._moved = time.monotonic()
@@ -160,18 +166,22 @@ class Transfers:
         with self._changed:
             self._moved = time.monotonic()
 
-    def take(self) -> Slice[Transfer] | None:
-        """The next frame, when there is one and credit for it; None when nothing is sent any
-        more. Each is followed by `gave`."""
+    def take(self, stream: int) -> Slice[Transfer] | None:
+        """The next frame for a stream, when there is one and credit for it; None when nothing is
+        sent any more. Each is followed by `gave`."""
         with self._changed:
             self._changed.wait_for(
                 lambda: (
-                    self.problem is not None or (self._open and self._cutter and self._credit > 0)
+                    self.problem is not None
+                    or (self._open and self._cutter and self._credit > 0 and self._is_due(stream))
                 )
             )
             if self.problem is not None:
                 return None
             part = self._cutter.cut()
+            if self._taken:
+                self._taken[stream] += 1
+                self._changed.notify_all()
             # Below zero by one frame for each stream at most.
             self._credit -= part.length
             part.transfer.queued -= part.length
@@ -222,6 +232,11 @@ class Transfers:
                 transfer.sending and transfer.cancelled is not None and transfer.cancelled < latest
                 for transfer in self._transfers.values()
             )
+
+    def _is_due(self, stream: int) -> bool:
+        """Whether a stream is not far ahead of another. What only says where pages lie is sent in
+        no time: the first that wakes would take all there is, and its receiver copy it alone."""
+        return not self._taken or self._taken[stream] < min(self._taken) + _AHEAD
 
     def _start_clock(self) -> None:
         """What is asked for while nothing else is has all its time from now."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import queue
 import random
 import threading
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fourfold.transport import Part, Piece
+from fourfold.transport.notifier import Notifier
+from fourfold.transport.stats import Counters
+from fourfold.transport.transfers import Transfers
 from tests.cpu.transport.nodes import (
     GATHERING_WAYS,
     WAIT_SECONDS,
@@ -407,3 +412,32 @@ def test_frames_are_no_larger_than_the_receiver_takes() -> None:
     assert target.content() == source.content()
     sender.close()
     receiver.close()
+
+
+@pytest.mark.parametrize("deals", [True, False])
+def test_no_stream_takes_all_that_only_says_where_pages_lie(deals: bool) -> None:
+    notifier = Notifier("test")
+    transfers = Transfers(10, Counters("peer", sends=True), notifier, lambda message: None)
+    transfers.open(1000, 10, 2 if deals else 0)
+    transfers.write(
+        transfers.begin(1, Outcome()),
+        [Piece(Part.PAGES, 0, page, 1, [memoryview(bytes(10))]) for page in range(8)],
+    )
+    taken: queue.SimpleQueue[int] = queue.SimpleQueue()
+
+    def take_all() -> None:
+        while transfers.take(0) is not None:
+            taken.put(0)
+
+    thread = threading.Thread(target=take_all)
+    thread.start()
+    for expected in (2, 3, 4, 5) if deals else (8,):
+        until(lambda expected=expected: taken.qsize() == expected)  # type: ignore[misc]
+        time.sleep(0.01)
+        assert taken.qsize() == expected  # it waits for the other
+        if expected < 5:
+            assert transfers.take(1) is not None
+    transfers.stop("the test is over")
+    thread.join(WAIT_SECONDS)
+    assert not thread.is_alive()
+    notifier.close(WAIT_SECONDS)
