@@ -32,7 +32,6 @@ from fourfold.transport.frames import (
     Fields,
     Header,
     Kind,
-    checksum,
     encode_extents,
     encode_header,
 )
@@ -354,9 +353,13 @@ class Link:
             readable = self._ways.readable
             places = places_of(part.views) if readable else None
             extents = self._regions.find(places, readable) if places else None
-            pieces = staging.collect(part.views, places)
-            head = self._head(part, pieces, extents or ())
-            wire.send([memoryview(head), *(() if extents else pieces)])
+            pieces: Sequence[memoryview] = ()
+            # Right before it is sent, so that it is read from memory once.
+            if extents and places:
+                digest = staging.checksum(part.views, places)
+            else:
+                pieces, digest = staging.collect(part.views)
+            wire.send([memoryview(self._head(part, digest, extents or ())), *pieces])
             if (pulled := part.transfer.pulled) is not None:
                 moved, path = part.layers * part.count * pulled[part.part], DEVICE_MEMORY
             else:
@@ -366,10 +369,8 @@ class Link:
             self._counters.end(moved, path)
             self._transfers.gave(part)
 
-    def _head(
-        self, part: Slice[Transfer], pieces: Sequence[memoryview], extents: Sequence[Fields]
-    ) -> bytes:
-        """What goes before these pieces of memory, or describes them by extents."""
+    def _head(self, part: Slice[Transfer], digest: int, extents: Sequence[Fields]) -> bytes:
+        """What goes before a payload of this checksum, or describes it by extents."""
         header = encode_header(
             Header(
                 kind=Kind.DESCRIBED if extents else Kind.DATA,
@@ -381,8 +382,7 @@ class Link:
                 first=part.first,
                 count=part.count,
                 length=part.length,
-                # Right before it is sent, so that it is read from memory once.
-                checksum=checksum(pieces),
+                checksum=digest,
                 offset=part.offset,
                 size=part.size,
                 extents=len(extents),

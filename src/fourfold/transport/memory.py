@@ -2,8 +2,8 @@
 
 A checksum or a copy of some hundred KiB lets other threads run meanwhile. One of a single page
 keeps Python's lock, and where many streams compete for that lock, they do their work one after the
-other. So a stream brings small pieces together, by one call, in memory of its own that stays in
-the cache, and deals with them there.
+other. So a stream brings small pieces together, by one call, in memory of its own, and deals with
+them there. What it copies it does in steps, for whose checksums the copy is still in the cache.
 """
 
 from __future__ import annotations
@@ -16,6 +16,9 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
+
+from fourfold.transport.frames import checksum
 
 Place = tuple[int, int]
 """Address and length of some bytes."""
@@ -29,6 +32,8 @@ _SMALL_BYTES = 128 << 10
 does the same below 100 KB."""
 _LEAST_ROW = 1 << 10
 """Bytes that pieces must have in common to be copied as rows of an array."""
+_STEP_BYTES = 512 << 10
+"""So many are copied before their checksum is taken."""
 
 
 class Staging:
@@ -47,41 +52,69 @@ class Staging:
             self._memory = memoryview(mmap.mmap(-1, length))
         return self._memory[:length]
 
-    def collect(
-        self, views: Sequence[memoryview], places: Sequence[Place] | None = None
-    ) -> Sequence[memoryview]:
-        """The bytes of views in as few pieces as that is worth: where they are or as a copy, which
-        is good until the next call. `places`: theirs, if they are known."""
-        if len(views) == 1 or not self._gathers:
-            return views
-        places = places or places_of(views)
-        if len(places) == 1:
-            return [_memory_at(places[0])]
-        length = length_of(places)
-        if length >= len(places) * _SMALL_BYTES:
-            return views
-        target = self.room(length)
-        copy(places, [target])
-        return [target]
+    def checksum(self, views: Sequence[memoryview], places: Sequence[Place]) -> int:
+        """That of views, whose places these are."""
+        if self._gathers and _are_small(places) and (unit := _unit(places)) >= _LEAST_ROW:
+            return self._copy_rows(places, (), unit)
+        return checksum(views)
 
-    def target(self, views: Sequence[memoryview], sources: int) -> Sequence[memoryview]:
-        """Where to put bytes for views that come from so many places; `deliver` follows."""
+    def collect(self, views: Sequence[memoryview]) -> tuple[Sequence[memoryview], int]:
+        """The bytes of views in as few pieces as that is worth: where they are or as a copy, which
+        is good until the next call. And their checksum."""
+        if len(views) == 1 or not self._gathers:
+            return views, checksum(views)
+        places = places_of(views)
+        if len(places) == 1:
+            views = [_memory_at(places[0])]
+        elif _are_small(places):
+            target = self.room(length_of(places))
+            return [target], self.copy(places, [target])
+        return views, checksum(views)
+
+    def copy(self, sources: Sequence[Place], views: Sequence[memoryview]) -> int:
+        """Copies memory to views of as many bytes in all; returns the checksum of the copy."""
+        self._scattered = ()
+        if self._gathers:
+            places = places_of(views)
+            unit = math.gcd(_unit(sources), _unit(places))
+            if unit >= _LEAST_ROW and (_are_small(sources) or _are_small(places)):
+                return self._copy_rows(sources, places, unit)
+        return _copy_pieces(sources, views)
+
+    def target(self, views: Sequence[memoryview]) -> Sequence[memoryview]:
+        """Where to put bytes for views; `deliver` follows."""
         self._scattered = ()
         if len(views) == 1 or not self._gathers:
             return views
         places = places_of(views)
         if len(places) == 1:
             return [_memory_at(places[0])]
-        length = length_of(places)
-        if length >= max(sources, len(places)) * _SMALL_BYTES:
+        if not _are_small(places):
             return views
         self._scattered = places
-        return [self.room(length)]
+        return [self.room(length_of(places))]
 
     def deliver(self) -> None:
         """Puts what is in the last target into its views, where it is not there yet."""
         if self._scattered:
             _scatter(self.room(length_of(self._scattered)), self._scattered)
+
+    def _copy_rows(self, sources: Sequence[Place], places: Sequence[Place], unit: int) -> int:
+        """As `copy`, to places or nowhere, all of them multiples of a unit of bytes."""
+        array, index = _as_rows(sources, unit)
+        target, at = _as_rows(places, unit) if places else (array, index)
+        state, step = xxhash.xxh3_64(), max(1, _STEP_BYTES // unit)
+        if len(places) != 1:
+            room = np.frombuffer(self.room(step * unit), np.uint8).reshape(step, unit)
+        for begin in range(0, len(index), step):
+            rows = index[begin : begin + step]
+            out = target[begin : begin + step] if len(places) == 1 else room[: len(rows)]
+            # Clipped, for to raise would cost another copy.
+            np.take(array, rows, axis=0, out=out, mode="clip")
+            state.update(out.data)
+            if len(places) > 1:
+                target[at[begin : begin + step]] = out
+        return state.intdigest()
 
 
 def address_of(view: memoryview) -> int:
@@ -115,30 +148,27 @@ def length_of(places: Iterable[Place]) -> int:
     return sum([length for _, length in places])
 
 
-def copy(sources: Sequence[Place], views: Sequence[memoryview]) -> None:
-    """Copies memory to views of as many bytes in all."""
-    if len(views) == 1 and (rows := _as_rows(sources)) is not None:
-        array, index = rows
-        out = np.frombuffer(views[0], np.uint8).reshape(-1, array.shape[1])
-        np.take(array, index, axis=0, out=out, mode="clip")  # to raise would cost another copy
-        return
-    pieces = iter(sources)
+def _copy_pieces(sources: Sequence[Place], views: Sequence[memoryview]) -> int:
+    """See `Staging.copy`."""
+    state, pieces = xxhash.xxh3_64(), iter(sources)
     source, left = 0, 0
     for view in views:
-        target, room = address_of(view), len(view)
-        while room:
+        target, done = address_of(view), 0
+        while done < len(view):
             if not left:
                 source, left = next(pieces)
-            count = min(room, left)
-            _move(target, source, count)
-            source, target, left, room = source + count, target + count, left - count, room - count
+            count = min(len(view) - done, left, _STEP_BYTES)
+            _move(target + done, source, count)
+            state.update(view[done : done + count])
+            source, done, left = source + count, done + count, left - count
+    return state.intdigest()
 
 
 def _scatter(source: memoryview, places: Sequence[Place]) -> None:
     """Copies memory to places of as many bytes in all."""
-    if (rows := _as_rows(places)) is not None:
-        array, index = rows
-        array[index] = np.frombuffer(source, np.uint8).reshape(-1, array.shape[1])
+    if (unit := _unit(places)) >= _LEAST_ROW:
+        array, index = _as_rows(places, unit)
+        array[index] = np.frombuffer(source, np.uint8).reshape(-1, unit)
         return
     at = address_of(source)
     for address, length in places:
@@ -146,25 +176,27 @@ def _scatter(source: memoryview, places: Sequence[Place]) -> None:
         at += length
 
 
-def _as_rows(places: Sequence[Place]) -> tuple[_Rows, _Index] | None:
-    """An array of all memory from the first to the last of places, as rows of one size, and which
-    rows they are, in order; None for places that are no such rows, or just one."""
-    if len(places) < 2:
-        return None
-    addresses, lengths = zip(*places, strict=True)
-    base, length = min(addresses), lengths[0]
-    offsets = [address - base for address in addresses]
-    alike = lengths.count(length) == len(lengths)
-    size = math.gcd(*offsets, *((length,) if alike else lengths))
-    if size < _LEAST_ROW:
-        return None
-    index = np.array(offsets) // size
-    if not alike or length != size:
-        counts = np.array(lengths) // size
+def _are_small(places: Sequence[Place]) -> bool:
+    """Whether they are many, and better dealt with together."""
+    return len(places) > 1 and length_of(places) < len(places) * _SMALL_BYTES
+
+
+def _unit(places: Sequence[Place]) -> int:
+    """The most bytes that the lengths of places and their distances are multiples of."""
+    base = places[0][0]
+    return math.gcd(*[address - base for address, _ in places], *[length for _, length in places])
+
+
+def _as_rows(places: Sequence[Place], unit: int) -> tuple[_Rows, _Index]:
+    """An array of all memory from the first to the last of places, as rows of so many bytes, and
+    which rows they are, in order."""
+    addresses, lengths = np.array(places).T
+    base = int(addresses.min())
+    index, counts = (addresses - base) // unit, lengths // unit
+    if counts.max() > 1:
         before = np.cumsum(counts) - counts
         index = np.repeat(index - before, counts) + np.arange(counts.sum())
-    end = max(map(sum, places))
-    return _array(base, ((end - base) // size, size)), index
+    return _array(base, (int(index.max()) + 1, unit)), index
 
 
 def _move(target: int, source: int, length: int) -> None:

@@ -21,7 +21,7 @@ import xxhash
 
 from fourfold.transport.control import Exposed, ExposedRegion
 from fourfold.transport.frames import Fields, FrameError
-from fourfold.transport.memory import address_of, copy
+from fourfold.transport.memory import Staging, address_of
 from fourfold.transport.nixl import NixlAgent, Piece, Request, describe
 from fourfold.transport.shared import SharedRegion
 from fourfold.transport.sources import Fill, ReadError
@@ -163,12 +163,13 @@ class RemoteMemory:
         self._buffers.clear()
         self._free.clear()
 
-    def _fill(self, pieces: Sequence[Piece], views: Sequence[memoryview]) -> None:
+    def _fill(self, pieces: Sequence[Piece], views: Sequence[memoryview], staging: Staging) -> int:
         buffer = self._take()
         self._fetch(pieces, buffer)
-        copy([(buffer.address, sum(map(len, views)))], views)
+        digest = staging.copy([(buffer.address, sum(map(len, views)))], views)
         with self._lock:
             self._free.append(buffer)
+        return digest
 
     def _take(self) -> _Buffer:
         """A buffer that nothing writes to; at most one for each stream of the link."""

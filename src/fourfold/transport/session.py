@@ -280,7 +280,7 @@ class Session:
         were right, and which way they took."""
         payload = self._payload(wire, header)
         if header.kind in (Kind.PROBE, Kind.DESCRIBED_PROBE):
-            payload.fill([staging.room(header.length)])
+            payload.fill([staging.room(header.length)], staging)
             return 0, ""
         if header.epoch != self._me.epoch:
             self.count("stale")
@@ -300,9 +300,7 @@ class Session:
                 problem = f"the receiver cannot place a run: {error}"
                 payload.drop()
             else:
-                target = staging.target(views, header.extents)
-                payload.fill(target)
-                problem = self._verify(target, header)
+                problem = self._verify(payload.fill(views, staging), header)
                 if problem is None:
                     staging.deliver()
                     pulled, problem = _landed(claim)
@@ -328,8 +326,8 @@ class Session:
             raise FrameError("it describes pages, and no memory of its sender can be read here")
         return _Payload(wire, header.length, self._memory.find(extents), self._memory.path)
 
-    def _verify(self, views: Sequence[memoryview], header: Header) -> str | None:
-        if checksum(views) == header.checksum:
+    def _verify(self, digest: int, header: Header) -> str | None:
+        if digest == header.checksum:
             return None
         self.count("corrupt")
         logger.warning(
@@ -367,12 +365,14 @@ class _Payload:
         self._wire, self._length, self._described = wire, length, described
         self.path = path
 
-    def fill(self, views: Sequence[memoryview]) -> None:
-        """Puts them into views of as many bytes."""
+    def fill(self, views: Sequence[memoryview], staging: Staging) -> int:
+        """Puts them into views of as many bytes, or where `staging` delivers them from; returns
+        their checksum."""
         if self._described is not None:
-            self._described(views)
-        else:
-            self._wire.receive(views)
+            return self._described(views, staging)
+        target = staging.target(views)
+        self._wire.receive(target)
+        return checksum(target)
 
     def drop(self) -> None:
         """Reads them away, where they come on the stream."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import bisect
 import ctypes
 import fcntl
-import functools
 import mmap
 import os
 import stat
@@ -21,7 +20,7 @@ from typing import NamedTuple
 
 from fourfold.transport.control import Region
 from fourfold.transport.frames import MAX_EXTENTS, Fields, FrameError
-from fourfold.transport.memory import Place, address_of, copy
+from fourfold.transport.memory import Place, address_of
 from fourfold.transport.sources import Fill
 from fourfold.transport.stats import SHARED_MEMORY
 
@@ -154,7 +153,7 @@ class Mappings:
             if offset + length > size:
                 raise FrameError(f"its pages lie outside of the shared region {number}")
             found.append((begin + offset, length))
-        return functools.partial(copy, found)
+        return lambda views, staging: staging.copy(found, views)
 
 
 def _open(region: Region) -> int:

@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from fourfold.transport.frames import Fields
+from fourfold.transport.memory import Staging
 
-Fill = Callable[[Sequence[memoryview]], None]
-"""Puts a payload into views of as many bytes. Raises `ReadError` where it cannot be had."""
+Fill = Callable[[Sequence[memoryview], Staging], int]
+"""Puts a payload into views of as many bytes, by a stream's staging, and returns the checksum of
+what is there now. Raises `ReadError` where it cannot be had."""
 
 
 class ReadError(OSError):

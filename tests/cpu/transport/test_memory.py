@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourfold.transport.memory import Staging, copy, length_of, places_of
+from fourfold.transport.frames import checksum
+from fourfold.transport.memory import Staging, length_of, places_of
 
 UNITS = [1, 7, 1024, 1040, 4096, 65536, 200_000]
 """Bytes that all pieces of a layout are multiples of."""
@@ -50,9 +51,19 @@ def test_bytes_come_through_a_stream(streams: int, layout: tuple[int, list[int],
     chance.shuffle(counts)
     there = cut(target, unit, counts, chance)
     sender, receiver = Staging(streams), Staging(streams)
-    pieces = sender.collect(here, places_of(here))
+    pieces, found = sender.collect(here)
     assert b"".join(pieces) == b"".join(here)
-    copy(places_of(pieces), receiver.target(there, len(pieces)))
+    assert found == Staging(streams).checksum(here, places_of(here)) == checksum(here)
+    for source_places in (places_of(pieces), places_of(here)):
+        assert receiver.copy(source_places, there) == found
+        assert b"".join(there) == b"".join(here)
+        for view in there:
+            view[:] = bytes(len(view))
+    at = 0
+    for view in (arrived := receiver.target(there)):
+        view[:] = b"".join(here)[at : at + len(view)]
+        at += len(view)
+    assert at == length_of(places_of(arrived))
     receiver.deliver()
     assert b"".join(there) == b"".join(here)
     untouched = bytearray(target)
@@ -76,20 +87,19 @@ def test_small_pieces_are_gathered_by_many_streams_only() -> None:
     buffer = memoryview(bytearray(1 << 20))
     small = [buffer[at : at + 4096] for at in range(0, 1 << 16, 8192)]
     large = [buffer[: 1 << 18], buffer[1 << 19 :]]
-    assert len(Staging(2).collect(small, places_of(small))) == len(small)
-    assert len(Staging(3).collect(small, places_of(small))) == 1
-    assert Staging(8).collect(large, places_of(large)) == large
-    assert len(Staging(2).target(small, 1)) == len(small)
-    assert len(Staging(3).target(small, 1)) == 1
-    assert Staging(8).target(large, 2) == large
-    assert len(Staging(8).target(large, 100)) == 1  # from many places
+    assert len(Staging(2).collect(small)[0]) == len(small)
+    assert len(Staging(3).collect(small)[0]) == 1
+    assert Staging(8).collect(large)[0] == large
+    assert len(Staging(2).target(small)) == len(small)
+    assert len(Staging(3).target(small)) == 1
+    assert Staging(8).target(large) == large
 
 
 def test_bytes_that_lie_together_are_dealt_with_in_place() -> None:
     buffer = memoryview(bytearray(b"abcdef"))
     staging = Staging(8)
-    (piece,) = staging.collect([buffer[1:3], buffer[3:5]], places_of([buffer[1:5]]))
-    (target,) = staging.target([buffer[1:3], buffer[3:5]], 5)
+    (piece,), _ = staging.collect([buffer[1:3], buffer[3:5]])
+    (target,) = staging.target([buffer[1:3], buffer[3:5]])
     target[:] = b"wxyz"
     staging.deliver()
     assert bytes(piece) == b"wxyz"
@@ -98,5 +108,6 @@ def test_bytes_that_lie_together_are_dealt_with_in_place() -> None:
 
 def test_what_can_only_be_read_is_collected_too() -> None:
     views = [memoryview(b"ab" * 1024), memoryview(b"cd" * 1024)]
-    (piece,) = Staging(8).collect(views, places_of(views))
+    (piece,), found = Staging(8).collect(views)
+    assert found == checksum(views)
     assert piece == b"ab" * 1024 + b"cd" * 1024

@@ -120,7 +120,7 @@ class Far:
         done: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         with contextlib.ExitStack() as stack:
             if not command.verify:
-                stack.enter_context(without_checksums("fourfold.transport.session"))
+                stack.enter_context(without_checksums())
             self._node.expect(command.lease, 1, self._landing, done.put)
             self._say(Answer())
             start = time.process_time()

@@ -177,7 +177,7 @@ class Near:
         done: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         with contextlib.ExitStack() as stack:
             if not verify:
-                stack.enter_context(without_checksums("fourfold.transport.link"))
+                stack.enter_context(without_checksums())
             found = stack.enter_context(timed())
             transfer = through.begin(lease, done.put)
             transfer.write(pieces)
