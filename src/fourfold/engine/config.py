@@ -26,9 +26,10 @@ class EngineConfig:
     """Tokens of one step at most: one for each decoding sample, the rest for chunks of prompts.
     Default: 512 on a CPU, 8192 on a GPU."""
     mixed_tokens: int | None = None
-    """Tokens of prompts at most in a step that also decodes: fewer keep answers flowing evenly
-    while prompts arrive, more let prompts begin sooner. Over 8-bit pages at least a page, 64.
-    Default: no limit on a CPU, 512 on a GPU."""
+    """Tokens of prompts at most in a step that also decodes, and up to four times as many while
+    four such steps of prompts wait: fewer keep answers flowing evenly while prompts arrive, more
+    let prompts begin sooner. Over 8-bit pages at least a page, 64. Default: no limit on a CPU, 512
+    on a GPU."""
     kv_memory_gib: float | None = None
     """Memory for KV pages in GiB. Default: 2 on a CPU, or less where little is available; on a GPU
     what weights and a step leave."""
