@@ -44,6 +44,7 @@ def main() -> int:
             restarts=int(options.seconds // 60),
             device=options.device,
             starts_again=True,
+            long_freeze=30.0,
         )
         checkpoint = tiny.save_checkpoint("mixtral", folder / "mixtral")
         run = Run(plan, checkpoint, write_default(folder / "words"), folder)

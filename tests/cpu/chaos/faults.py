@@ -196,7 +196,10 @@ class Faults:
 
     def _freeze(self, member: Member, joiner: Joiner | None) -> None:
         self._note_strike(member, "frozen")
-        self._stop(member, joiner, self._run.timeout + self._rng.uniform(0.7, 1.5))
+        seconds = self._run.timeout + self._rng.uniform(0.7, 1.5)
+        if self._run.plan.long_freeze is not None and self._rng.random() < 0.1:
+            seconds = self._run.plan.long_freeze
+        self._stop(member, joiner, seconds)
 
     def _stop(self, member: Member, joiner: Joiner | None, seconds: float) -> None:
         pid = member.hello.pid

@@ -86,6 +86,9 @@ class Plan:
     """Whether a gateway that restarts starts workers too, which takes seconds."""
     timeout: float = 1.5
     """Seconds of silence that the gateway and workers bear."""
+    long_freeze: float | None = None
+    """Seconds for which one frozen process in ten stands still, the others little longer than
+    their silence is borne."""
 
 
 class Run:
@@ -337,7 +340,8 @@ class Run:
 
     async def _quiet(self) -> None:
         """Waits until no fault goes on, then until nothing of any request is held."""
-        if not await until(lambda: self.faults.over and not self._visits, 30):
+        longest = 30 + (self.plan.long_freeze or 0)
+        if not await until(lambda: self.faults.over and not self._visits, longest):
             self.story.violate("hung", "a stranger is held up for ever")
         began, late = time.monotonic(), 0.0
         held = await self._held()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from fourfold.bench.answers import take_stdout
 from fourfold.bench.figures import format_figure
 from fourfold.bench.offline.cases import Kind
 from fourfold.bench.offline.measure import Contestant, measure
@@ -32,12 +33,14 @@ _FIRST_PROMPT = 16
 def main() -> int:
     """Reads a `Task` from standard input, writes an `Answer` to standard output."""
     task = msgspec.json.decode(sys.stdin.buffer.read(), type=Task)
+    answers = take_stdout()
     try:
         answer = answer_task(task)
     except FourfoldError as error:
         print(f"{task.engine}: {error}", file=sys.stderr)
         return 2
-    sys.stdout.buffer.write(msgspec.json.encode(answer))
+    answers.write(msgspec.json.encode(answer))
+    answers.close()
     return 0
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, BinaryIO
 
 import msgspec
 
+from fourfold.bench.answers import take_stdout
 from fourfold.bench.transport.config import LAYERS
 from fourfold.bench.transport.host_pages import Pages, identity, private_memory, without_checksums
 from fourfold.bench.transport.messages import (
@@ -141,4 +142,4 @@ def _take_all(connection: socket.socket, view: memoryview, chunk: int) -> None:
 
 
 if __name__ == "__main__":
-    Far(sys.stdin.buffer, sys.stdout.buffer).run()
+    Far(sys.stdin.buffer, take_stdout()).run()
