@@ -57,7 +57,8 @@ def takes_the_steps_of_one(case: str, together: Path, tmp_path: Path) -> None:
         for name, tensor in one.items():
             # AdamW moves a weight by its gradient's sign, however small that gradient is.
             off = (two[name].float() - tensor.float()).norm() / tensor.float().norm().clamp_min(1)
-            assert off < near, name
+            # And in bfloat16 a token near a tie of the router may go elsewhere.
+            assert off < (2 * near if config.run.dtype == "bfloat16" else near), name
 
 
 @pytest.mark.parametrize("case", sorted(ranks.CASES))
