@@ -11,6 +11,7 @@ import pytest
 from fourfold.engine.engine import Engine
 from fourfold.models.decoder import Decoder
 from fourfold.transport import leases, session, transfers
+from fourfold.transport.memory import Staging
 from fourfold.transport.wire import Wire
 from tests.cpu.driving import GREEDY, load_tiny, make_engine, run, submit, tokens
 from tests.cpu.engine.couple import PATIENCE, Couple, couple, prompt_of, wait_until
@@ -38,12 +39,14 @@ class Stuck:
                 self.wait()
             send(wire, views)
 
-        def fill_or_wait(payload: session._Payload, views: Sequence[memoryview]) -> None:
+        def fill_or_wait(
+            payload: session._Payload, views: Sequence[memoryview], staging: Staging
+        ) -> int:
             if self.armed:
                 for view in views:
                     view[:] = b"\xff" * len(view)
                 self.wait()
-            fill(payload, views)
+            return fill(payload, views, staging)
 
         monkeypatch.setattr(Wire, "shut", end)
         self.amid_sending = lambda: monkeypatch.setattr(Wire, "send", send_or_wait)
