@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from fourfold.engine.sampler import Adjustment, Samples
-from fourfold.kernels.sample import SampleParams, sample
+from fourfold.kernels.sample import SampleParams, newest_tokens, sample
 from fourfold.kernels.sample.params import WORDS
 from fourfold.kernels.staging import Staging
 from fourfold.models.decoder import Decoder
@@ -60,20 +59,16 @@ def run_step(
         samples: read and updated.
         adjustment: the tables that rows need.
     """
-    sources_T = inputs["sources"]
-    last_T = samples.last_token[sources_T.clamp_min(0)]
-    tokens_T = torch.where(sources_T >= 0, last_T, inputs["tokens"])
+    tokens_T = newest_tokens(inputs["tokens"], inputs["sources"], samples.last_token)
     hidden_TD = model(tokens_T, step.positions_T, step)
     if not len(inputs["sampled"]):
         nothing = hidden_TD.new_empty(0)
         return StepOutputs(hidden_TD, None, nothing.long(), nothing.float())
-    logits_SV = model.logits(hidden_TD[inputs["sampled"]])
+    logits_SV = model.logits(hidden_TD.index_select(0, inputs["sampled"]))
     params = SampleParams(inputs["params"].view(-1, WORDS))
     tables = samples.need_tables() if adjustment is not Adjustment.NONE else None
-    drawn = sample(logits_SV, params, tables)
-    slots_S = params.slot.long()
-    samples.last_token[slots_S] = drawn.tokens_S
+    drawn = sample(logits_SV, params, tables, last_N=samples.last_token)
     if tables is not None:
         # Of every row: counts of samples that penalise nothing are read by nobody.
-        tables.add(slots_S, drawn.tokens_S)
+        tables.add(params.slot.long(), drawn.tokens_S)
     return StepOutputs(hidden_TD, logits_SV, drawn.tokens_S, drawn.logprobs_S)

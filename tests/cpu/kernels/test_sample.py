@@ -11,8 +11,10 @@ from fourfold.kernels.sample import (
     SampleParams,
     SampleRow,
     TokenTables,
+    newest_tokens,
     noise_key,
     sample,
+    triton_newest,
     triton_sample,
     uniform_numbers,
 )
@@ -39,13 +41,14 @@ def interpreted(
     tile: int = 128,
     listed: int = 16,
     limit: int = 128,
+    last_N: Tensor | None = None,
 ) -> Sampled:
     """The kernels, cut as vocabularies a thousand times as large are."""
     rows, vocabulary = logits_SV.shape
     tokens_S = torch.full((rows,), -7)
     logprobs_S = torch.full((rows,), -7.0)
     cut = choose(vocabulary, tile=tile, listed=listed, limit=limit)
-    triton_sample.launch(logits_SV, params.packed_SF, tables, cut, tokens_S, logprobs_S)
+    triton_sample.launch(logits_SV, params.packed_SF, tables, cut, tokens_S, logprobs_S, last_N)
     return Sampled(tokens_S, logprobs_S)
 
 
@@ -235,3 +238,29 @@ def test_the_choice_covers_the_vocabulary(vocabulary: int) -> None:
     assert {number.bit_count() for number in (cut.tile, cut.listed, cut.limit, cut.scan_warps)} == {
         1
     }
+
+
+def test_what_is_drawn_is_its_slots_last_token() -> None:
+    slots = [4, 0, 2]
+    rows = [SampleRow(key=7, position=3, slot=slot) for slot in slots]
+    params = SampleParams.pack(rows, CPU)
+    logits_SV = torch.randn(3, 500, generator=torch.Generator().manual_seed(2))
+    for drawn in (sample, interpreted):
+        last_N = torch.full((6,), -5)
+        tokens_S = drawn(logits_SV, params, None, last_N=last_N).tokens_S
+        assert last_N[slots].tolist() == tokens_S.tolist()
+        assert last_N[[1, 3, 5]].tolist() == [-5] * 3
+
+
+@pytest.mark.parametrize("rows", [1, 5, 128, 300])
+def test_a_step_begins_with_the_tokens_of_the_host_and_those_drawn_last(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    tokens_T = torch.randint(0, 1000, (rows,), dtype=torch.int32, generator=generator)
+    sources_T = torch.randint(-1, 4, (rows,), dtype=torch.int32, generator=generator)
+    last_N = torch.tensor([5000, 6000, 7000, 1 << 40])
+    wanted = [
+        int(last_N[source] if source >= 0 else token)
+        for token, source in zip(tokens_T.tolist(), sources_T.tolist(), strict=True)
+    ]
+    for newest in (newest_tokens, triton_newest.launch):
+        assert newest(tokens_T, sources_T, last_N).tolist() == wanted

@@ -24,7 +24,7 @@ COLDEST = 1e-4
 WORDS = 12
 """Of a record: temperature, top-k, top-p, min-p's reach, the three penalties (repetition, presence,
 frequency), slot, key (two words), position, flags."""
-POSITION_WORD = 10
+SLOT_WORD, POSITION_WORD = 7, 10
 ADJUSTED, BIASED, REPORTED = 1, 2, 4
 """The flags."""
 
@@ -50,7 +50,7 @@ class SampleRow(NamedTuple):
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     slot: int = 0
-    """Row of the `TokenTables`."""
+    """Row of the `TokenTables`, and of the last tokens."""
     adjusted: bool = False
     """Whether the slot's tallies apply, as penalties, and its biases if `biased`."""
     biased: bool = False
@@ -100,7 +100,7 @@ class SampleParams:
     @property
     def slot(self) -> Tensor:
         """int32 [S]."""
-        return self.packed_SF[:, 7]
+        return self.packed_SF[:, SLOT_WORD]
 
     @property
     def adjusted(self) -> Tensor:

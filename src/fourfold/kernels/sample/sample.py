@@ -5,7 +5,7 @@ number in [0, 1). That needs no noise for each token, as adding Gumbel noise wou
 vocabulary: every filter keeps the tokens within some distance of the likeliest, so only that
 distance has to be found.
 
-Shapes: S rows, V vocabulary.
+Shapes: S rows, V vocabulary, N slots.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ class Sampled(NamedTuple):
     that want it."""
 
 
-def sample(logits_SV: Tensor, params: SampleParams, tables: TokenTables | None = None) -> Sampled:
+def sample(
+    logits_SV: Tensor,
+    params: SampleParams,
+    tables: TokenTables | None = None,
+    *,
+    last_N: Tensor | None = None,
+) -> Sampled:
     """Draws the next token of each row.
 
     Rows marked as adjusted have penalties applied to their logits: repetition (divides positive,
@@ -52,6 +58,7 @@ def sample(logits_SV: Tensor, params: SampleParams, tables: TokenTables | None =
         logits_SV: float32, bfloat16 or float16 [S, V], rows contiguous; left as they are.
         params: of the S rows, on the device of the logits.
         tables: tallies and biases of all slots; may be None where no row is adjusted.
+        last_N: the last tokens of all slots, int64; those of the rows' slots become what is drawn.
     """
     rows, vocabulary = logits_SV.shape
     assert params.packed_SF.shape == (rows, WORDS), (params.packed_SF.shape, rows)
@@ -59,6 +66,8 @@ def sample(logits_SV: Tensor, params: SampleParams, tables: TokenTables | None =
     assert tables is None or tables.tally_NV.shape[1] == vocabulary, vocabulary
     if logits_SV.device.type == "cpu":
         tokens_S = reference.sample(logits_SV, params, tables)
+        if last_N is not None:
+            last_N[params.slot] = tokens_S
         return Sampled(tokens_S, reference.logprobs(logits_SV, params, tokens_S))
     from fourfold.kernels.sample import triton_sample
 
@@ -67,5 +76,5 @@ def sample(logits_SV: Tensor, params: SampleParams, tables: TokenTables | None =
     tokens_S = logits_SV.new_empty(rows, dtype=torch.int64)
     logprobs_S = logits_SV.new_empty(rows, dtype=torch.float32)
     cut = choose(vocabulary)
-    triton_sample.launch(logits_SV, params.packed_SF, tables, cut, tokens_S, logprobs_S)
+    triton_sample.launch(logits_SV, params.packed_SF, tables, cut, tokens_S, logprobs_S, last_N)
     return Sampled(tokens_S, logprobs_S)

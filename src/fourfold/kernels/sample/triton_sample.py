@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fourfold.kernels.sample.choose import Cut, power_of_two
+from fourfold.kernels.sample.params import SLOT_WORD
 from fourfold.kernels.sample.tables import TokenTables
 from fourfold.kernels.sample.triton_reach import (
     FAR,
@@ -55,6 +56,7 @@ from fourfold.kernels.sample.triton_rows import (
     word,
 )
 
+_SLOT_WORD = tl.constexpr(SLOT_WORD)
 _ONE = tl.constexpr(float(1 << 40))  # of a weight as an integer
 _STATS = tl.constexpr(4)  # of a tile: maximum and weight, adjusted and not
 _FURTHEST = tl.constexpr(160.0)  # in powers of two: the weight of a token that far is 0
@@ -157,6 +159,8 @@ def _draw(
     lists,
     tokens,
     logprobs,
+    last,
+    KEEPS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -259,6 +263,8 @@ def _draw(
         token = tile * TILE + _place(whole_N, _goal(share, tl.sum(whole_N)))
     token = tl.minimum(token, V - 1)
     tl.store(tokens + row, token.to(tl.int64))
+    if KEEPS:
+        tl.store(last + word(rows, row, _SLOT_WORD), token.to(tl.int64))
     logprob = float("nan")
     if is_reported(rows, row):
         top_T = tl.load(stat + 2 * T, t < T, other=-INFINITY)
@@ -276,8 +282,9 @@ def launch(
     cut: Cut,
     tokens_S: Tensor,
     logprobs_S: Tensor,
+    last_N: Tensor | None,
 ) -> None:
-    """Fills `tokens_S` and `logprobs_S`."""
+    """Fills `tokens_S` and `logprobs_S`, and of `last_N` the slots of these rows."""
     rows, vocabulary = logits_SV.shape
     assert rows * cut.chunks < 2**31, (rows, cut)
 
@@ -305,6 +312,8 @@ def launch(
         scratch(rows, cut.listed + 2 * cut.limit, dtype=torch.int32),
         tokens_S,
         logprobs_S,
+        tokens_S if last_N is None else last_N,
+        KEEPS=last_N is not None,
         TILE=cut.tile,
         TILES=power_of_two(cut.tiles),
         CHUNKS=power_of_two(cut.chunks),
