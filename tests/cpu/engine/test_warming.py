@@ -15,6 +15,7 @@ from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape
 from fourfold.kernels.decode_attention.choose import (
     choose_build,
     choose_merge,
+    merge_of_heads,
     most_at_once,
 )
 from fourfold.kernels.rope.choose import choose_tile as choose_heads
@@ -48,7 +49,7 @@ def forms(rooms: Iterable[StepRoom], kv_heads: int, heads: int = 32) -> set[tupl
         merge = choose_merge(room.rows, heads, merges=merges)
         found.add(("merge and quantize", merges, True, merge._replace(sealing=0)))
         if not at_once:
-            found.add(("merge",))
+            found.add(("merge", *merge_of_heads(plan.merged, plan.rows)))
     return found
 
 

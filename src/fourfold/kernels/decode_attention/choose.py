@@ -107,6 +107,8 @@ def choose_merge(rows: int, heads: int, *, merges: bool) -> MergeBuild:
     return MergeBuild(warps, partials=4, registers=64 if warps == 16 else 80, sealing=sealing)
 
 
-def merge_of_heads(merged: int) -> tuple[int, int]:
-    """Partials that a program for one head of a row reads at once, and its warps."""
-    return (16, 1) if merged <= 16 else (64, 4)
+def merge_of_heads(merged: int, rows: int) -> tuple[int, int]:
+    """Partials that a program for one head of a row reads at once, and its warps. Of few rows each
+    program is waited for; of many, larger programs would mostly wait for partials that are not
+    there."""
+    return (64, 4) if merged > 16 and rows <= FEW_ROWS else (16, 1)

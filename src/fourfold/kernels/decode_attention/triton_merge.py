@@ -181,7 +181,7 @@ def launch_merge(out_RHC: Tensor, plan: PlanBuffers) -> None:
     """Adds up the partials of every row that has any, in `out_RHC`."""
     rows, heads, width = out_RHC.shape
     early = overlaps_launches(out_RHC.device)
-    at_once, warps = merge_of_heads(plan.capacity.merged)
+    at_once, warps = merge_of_heads(plan.capacity.merged, plan.capacity.rows)
     merge_kernel[(rows, heads)](
         out_RHC, plan.partial_o.view(out_RHC.dtype), plan.partial_lse, plan["merge_starts"],
         plan["merge_rows"], plan["header"], SHARED=plan.shape.shared, C=width, B=at_once,
