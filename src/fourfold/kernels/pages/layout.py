@@ -25,6 +25,7 @@ from torch import Tensor
 
 PAGE_TOKENS = 64
 _ALIGNMENT = 128
+_LEAST_SCALES = 32
 
 # A tensor core hands a thread scores of keys (2t, 2t + 1) and (8 + 2t, 9 + 2t) out of 16, but wants
 # four neighbouring 8-bit weights of it in the next product. Storing values in this order makes
@@ -92,3 +93,9 @@ class PageLayout:
             ),
             scales.view(torch.float32).view(*leading, 2, self.kv_heads),
         )
+
+
+def scales_fetched(kv_heads: int) -> int:
+    """Float32s fetched with a page on Hopper, where a fetch starts at 16 bytes: the scales of all
+    heads, and padding."""
+    return max(_LEAST_SCALES, 1 << (2 * kv_heads - 1).bit_length())

@@ -11,13 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from fourfold.kernels.pages.layout import PAGE_TOKENS, PageCodes, PageLayout
+from fourfold.kernels.pages.layout import PAGE_TOKENS, PageCodes, PageLayout, scales_fetched
 from fourfold.kernels.prefill_attention.batch import SUBTILES, PrefillBatch
-from fourfold.kernels.prefill_attention.choose import (
-    PrefillChoice,
-    choose_prefill,
-    scales_fetched,
-)
+from fourfold.kernels.prefill_attention.choose import PrefillChoice, choose_prefill
 from fourfold.kernels.prefill_attention.reference import prefill_reference
 
 _LOG2_E = math.log2(math.e)
@@ -104,13 +100,6 @@ def _capability(device: torch.device) -> tuple[int, int] | None:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else None
 
 
-@functools.cache
-def _shared_layout(block: tuple[int, ...], dtype: object) -> object:
-    from triton.experimental.gluon import language as gl
-
-    return gl.NVMMASharedLayout.get_default_for(list(block), dtype)
-
-
 def _launch_gluon(
     choice: PrefillChoice,
     q_THC: Tensor,
@@ -123,33 +112,18 @@ def _launch_gluon(
     out_THC: Tensor,
 ) -> None:
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+    from fourfold.kernels.pages.gluon_pages import descriptor, page_descriptors
     from fourfold.kernels.prefill_attention.gluon_sm90 import prefill_kernel
 
-    int8 = layout.codes is PageCodes.INT8
-    code = gl.int8 if int8 else gl.float8e4nv
     half = gl.bfloat16 if q_THC.dtype is torch.bfloat16 else gl.float16
-    views = layout.views(records)
-    width, heads_rows = layout.head_width, layout.kv_heads * layout.head_width
-    pages, scales_width = len(records), scales_fetched(layout.kv_heads)
-
-    def descriptor(base: Tensor, shape: list[int], block: list[int], dtype: gl.dtype) -> object:
-        strides = list(base.stride())
-        return TensorDescriptor(base, shape, strides, block, _shared_layout(tuple(block), dtype))
-
-    keys = views.keys.flatten(1, 2)
-    values = views.values.flatten(1, 2)
-    scales = records.view(torch.float32)[:, layout.code_bytes // 4 :]
-    own_k, own_v = k_TGC.flatten(1), v_TGC.flatten(1)
+    own = [PAGE_TOKENS, layout.head_width]
     prefill_kernel[(len(batch.tiles_W2) * layout.kv_heads,)](
         q_THC,
         out_THC,
-        descriptor(keys, list(keys.shape), [1, PAGE_TOKENS, width], code),
-        descriptor(values, list(values.shape), [1, width, PAGE_TOKENS], code),
-        descriptor(scales, [pages, scales.shape[1]], [1, scales_width], gl.float32),
-        descriptor(own_k, [len(k_TGC), heads_rows], [PAGE_TOKENS, width], half),
-        descriptor(own_v, [len(v_TGC), heads_rows], [PAGE_TOKENS, width], half),
+        *page_descriptors(records, layout),
+        descriptor(k_TGC.flatten(1), own, half),
+        descriptor(v_TGC.flatten(1), own, half),
         batch.tiles_W2,
         batch.starts_B,
         batch.lengths_B,
@@ -159,12 +133,12 @@ def _launch_gluon(
         q_THC.stride(0),
         scale_log2,
         STAGES=choice.stages,
-        SCALES=scales_width,
-        C=width,
+        SCALES=scales_fetched(layout.kv_heads),
+        C=layout.head_width,
         H=batch.heads,
         G=layout.kv_heads,
         HEADS=batch.padded_group,
-        INT8=int8,
+        INT8=layout.codes is PageCodes.INT8,
         num_warps=choice.num_warps,
         maxnreg=168,
     )

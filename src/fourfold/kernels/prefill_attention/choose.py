@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from fourfold.kernels.pages.layout import PAGE_TOKENS, PageCodes, PageLayout
+from fourfold.kernels.pages.layout import PAGE_TOKENS, PageCodes, PageLayout, scales_fetched
 
 Backend = Literal["reference", "triton", "gluon"]
 _SHARED_BYTES_SM90 = 227 * 1024
-_LEAST_SCALES = 32
 _BARRIER_BYTES = 1024
 _MOST_STAGES = 8
 _MOST_GROUP = 64
@@ -43,12 +42,6 @@ def choose_prefill(
 
 def _needed(codes: PageCodes) -> tuple[int, int]:
     return (8, 0) if codes is PageCodes.INT8 else (8, 9)
-
-
-def scales_fetched(kv_heads: int) -> int:
-    """Float32s fetched with a page on Hopper, where a fetch starts at 16 bytes: the scales of all
-    heads, and padding."""
-    return max(_LEAST_SCALES, 1 << (2 * kv_heads - 1).bit_length())
 
 
 def _stages_sm90(layout: PageLayout) -> int:

@@ -28,58 +28,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fourfold.kernels.pages.gluon_pages import (
+    CAP,
+    HEADROOM,
+    LOG2_127,
+    LOG2_448,
+    ROUND,
+    exp2,
+    in_value_order,
+    operand,
+    page_scale,
+    weights,
+)
+
 _N = gl.constexpr(64)
 _R = gl.constexpr(64)
-_LOG2_127 = gl.constexpr(6.988684686772166)
-_LOG2_448 = gl.constexpr(8.807354922057604)
-_ROUND = gl.constexpr(12582912.0)  # 1.5 * 2 ** 23: adding it leaves no bits for a fraction
-# Weights are relative to 2 ** -60 of the own page's largest: as much room above as float32 leaves.
-_HEADROOM = gl.constexpr(60.0)
-_CAP = gl.constexpr(85.0)
-
-# exp2, rounding to an integer, four to a word, and their sum. Half precision below its normal range
-# is fixed point: the bits of 2 ** -24 times a number are the nearest integer.
-_WEIGHTS_INT8 = gl.constexpr("""{
-    .reg .f32 e0, e1, e2, e3;
-    .reg .b32 a, b;
-    ex2.approx.ftz.f32 e0, $5;
-    ex2.approx.ftz.f32 e1, $6;
-    ex2.approx.ftz.f32 e2, $7;
-    ex2.approx.ftz.f32 e3, $8;
-    cvt.rn.f16x2.f32 a, e1, e0;
-    cvt.rn.f16x2.f32 b, e3, e2;
-    prmt.b32 a, a, b, 0x6420;
-    mov.b32 $0, a;
-    mov.b32 b, 0x01010101;
-    dp4a.u32.u32 $1, a, b, 0;
-    mov.b32 $2, 0;
-    mov.b32 $3, 0;
-    mov.b32 $4, 0;
-}""")
-_WEIGHTS_FP8 = gl.constexpr("""{
-    .reg .b16 a, b;
-    ex2.approx.ftz.f32 $1, $5;
-    ex2.approx.ftz.f32 $2, $6;
-    ex2.approx.ftz.f32 $3, $7;
-    ex2.approx.ftz.f32 $4, $8;
-    cvt.rn.satfinite.e4m3x2.f32 a, $2, $1;
-    cvt.rn.satfinite.e4m3x2.f32 b, $4, $3;
-    mov.b32 $0, {a, b};
-}""")
-
-
-@gluon.jit
-def _exp2(x):
-    return gl.inline_asm_elementwise(
-        "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=gl.float32, is_pure=True, pack=1
-    )
-
-
-@gluon.jit
-def _in_value_order(x_RN):
-    """Columns of every 16 as `VALUE_ORDER` has them: four weights of a thread become neighbours."""
-    x = x_RN.reshape([_R, 4, 2, 4, 2]).permute([0, 1, 3, 2, 4])
-    return x.reshape([_R, _N])
 
 
 @gluon.jit
@@ -103,21 +66,6 @@ def _produce(
         tma.async_copy_global_to_shared(keys, [page, kv_head * _N, 0], bar, k_ring.index(stage))
         tma.async_copy_global_to_shared(values, [page, kv_head * C, 0], bar, v_ring.index(stage))
         tma.async_copy_global_to_shared(scales, [page, 0], bar, scale_ring.index(stage))
-
-
-@gluon.jit
-def _operand(ring, stage):
-    """A page's keys or values as a right operand: [C, N] or [N, C]."""
-    return ring.index(stage).reshape([ring.shape[2], ring.shape[3]]).permute([1, 0])
-
-
-@gluon.jit
-def _scale(scale_ring, at):
-    """One of the float32 scales that came with the pages."""
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
-    SIZE: gl.constexpr = scale_ring.shape[0] * scale_ring.shape[2]
-    one = scale_ring._reinterpret(gl.float32, [SIZE, 1], flat).index(at)
-    return gl.max(one.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
 @gluon.jit
@@ -145,7 +93,7 @@ def _consume(
         [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [_R, 4]
     )
     LARGEST: gl.constexpr = 127.0 if INT8 else 448.0
-    LOG2_LARGEST: gl.constexpr = _LOG2_127 - 24.0 if INT8 else _LOG2_448
+    LOG2_LARGEST: gl.constexpr = LOG2_127 - 24.0 if INT8 else LOG2_448
     SUM: gl.constexpr = gl.int32 if INT8 else gl.float32
 
     # The own page, in 16 bits.
@@ -176,14 +124,14 @@ def _consume(
     seen = n_s[None, :] <= (first - own_start + r_s // HEADS)[:, None]
     s16 = gl.where(seen, s16 * scale_log2, float("-inf"))
     m16 = gl.max(s16, 1)
-    p16 = _exp2(s16 - m16[:, None]).to(q16.dtype)
-    own_sum = gl.sum(p16.to(gl.float32), 1) * (LARGEST * 2.0**-_HEADROOM)
+    p16 = exp2(s16 - m16[:, None]).to(q16.dtype)
+    own_sum = gl.sum(p16.to(gl.float32), 1) * (LARGEST * 2.0**-HEADROOM)
     p16 = gl.convert_layout(p16, P16)
     o16 = gl.zeros([_R, C], gl.float32, O16)
     o16 = warpgroup_mma(p16, own_v, o16, use_acc=False, is_async=True)
     o16 = warpgroup_mma_wait(0, deps=[o16])
-    o = gl.convert_layout(o16, O_MMA) * (LARGEST * 2.0**-_HEADROOM)
-    base = gl.convert_layout(m16, S_ROWS) + _HEADROOM
+    o = gl.convert_layout(o16, O_MMA) * (LARGEST * 2.0**-HEADROOM)
+    base = gl.convert_layout(m16, S_ROWS) + HEADROOM
 
     # Quantised queries.
     r_8 = gl.arange(0, _R, layout=gl.SliceLayout(1, Q8))
@@ -194,44 +142,35 @@ def _consume(
     q = gl.load(q_ptr + (at[:, None] + c_8[None, :]), mask=ok[:, None], other=0.0).to(gl.float32)
     amax = gl.maximum(gl.max(gl.abs(q), 1), 1e-30)
     q = q * (LARGEST / amax)[:, None]
-    q8 = ((q + _ROUND) - _ROUND).to(gl.int8) if INT8 else q.to(gl.float8e4nv)
+    q8 = ((q + ROUND) - ROUND).to(gl.int8) if INT8 else q.to(gl.float8e4nv)
     q_scale = gl.convert_layout(amax * (scale_log2 / LARGEST), S_ROWS)
 
     part = gl.zeros([_R, 4], gl.float32, SUMS)
     if n > 0:
         mbarrier.wait(full.index(0), 0)
-        k_scale = _scale(scale_ring, kv_head)
-        v_scale = _scale(scale_ring, G + kv_head)
+        k_scale = page_scale(scale_ring, kv_head)
+        v_scale = page_scale(scale_ring, G + kv_head)
         blank = gl.zeros([_R, _N], SUM, S_MMA)
-        s = warpgroup_mma(q8, _operand(k_ring, 0), blank, use_acc=False, is_async=True)
+        s = warpgroup_mma(q8, operand(k_ring, 0), blank, use_acc=False, is_async=True)
         for j in range(n):
             stage = j % STAGES
             s_RN = warpgroup_mma_wait(0, deps=[s])
             factor = q_scale * k_scale
             largest = gl.max(s_RN, 1).to(gl.float32) * factor
             x = s_RN.to(gl.float32) * factor[:, None] + (LOG2_LARGEST - largest)[:, None]
-            x = gl.convert_layout(_in_value_order(x), P8)
-            weight = _exp2(gl.minimum(largest - base, _CAP))
-            if INT8:
-                p, sums = gl.inline_asm_elementwise(
-                    _WEIGHTS_INT8, "=r,=r,=r,=r,=r,f,f,f,f", [x],
-                    dtype=(gl.int8, gl.int32), is_pure=True, pack=4,
-                )  # fmt: skip
-            else:
-                p, sums = gl.inline_asm_elementwise(
-                    _WEIGHTS_FP8, "=r,=f,=f,=f,=f,f,f,f,f", [x],
-                    dtype=(gl.float8e4nv, gl.float32), is_pure=True, pack=4,
-                )  # fmt: skip
+            x = gl.convert_layout(in_value_order(x), P8)
+            weight = exp2(gl.minimum(largest - base, CAP))
+            p, sums = weights(x, INT8)
             acc = gl.zeros([_R, C], SUM, O_MMA)
-            acc = warpgroup_mma(p, _operand(v_ring, stage), acc, use_acc=False, is_async=True)
+            acc = warpgroup_mma(p, operand(v_ring, stage), acc, use_acc=False, is_async=True)
             if j + 1 < n:
                 mbarrier.wait(full.index((j + 1) % STAGES), ((j + 1) // STAGES) & 1)
             o_weight = weight * v_scale
-            k_scale = _scale(scale_ring, (j + 1) % STAGES * SCALES + kv_head)
-            v_scale = _scale(scale_ring, (j + 1) % STAGES * SCALES + G + kv_head)
+            k_scale = page_scale(scale_ring, (j + 1) % STAGES * SCALES + kv_head)
+            v_scale = page_scale(scale_ring, (j + 1) % STAGES * SCALES + G + kv_head)
             # After the last page this multiplies what is no page: nobody reads the scores.
             s = warpgroup_mma(
-                q8, _operand(k_ring, (j + 1) % STAGES), s_RN, use_acc=False, is_async=True
+                q8, operand(k_ring, (j + 1) % STAGES), s_RN, use_acc=False, is_async=True
             )
             sums = gl.sum(gl.sum(sums.reshape([_R, 4, 4, 4]), 3), 1).to(gl.float32)
             sums = gl.convert_layout(sums, SUMS, assert_trivial=True)
