@@ -42,7 +42,7 @@ def forms(rooms: Iterable[StepRoom], kv_heads: int, heads: int = 32) -> set[tupl
             continue
         few = plan.are_few(kv_heads)
         for place, (tile, _) in enumerate(plan.tasks):
-            build = choose_build(tile, few=few)
+            build = choose_build(tile, 128, few=few, hopper=True)
             found.add(("decode", tile, place, build))
         at_once = plan.merged <= most_at_once(plan.rows)
         merges = at_once and plan.merges > 0

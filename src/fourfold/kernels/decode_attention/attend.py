@@ -76,7 +76,7 @@ def paged_int8_attention_decode_unmerged(
         assert len(pages) % PAGE_TOKENS == 0
         assert pages.numel() < 1 << 31, "open pages beyond offsets of 32 bits"
     scale = shape.head_width**-0.5 if scale is None else scale
-    from fourfold.kernels.decode_attention.triton_decode import launch_tasks
+    from fourfold.kernels.decode_attention.launch import launch_tasks
 
     return launch_tasks(q_RHC, records, open_k, open_v, layout, plan, scale)
 

@@ -6,10 +6,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-# So that three programs share an SM.
-_REGISTERS = {64: 168}
+_WIDE_TILE = 64
+_REGISTERS_OF_WIDE = 168  # so that three programs share an SM
 _REGISTERS_OF_FEW = 160
-_PROGRAMS = {16: 5, 32: 4, 64: 3}
+# How many programs share an SM, of heads of 128 and of 64. Of wide tiles, those on Hopper.
+_PROGRAMS = {16: (5, 10), 32: (4, 8), 64: (2, 3)}
 _PROGRAMS_OF_FEW = 3
 _FEW_TILE = 16
 _FEW_PROGRAMS = 264
@@ -23,7 +24,7 @@ MANY_PARTIALS = 64
 
 
 class Build(NamedTuple):
-    """What Triton compiles a tile to."""
+    """What a tile is compiled to."""
 
     warps: int
     few: bool
@@ -35,13 +36,15 @@ class Build(NamedTuple):
     """Tokens of a step over the open page; of many programs."""
     registers: int | None = None
     """Of a thread at most; None: as many as it likes."""
+    gluon: bool = False
+    """By the kernel for Hopper, whose stages are pages."""
 
 
 def programs_per_sm(tile: int, head_width: int, *, few: bool) -> int:
     """How many programs share an SM, by their shared memory and registers."""
     if few:
         return _PROGRAMS_OF_FEW
-    return _PROGRAMS[tile] * (1 if head_width == 128 else 2)
+    return _PROGRAMS[tile][head_width < 128]
 
 
 def are_few(rows: int, tasks: Sequence[tuple[int, int]], kv_heads: int) -> bool:
@@ -56,12 +59,19 @@ def are_few(rows: int, tasks: Sequence[tuple[int, int]], kv_heads: int) -> bool:
     return programs <= _FEW_PROGRAMS or (rows <= FEW_ROWS and programs <= 2 * _FEW_PROGRAMS)
 
 
-def choose_build(tile: int, *, few: bool) -> Build:
+def choose_build(tile: int, head_width: int, *, few: bool, hopper: bool) -> Build:
     """Of many, one warp for 16 rows, so that warps have nothing to exchange, and as many pages on
-    their way as let several programs share an SM."""
+    their way as let several programs share an SM. `hopper`: whether the GPU is of that generation
+    (compute capability 9.0)."""
     if few:
         return Build(warps=4, few=True, registers=_REGISTERS_OF_FEW)
-    return Build(warps=tile // 16, few=False, registers=_REGISTERS.get(tile))
+    if tile < _WIDE_TILE:
+        return Build(warps=tile // 16, few=False)
+    if hopper:
+        # Where a head is narrow, a third program has room beside two.
+        registers = _REGISTERS_OF_WIDE if head_width == 64 else 255
+        return Build(warps=4, few=False, stages=4, registers=registers, gluon=True)
+    return Build(warps=4, few=False, registers=_REGISTERS_OF_WIDE)
 
 
 def most_at_once(rows: int) -> int:

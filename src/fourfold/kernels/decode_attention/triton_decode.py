@@ -1,4 +1,5 @@
-"""Decode attention over 8-bit pages: one program a task of the plan.
+"""Decode attention over 8-bit pages: one program a task of the plan. Wide tiles on Hopper have a
+kernel of their own (`gluon_sm90`).
 
 A task is a tile of query rows that share one KV head, a run of sealed pages, and perhaps the page
 its sequence is still filling. Both products run on 8-bit tensor cores.
@@ -20,19 +21,11 @@ open page.
 
 from __future__ import annotations
 
-import math
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from fourfold.kernels.decode_attention.buffers import PlanBuffers
-from fourfold.kernels.decode_attention.choose import choose_build
 from fourfold.kernels.decode_attention.plan import TASK_FIELDS
-from fourfold.kernels.dependent_launch import overlaps_launches
-from fourfold.kernels.pages.layout import PageCodes, PageLayout
 
 _MAGIC = tl.constexpr(12582912.0)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
@@ -42,7 +35,6 @@ _HALF = tl.constexpr(64)
 _FIELDS = tl.constexpr(TASK_FIELDS)
 # Pages of a task that are asked for ahead of their use, where programs are few.
 _AHEAD = tl.constexpr(4)
-_LOG2_E = math.log2(math.e)
 
 
 @triton.jit
@@ -365,37 +357,3 @@ def decode_kernel(q, records, scales, open_k, open_v, out, partial_o, partial_ls
         tl.store(to_Mh + _HALF, (u_Mh * share_M[:, None]).to(q_MC.dtype), mask=real_M[:, None])
     if EARLY and INDEX > 0:
         gdc_wait()
-
-
-def launch_tasks(
-    q_RHC: Tensor,
-    records: Tensor,
-    open_k: Tensor,
-    open_v: Tensor,
-    layout: PageLayout,
-    plan: PlanBuffers,
-    scale: float,
-) -> Tensor:
-    """Launches the tasks of each tile in the order of the capacity; rows in one piece are written
-    to the output, the others to the plan's partial results."""
-    shape = plan.shape
-    out_RHC = torch.empty_like(q_RHC)
-    codes, scales = records.view(layout.codes.dtype), records.view(torch.float32)
-    early = overlaps_launches(q_RHC.device)
-    # GPUs that start nothing early would read nothing ahead by it.
-    few = (early or not q_RHC.is_cuda) and plan.capacity.are_few(shape.kv_heads)
-    place = 0
-    for i, (tile, count) in enumerate(plan.capacity.tasks):
-        programs = count * shape.kv_heads
-        build = choose_build(tile, few=few)
-        decode_kernel[(programs,)](
-            q_RHC, codes, scales, open_k, open_v, out_RHC, plan.partial_o.view(q_RHC.dtype),
-            plan.partial_lse, plan["header"], plan["tasks"][place:], plan["rows"], plan["pages"],
-            scale * _LOG2_E,
-            RECORD=layout.record_bytes, G=shape.kv_heads, SHARED=shape.shared,
-            C=shape.head_width, NEW=shape.rows, M=tile, FP8=layout.codes is PageCodes.FP8,
-            STAGES=build.stages, T=build.open_tokens, EARLY=early, FEW=build.few, INDEX=i,
-            num_warps=build.warps, maxnreg=build.registers, launch_pdl=early,
-        )  # fmt: skip
-        place += count * TASK_FIELDS
-    return out_RHC
