@@ -193,6 +193,32 @@ def test_siblings_read_their_prefix_once() -> None:
     check(plan, sequences, shape)
 
 
+@pytest.mark.parametrize(("own", "tiles"), [(1, [64]), (20, [64, 16])])
+def test_few_own_pages_of_siblings_have_wide_tiles_too(own: int, tiles: list[int]) -> None:
+    """One kernel, unless own pages are most of what is read."""
+    tables = [[*range(128), *range(128 + own * b, 128 + own * (b + 1))] for b in range(32)]
+    sequences = make([(128 + own) * 64 + 9] * 32, tables)
+    shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
+    shared = [p for p in candidate_plans(sequences, shape, COST) if p.choice.sharing]
+    for plan in shared:
+        assert [tile for tile, _ in plan.tiles] == tiles
+        check(plan, sequences, shape)
+    assert shared
+
+
+def test_no_plan_costs_less_than_its_longest_task() -> None:
+    """Also where short tasks follow it, which find room beside it."""
+    shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
+    lengths = [63 * 64 + 9] * 4 + [9] * 300
+    tables = [list(range(63 * b, 63 * (b + 1))) for b in range(4)] + [[]] * 300
+    sequences = make(lengths, tables)
+    plans = {p.choice.chunk: p for p in candidate_plans(sequences, shape, COST)}
+    assert plans[64].work.longest == 0
+    assert plans[64].work.longest_of_all == 63
+    assert plans[64].seconds > 63 * COST.page_alone
+    assert plan_decode(sequences, shape, COST).choice.chunk < 32
+
+
 def test_a_short_prefix_is_not_worth_a_merge() -> None:
     sequences = make([64 + 9] * 2, [[0], [0]])
     shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
@@ -230,6 +256,8 @@ def test_fit_finds_the_coefficients_that_made_the_measurements() -> None:
             "full": rng.uniform(),
             "longest": longest,
             "longest_rows": longest * tile,
+            "longest_of_all": longest,
+            "longest_rows_of_all": longest * tile,
             "many": rng.integers(0, 2),
             "second_pages": rng.integers(0, 2),
             "pages": pages,

@@ -5,8 +5,10 @@ measurements of one GPU.
 
 Tasks run in waves, as many at once as fit on the GPU. `full` is what the waves before the last ask
 of the memory, `last` the same of the last wave, and `alone` is its longest task, which waits for
-page after page. The larger of these two counts, and both where they are near each other. `merge` is
-one kernel up to some partials of a row and two beyond, as `choose.most_at_once` says.
+page after page. The larger of these two counts, and both where they are near each other. Where the
+last wave has short tasks only, these find room beside longer ones; so no plan costs less than all
+of its tasks as one wave would. `merge` is one kernel up to some partials of a row and two beyond,
+as `choose.most_at_once` says.
 All coefficients but those of kernels and pages that are waited for belong to a head width of 128
 and scale with the bytes of a page of one KV head.
 
@@ -49,6 +51,10 @@ class Work(NamedTuple):
     """Pages of the longest task of the last wave."""
     longest_rows: Floats
     """Most rows times pages of such a task, rows being those of its tile."""
+    longest_of_all: Floats
+    """Pages of the longest task of all waves."""
+    longest_rows_of_all: Floats
+    """The same of rows times pages."""
     many: Floats
     """1 where the kernel is made for many programs, 0 where it is made for few."""
     second_pages: Floats
@@ -114,9 +120,13 @@ class DecodeCost:
 
     def seconds(self, work: Work, head_width: int) -> Floats:
         """Predicted seconds of plans."""
-        alone, together, rest = _parts(_features(work, head_width), self._coefficients())
-        last = together * (1 - work.full)
-        return np.asarray(rest + together * work.full + _either(alone, last))
+        coefficients = self._coefficients()
+        return np.maximum(
+            *(
+                _seconds(_features(view, head_width), np.asarray(view.full), coefficients)
+                for view in _views(work)
+            )
+        )
 
     def _coefficients(self) -> Floats:
         return np.array([getattr(self, name) for name in _COEFFICIENTS])
@@ -131,12 +141,18 @@ _OF_KERNELS = ("start", "further", "second_page", "merge", "merge_step", "coding
 _REST = np.array([name in _OF_KERNELS for name in _COEFFICIENTS])
 _TOGETHER = ~_ALONE & ~_REST
 _PER_BYTE = _TOGETHER | np.array([name == "merge_step" for name in _COEFFICIENTS])
-_FULL = Work._fields.index("full")
+_NO_COLUMNS = ("full", "longest_of_all", "longest_rows_of_all")
+
+
+def _views(work: Work) -> tuple[Work, Work]:
+    """Tasks in waves, and all of them as one wave."""
+    longest, rows = work.longest_of_all, work.longest_rows_of_all
+    return work, work._replace(full=0.0 * work.full, longest=longest, longest_rows=rows)
 
 
 def _features(work: Work, head_width: int) -> Floats:
     """[K, F], what each coefficient is multiplied with."""
-    numbers = [number for i, number in enumerate(work) if i != _FULL]
+    numbers = [value for name, value in work._asdict().items() if name not in _NO_COLUMNS]
     columns = np.stack(np.broadcast_arrays(*numbers), -1).astype(np.float64)
     columns[..., _PER_BYTE] *= head_width / _HEAD_WIDTH
     return columns
@@ -147,6 +163,11 @@ def _parts(features: Floats, coefficients: Floats) -> tuple[Floats, Floats, Floa
         features @ np.where(part, coefficients, 0.0) for part in (_ALONE, _TOGETHER, _REST)
     )
     return alone, together, rest
+
+
+def _seconds(features: Floats, full: Floats, coefficients: Floats) -> Floats:
+    alone, together, rest = _parts(features, coefficients)
+    return np.asarray(rest + together * full + _either(alone, together * (1 - full)))
 
 
 def _either(alone: Floats, together: Floats) -> Floats:
@@ -173,32 +194,41 @@ def fit(
     plan would share pages.
 
     The model is linear but for the sum of squares, of which each side counts by how much of it it
-    is; those weights and the coefficients are found in turns.
+    is, and for the view of waves that counts; those and the coefficients are found in turns.
     """
     page = _PAGE_BYTES / bandwidth
     least = np.zeros(len(_COEFFICIENTS))
     least[_COEFFICIENTS.index("page")] = page
     least[_COEFFICIENTS.index("reread")] = page / _CACHE_GAIN
-    features = np.stack([_features(m.work, m.head_width) for m in measurements])
+    views = [[_views(m.work)[i] for m in measurements] for i in (0, 1)]
+    widths = [m.head_width for m in measurements]
+    features_of = [np.stack([_features(*p) for p in zip(v, widths, strict=True)]) for v in views]
+    full_of = [np.array([float(work.full) for work in view]) for view in views]
     seconds = np.array([m.seconds for m in measurements])
-    full = np.array([float(m.work.full) for m in measurements])
     weight_alone = weight_together = np.full(len(seconds), 0.5)
+    as_one = np.zeros(len(seconds), bool)
     best: tuple[float, Floats] | None = None
     for _ in range(_TURNS):
+        features = np.where(as_one[:, None], features_of[1], features_of[0])
+        full = np.where(as_one, full_of[1], full_of[0])
         weighted = features.copy()
         weighted[:, _ALONE] *= weight_alone[:, None]
         weighted[:, _TOGETHER] *= weight_together[:, None]
         coefficients = _solve(weighted / seconds[:, None], least)
-        alone, together, rest = _parts(features, coefficients)
-        last = together * (1 - full)
-        either = np.maximum(_either(alone, last), 1e-12)
-        error = float(np.square((rest + together * full + either) / seconds - 1.0).mean())
+        in_waves, at_once = (
+            _seconds(f, part, coefficients) for f, part in zip(features_of, full_of, strict=True)
+        )
+        error = float(np.square(np.maximum(in_waves, at_once) / seconds - 1.0).mean())
         if best is None or error < best[0]:
             best = (error, coefficients)
+        alone, together, _ = _parts(features, coefficients)
+        last = together * (1 - full)
+        either = np.maximum(_either(alone, last), 1e-12)
         # Half way only, for the weights would swing otherwise.
         weight_alone = (weight_alone + (alone / either) ** (_SHARPNESS - 1)) / 2
         part = full + (1 - full) * (last / either) ** (_SHARPNESS - 1)
         weight_together = (weight_together + part) / 2
+        as_one = at_once > in_waves
     assert best is not None
     return DecodeCost(
         hardware=hardware, sms=sms, **dict(zip(_COEFFICIENTS, map(float, best[1]), strict=True))

@@ -30,10 +30,12 @@ from fourfold.kernels.pages.layout import PAGE_TOKENS
 
 Floats = NDArray[np.float64]
 
-CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+CHUNKS = (1, 2, 3, 4, 6, 8, 12, 16, 20, 24, 32, 48, 64)
 """Pages of a task at most."""
 _TASKS_PER_SM = 64
 _SHARING_MARGIN = 1.05
+_MOST_NARROW = 1 / 4
+"""Pages that narrow tiles would read, to those that wide tiles read, up to which all are wide."""
 
 
 def plan_decode(sequences: DecodeSequences, shape: DecodeShape, cost: DecodeCost) -> DecodePlan:
@@ -110,7 +112,9 @@ class Step:
         )
         if not nodes:
             return own
-        return Runs(*map(np.concatenate, zip(self._shared_runs(nodes), own, strict=True)))
+        return self._together(
+            Runs(*map(np.concatenate, zip(self._shared_runs(nodes), own, strict=True)))
+        )
 
     def accept(self, cost: DecodeCost) -> tuple[list[SharedRun], Ints]:
         """Nodes that save more than another partial of each sharer costs, and how many pages they
@@ -160,6 +164,7 @@ class Step:
         waves = _last_wave(runs, pieces_KN, count_KN, few_K, reads_N, sms, shape.head_width)
         second_K = np.where(few_K & (waves[1] > 1), 1.0, 0.0)
         most_K = per_row_KN.max(1)
+        coded_apart_K = most_K > most_at_once(rows)
         split_KN = np.where(per_row_KN > 1, pieces_KN, 0)
         once = np.ones(len(chunk_K))
         unique_pages = int(self.sealed_B.sum()) - self.tree.again
@@ -169,6 +174,8 @@ class Step:
             full=waves[0],
             longest=waves[1],
             longest_rows=waves[2],
+            longest_of_all=waves[3],
+            longest_rows_of_all=waves[4],
             many=np.where(few_K, 0.0, 1.0),
             second_pages=second_K,
             pages=once * (unique_pages * shape.kv_heads),
@@ -176,10 +183,11 @@ class Step:
             row_pages=once * ((reads_N * runs.tile).sum() * shape.kv_heads),
             opened=once * (len(self.sealed_B) * shape.kv_heads),
             opened_beside=second_K * (len(self.sealed_B) * shape.kv_heads),
-            partials=(split_KN @ runs.rows).astype(np.float64) * shape.heads,
+            # A row that is coded apart is written and read once more.
+            partials=(split_KN @ runs.rows + rows * coded_apart_K) * float(shape.heads),
             merges=(most_K > 1).astype(np.float64),
             merged=np.where(most_K > 1, most_K, 0).astype(np.float64),
-            coded_apart=(most_K > most_at_once(rows)).astype(np.float64),
+            coded_apart=coded_apart_K.astype(np.float64),
         )
 
     def _few(self, runs: Runs, rows: int, count_KN: Ints) -> NDArray[np.bool_]:
@@ -193,6 +201,14 @@ class Step:
             for tasks in tasks_K
         ]
         return np.array(few)
+
+    def _together(self, runs: Runs) -> Runs:
+        """The same with wide tiles for all where most reads have wide tiles anyway: one kernel."""
+        wide = runs.tile == TILES[-1]
+        tiles_N = -(-runs.rows // (runs.tile // self.shape.shared))
+        if _MOST_NARROW * (tiles_N * runs.units)[wide].sum() < runs.units[~wide].sum():
+            return runs
+        return runs._replace(tile=np.full_like(runs.tile, TILES[-1]))
 
     def _shared_runs(self, nodes: Sequence[SharedRun]) -> Runs:
         first, end, start, stop = np.array(nodes, np.int64).T
@@ -295,9 +311,9 @@ def _last_wave(
     reads_N: Ints,
     sms: int,
     head_width: int,
-) -> tuple[Floats, Floats, Floats]:
-    """What part of all reads precedes the last wave of tasks, most pages of a task of that wave,
-    and most rows times pages; [K] each."""
+) -> tuple[Floats, Floats, Floats, Floats, Floats]:
+    """What part of all reads precedes the last wave of tasks, most pages of a task of that wave and
+    most rows times pages, and the same two of all waves; [K] each."""
     units_KN = -(-runs.units // pieces_KN)
     rows_N = runs.tile
     order_KN = start_order(rows_N, units_KN)
@@ -323,4 +339,6 @@ def _last_wave(
         read_K / max(1, reads_N.sum()),
         late_pages_KN.max(1).astype(np.float64),
         late_rows_KN.max(1).astype(np.float64),
+        pages_KN.max(1).astype(np.float64),
+        (pages_KN * rows_N).max(1).astype(np.float64),
     )
