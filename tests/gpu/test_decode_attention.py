@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +19,10 @@ from fourfold.kernels.decode_attention import (
     paged_int8_attention_decode,
     paged_int8_attention_decode_unmerged,
     plan_decode,
+    search,
 )
+from fourfold.kernels.decode_attention.cutting import Runs
+from fourfold.kernels.decode_attention.plan import TILES
 from fourfold.kernels.pages import PageCodes, SealJobs, seal_pages
 from fourfold.kernels.rows import quantize_rows
 from tests.cpu.kernels.test_decode_attention import COST, Step, error
@@ -27,6 +31,11 @@ GPU = torch.device("cuda:0")
 
 
 def attend(step: Step, buffers: PlanBuffers) -> torch.Tensor:
+    """Beside partial results and open tokens that are no numbers, unless they are there."""
+    for b, slot in enumerate(step.sequences.open_slots_B.tolist()):
+        open_tokens = int(step.sequences.lengths_B[b]) - 64 * int(step.sequences.sealed_B[b])
+        step.open_k[slot * 64 + open_tokens : (slot + 1) * 64] = math.nan
+        step.open_v[slot * 64 + open_tokens : (slot + 1) * 64] = math.nan
     buffers.partial_o.fill_(math.nan)
     buffers.partial_lse.fill_(math.nan)
     tensors = (step.q_RHC, step.records, step.open_k, step.open_v)
@@ -47,6 +56,35 @@ def test_every_plan(dtype: torch.dtype, rows: int, heads: int, kv_heads: int, wi
         buffers = PlanBuffers.holding(plan, GPU)
         out = attend(step, buffers)
         assert error(out.cpu(), wanted) < (1e-3 if dtype == torch.float16 else 6e-3), plan.choice
+        assert torch.equal(out, attend(step, buffers))
+
+
+@pytest.mark.parametrize("codes", list(PageCodes))
+@pytest.mark.parametrize("rows", [1, 2, 8])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("shared", [1, 5, 8])
+def test_wide_tiles(
+    codes: PageCodes, rows: int, width: int, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever a plan would take narrow ones for."""
+    narrow = search.Step.runs
+
+    def runs(*arguments: Any) -> Runs:
+        made = narrow(*arguments)
+        return made._replace(tile=np.full_like(made.tile, TILES[-1]))
+
+    monkeypatch.setattr(search.Step, "runs", runs)
+    shape = DecodeShape(heads=2 * shared, kv_heads=2, head_width=width, rows=rows)
+    sharing = {2: (1, 20), 3: (1, 20), 4: (3, 30)}
+    step = Step([rows, 2000, 2600, 2650, 2250, 64, 65 + rows], shape, sharing, codes=codes)
+    wanted = step.reference()
+    plans = list(candidate_plans(step.sequences, shape, COST))
+    assert {plan.choice.sharing for plan in plans} == {False, True}
+    for plan in plans:
+        assert [tile for tile, _ in plan.tiles] == [TILES[-1]]
+        buffers = PlanBuffers.holding(plan, GPU)
+        out = attend(step, buffers)
+        assert error(out.cpu(), wanted) < (2e-3 if codes is PageCodes.INT8 else 0.02), plan.choice
         assert torch.equal(out, attend(step, buffers))
 
 
