@@ -26,8 +26,8 @@ class EngineConfig:
     """Tokens of one step at most: one for each decoding sample, the rest for chunks of prompts.
     Default: 512 on a CPU, 8192 on a GPU."""
     mixed_tokens: int | None = None
-    """Tokens of prompts at most in a step that also decodes, and up to four times as many while
-    four such steps of prompts wait: fewer keep answers flowing evenly while prompts arrive, more
+    """Tokens of prompts at most in a step that also decodes, and two or four times as many
+    while four steps of so many wait: fewer keep answers flowing evenly while prompts arrive, more
     let prompts begin sooner. Over 8-bit pages at least a page, 64. Default: no limit on a CPU, 512
     on a GPU."""
     kv_memory_gib: float | None = None

@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 # Decode rows when nothing is prefilled, and beside prefill rows, where padding costs less than one
 # more graph does.
 _DECODE_ROWS = (1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 512)
-_MIXED_DECODE_ROWS = (16, 64, 128, 256, 512)
+MIXED_DECODE_ROWS = (16, 64, 128, 256, 512)
 _LEAST_CHUNKS = 16
 # Of prompts that come together: as most are at least, and as they have to be on average.
 _TOKENS_OF_A_CHUNK = (64, 8)
@@ -104,7 +104,7 @@ def round_room(work: CodedWork, max_pages: int) -> StepRoom | None:
     prefill_rows = sum(span.length for span in work.prefills)
     chunks = len(work.prefills)
     if decode_rows:
-        decode_rows = _round_up(decode_rows, _MIXED_DECODE_ROWS if chunks else _DECODE_ROWS)
+        decode_rows = _round_up(decode_rows, MIXED_DECODE_ROWS if chunks else _DECODE_ROWS)
     prefill = None
     if chunks:
         rows = round_rows(prefill_rows)

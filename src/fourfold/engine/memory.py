@@ -26,7 +26,7 @@ _CPU_SHARE = 0.75
 # Of what is free; the rest is for what nobody foresees, such as other processes on the device.
 _SHARE = 0.97
 # Recorded graphs, tables of penalties, answers on their way to the host.
-_BESIDE_GIB = 1.5
+_BESIDE_GIB = 2.0
 # Steps are recorded rounded up, and pieces of memory do not fit each other.
 _WORKSPACE_SLACK = 1.4
 _ASK_FOR_MORE = "raise --kv-memory-gib or lower --max-running"

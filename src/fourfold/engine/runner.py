@@ -158,17 +158,17 @@ class Runner:
                     "lower --kv-memory-gib or --step-tokens"
                 ) from None
             torch.cuda.synchronize(self.device)
-        self._ahead = usual_steps(self._config, self.page_count)
+        self._ahead = usual_steps(self._config, self.max_context, self.page_count)
 
     @torch.inference_mode()
     def prepare(self) -> bool:
         """Records one more graph that a step will probably need, while there is nothing else to do;
         False where there is none left. No step may be under way."""
-        mix = next(self._ahead, None)
-        if mix is None:
+        step = next(self._ahead, None)
+        if step is None:
             return False
         with self.on_stream():
-            recorded = self._record_if_it_fits(CodedWork(*mix, self._new_planner()))
+            recorded = self._record_if_it_fits(CodedWork(*step, self._new_planner()))
         if recorded is None:
             self.free_memory()
         elif not recorded:
@@ -201,7 +201,7 @@ class Runner:
         return largest_work(self._config, self.max_context, self.page_count, planner)
 
     def _new_planner(self) -> DecodePlanner | None:
-        """For a step that is none of those that follow each other."""
+        """One that knows no step yet: for the steps that are served, or one that is made up."""
         assert isinstance(self.pages, CodedPages)
         return decode_planner(self.pages, self.model.config.query_heads)
 

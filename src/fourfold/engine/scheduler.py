@@ -36,10 +36,8 @@ from fourfold.engine.page_pool import PagePool
 from fourfold.engine.sequence import Sequence
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 
-# Steps that the prompts which wait take beside answers, at most, before steps take more of them.
+# So many larger steps of prompts have to wait before steps take more of them beside answers.
 _BACKLOG_STEPS = 4
-# How often what a step takes beside answers may double.
-MOST_DOUBLINGS = 2
 
 
 class Work(NamedTuple):
@@ -79,6 +77,13 @@ class Sampled(NamedTuple):
     token: int | None = None
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+
+
+def beside_answers(least: int, chunk_multiple: int) -> tuple[int, ...]:
+    """How many tokens of prompts a step that decodes takes at most, the more the more of them wait.
+    Few sizes, for each has graphs of its own."""
+    least = max(least, chunk_multiple)
+    return least, 2 * least, 4 * least
 
 
 class Held(NamedTuple):
@@ -162,6 +167,7 @@ class Scheduler:
         for index in indices:
             longest = min(length + request.sampling.max_tokens, self.max_context)
             sequence = Sequence(request, index, self._arrivals, leader, longest)
+            sequence.found = PAGE_TOKENS * len(self._known_pages(sequence)) * (leader is None)
             self._arrivals += 1
             self.waiting.append(sequence)
             if sequence.stage is not Stage.WHOLE:
@@ -331,20 +337,18 @@ class Scheduler:
         return True
 
     def _beside_answers(self, begun: list[Sequence], least: int) -> int:
-        """Tokens of prompts in a step that decodes: `least`, doubled as long as more than
-        `_BACKLOG_STEPS` such steps of prompts wait, up to `MOST_DOUBLINGS` times. Few sizes,
-        for each has graphs of its own."""
-        budget = max(least, self._chunk_multiple)
-        most = budget << MOST_DOUBLINGS
+        """Tokens of prompts in a step that decodes: the largest size of which `_BACKLOG_STEPS`
+        steps wait, of prompts that have a slot or could have one."""
+        smallest, *larger = beside_answers(least, self._chunk_multiple)
         waits = 0
-        for sequence in itertools.chain(begun, self.waiting):
-            if sequence.stage is not Stage.DECODE and not _waits_for_leader(sequence):
-                waits += sequence.remaining
-            if waits >= _BACKLOG_STEPS * most:
-                return most
-        while 2 * budget * _BACKLOG_STEPS <= waits:
-            budget *= 2
-        return budget
+        for sequence in itertools.chain(begun, itertools.islice(self.waiting, len(self._slots))):
+            # Samples of a prompt that another computes share its pages.
+            if sequence.stage is not Stage.DECODE and sequence.leader is None:
+                waits += sequence.length - max(sequence.computed, sequence.found)
+            if waits >= _BACKLOG_STEPS * larger[-1]:
+                break
+        enough = [size for size in larger if waits >= _BACKLOG_STEPS * size]
+        return enough[-1] if enough else smallest
 
     def _schedule_chunk(self, sequence: Sequence, budget: int, prefills: list[Work]) -> int:
         length = self._chunk(sequence, budget)
@@ -368,10 +372,7 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Moves a waiting sample into the running ones if pages for all its tokens are there."""
-        found: list[int] = []
-        if self._config.prefix_cache and not sequence.wants_prompt_logprobs:
-            # The last token is always computed: its hidden state gives the next one.
-            found = self.pool.find(sequence.keys(sequence.length - 1))
+        found = self._known_pages(sequence)
         idle = sum(self.pool.owners(page) == 0 for page in found)
         needed = sequence.pages_for(sequence.length) - len(found)
         # Leave every running sample its next page, or the newcomer would soon be thrown out again.
@@ -393,6 +394,13 @@ class Scheduler:
         else:
             self._run(sequence)
         return True
+
+    def _known_pages(self, sequence: Sequence) -> list[int]:
+        """Pages of the prefix cache that a sample can begin with."""
+        if not self._config.prefix_cache or sequence.wants_prompt_logprobs:
+            return []
+        # The last token is always computed: its hidden state gives the next one.
+        return self.pool.find(sequence.keys(sequence.length - 1))
 
     def _run(self, sequence: Sequence) -> None:
         self.running.append(sequence)

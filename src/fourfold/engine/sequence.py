@@ -14,7 +14,8 @@ class Sequence:
     `computed` tokens have their KV in `pages` once the steps launched so far have run. `pending`
     counts sampled tokens that have not yet come back from the device. `longest` is the length at
     which it ends if nothing else ends it. `slot` is its place in the runner's per-sample state
-    while it runs, `admissions` how often it began to (once more after every preemption).
+    while it runs, `admissions` how often it began to (once more after every preemption). `found` is
+    how many of its first tokens the prefix cache had when it came.
 
     `stage` is what of it is computed here: of a request's samples the first may be cut in two, the
     others share its prompt's pages. `proceeds` is the next token of a prompt computed elsewhere,
@@ -44,6 +45,7 @@ class Sequence:
         self.slot = -1
         self.admissions = 0
         self.cached_tokens = 0
+        self.found = 0
         self.prefilled_once = bool(request.generated)
         self.prompt_logprobs: list[TokenLogprob] = []
         self.finish: FinishReason | None = None

@@ -8,10 +8,16 @@ from itertools import product
 import torch
 
 from fourfold.engine.config import EngineConfig
-from fourfold.engine.graphs import round_room, round_rows, sampled_rows, usual_decode_rows
+from fourfold.engine.graphs import (
+    MIXED_DECODE_ROWS,
+    round_room,
+    round_rows,
+    sampled_rows,
+    usual_decode_rows,
+)
 from fourfold.engine.program import input_sizes, run_step
 from fourfold.engine.sampler import Adjustment, Samples
-from fourfold.engine.scheduler import MOST_DOUBLINGS
+from fourfold.engine.scheduler import beside_answers
 from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape, PlanCapacity
 from fourfold.kernels.decode_attention.choose import FEW_ROWS, MANY_PARTIALS
 from fourfold.kernels.decode_attention.plan import TILES
@@ -30,7 +36,6 @@ _PREFILL_ROWS = (64, 128, 256, 384, 512, 1024, 2048, 3072, 4096, 5120, 8192, 163
 _MIXED_ROWS = ((256, 512), (128, 192), (1, 64))
 # Decode rows beside prompts, and the longest of these, of steps that are recorded ahead of need;
 # first where prompts queue, for then nothing is recorded without holding somebody up.
-_QUEUED_BESIDE = (16, 64, 128, 256)
 _USUAL_BESIDE = (16, 0, 64, 128)
 _USUAL_PROMPT = 2048
 # Decode rows at which other kernels are chosen.
@@ -46,32 +51,33 @@ def usual_decodes(max_running: int, page_count: int) -> Iterator[list[Span]]:
             yield _decodes(rows, page_count, _LONGER)
 
 
-def usual_steps(config: EngineConfig, page_count: int) -> Iterator[tuple[list[Span], list[Span]]]:
+def usual_steps(
+    config: EngineConfig, max_context: int, page_count: int
+) -> Iterator[tuple[list[Span], list[Span]]]:
     """Decodes and prompts of steps that are worth a graph before they come, the likeliest first:
     where prompts queue, long answers, and prompts of any length. `config` has its defaults filled
     in."""
-    least = config.mixed_tokens or config.tokens
-    full = [least << doubled for doubled in range(MOST_DOUBLINGS + 1)]
+    sizes = beside_answers(config.mixed_tokens or config.tokens, PAGE_TOKENS)
     seen = set()
     for decodes, context, rows in (
-        *product(_QUEUED_BESIDE, [_LONGER], full),
+        *product(MIXED_DECODE_ROWS, [_LONGER], sizes),
         *product(usual_decode_rows(config.running), _LONG, [0]),
         *product(_USUAL_BESIDE, [_LONGER], range(PAGE_TOKENS, _USUAL_PROMPT + 1, PAGE_TOKENS)),
     ):
         decodes = min(decodes, config.running)
         rows = min(rows, config.tokens - decodes)
         key = decodes, context, round_rows(rows) if rows else 0
-        if key not in seen:
+        fits = context < max_context and decodes * -(-context // PAGE_TOKENS) <= page_count
+        if key not in seen and (fits or not decodes):
             seen.add(key)
-            yield _decodes(decodes, page_count, context), [_prompt(rows)] * (rows > 0)
+            yield _decodes(decodes, page_count, context), _prompts(rows, max_context)
 
 
 def largest_work(
     config: EngineConfig, max_context: int, page_count: int, planner: DecodePlanner | None
 ) -> CodedWork:
     """As many rows as a step can have: of prompts, beside those of all samples."""
-    whole, rest = divmod(config.tokens, max_context)
-    prompts = [_prompt(rows) for rows in (*[max_context] * whole, rest) if rows]
+    prompts = _prompts(config.tokens, max_context)
     return CodedWork(_decodes(config.running, page_count), prompts, planner)
 
 
@@ -84,9 +90,11 @@ def walked_rooms(
     prefill_rows = [rows for rows in _PREFILL_ROWS if rows <= config.tokens]
     works = [
         *(CodedWork(_decodes(rows, _MANY), [], planner) for rows in sorted(decode_rows)),
-        *(CodedWork([], [_prompt(rows)], planner) for rows in prefill_rows),
+        *(CodedWork([], _prompts(rows, max_context), planner) for rows in prefill_rows),
         *(
-            CodedWork(_decodes(min(decodes, config.running), _MANY), [_prompt(rows)], planner)
+            CodedWork(
+                _decodes(min(decodes, config.running), _MANY), _prompts(rows, max_context), planner
+            )
             for decodes, rows in _MIXED_ROWS
         ),
         largest_work(config, max_context, _MANY, planner),
@@ -158,5 +166,11 @@ def _decodes(rows: int, page_count: int, context: int = _CONTEXT) -> list[Span]:
     ]
 
 
-def _prompt(rows: int) -> Span:
-    return Span(0, rows, [0] * -(-rows // PAGE_TOKENS))
+def _prompts(rows: int, max_context: int) -> list[Span]:
+    """Of so many rows together, each as long as a sequence can be."""
+    whole, rest = divmod(rows, max_context)
+    return [
+        Span(0, length, [0] * -(-length // PAGE_TOKENS))
+        for length in (*[max_context] * whole, rest)
+        if length
+    ]

@@ -14,7 +14,7 @@ from fourfold.models.layers import RMSNorm, SparseFFN
 def weight_bytes(model: Decoder) -> dict[str, int]:
     """Bytes of the tensors that a loaded model holds, by part as `footprint` calls them. Storage
     that is shared is counted once, where it is met first."""
-    seen: set[int] = set()
+    seen: set[object] = set()
     held: dict[str, int] = {}
     for path, module in model.named_modules():
         part = _part_of(path, module, model)
@@ -59,10 +59,10 @@ def _tensors_in(values: Iterable[object]) -> Iterator[Tensor]:
             yield from _tensors_in(value)
 
 
-def _storage_of(tensor: Tensor) -> tuple[int, int]:
+def _storage_of(tensor: Tensor) -> tuple[object, int]:
     """What tells a tensor's storage from others, and its bytes."""
     if tensor.is_mkldnn:  # packed for a CPU, which shows nobody where
-        return id(tensor), tensor.nbytes
+        return ("packed", id(tensor)), tensor.nbytes
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
 

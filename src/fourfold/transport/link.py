@@ -345,6 +345,10 @@ class Link:
                 self._send(wire, part, staging)
         except OSError as error:
             self._break(f"a stream broke: {error.strerror or error}")
+        except Exception as error:
+            # Others would wait for this stream's turn.
+            self._break(f"a stream failed: {error!r}")
+            raise
 
     def _send(self, wire: Wire, part: Slice[Transfer], staging: Staging) -> None:
         self._counters.begin()

@@ -56,7 +56,7 @@ class Staging:
         """That of views, whose places these are."""
         if self._gathers and _are_small(places) and (unit := _unit(places)) >= _LEAST_ROW:
             return self._copy_rows(places, (), unit)
-        return checksum(views)
+        return checksum([_memory_at(place) for place in places] if self._gathers else views)
 
     def collect(self, views: Sequence[memoryview]) -> tuple[Sequence[memoryview], int]:
         """The bytes of views in as few pieces as that is worth: where they are or as a copy, which
@@ -74,7 +74,7 @@ class Staging:
     def copy(self, sources: Sequence[Place], views: Sequence[memoryview]) -> int:
         """Copies memory to views of as many bytes in all; returns the checksum of the copy."""
         self._scattered = ()
-        if self._gathers:
+        if self._gathers or len(views) == 1:
             places = places_of(views)
             unit = math.gcd(_unit(sources), _unit(places))
             if unit >= _LEAST_ROW and (_are_small(sources) or _are_small(places)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -125,8 +126,8 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     return Recorder(monkeypatch)
 
 
-def make_runner(model: Decoder, *, recorded: bool = True) -> Runner:
-    runner = Runner(model, CONFIG, pages_of(model, PageFormat.INT8))
+def make_runner(model: Decoder, *, recorded: bool = True, config: EngineConfig = CONFIG) -> Runner:
+    runner = Runner(model, config, pages_of(model, PageFormat.INT8))
     if recorded:
         assert isinstance(runner.pages, CodedPages)
         runner._graphs = StepGraphs(
@@ -238,7 +239,7 @@ def test_nothing_is_recorded_ahead_once_memory_ran_short(
 ) -> None:
     runner = make_runner(model)
     engine = Engine(runner, CONFIG)
-    runner._ahead = usual_steps(CONFIG.on("cpu"), runner.page_count)
+    runner._ahead = usual_steps(CONFIG.on("cpu"), runner.max_context, runner.page_count)
     assert runner.prepare()
     assert runner.graphs == 1
     recorder.amid, recorder.at_end = [SHORTAGE], [BROKEN]
@@ -247,6 +248,20 @@ def test_nothing_is_recorded_ahead_once_memory_ran_short(
     recorder.tried = []
     assert answers(engine, LONG) == alone(model, LONG)
     assert recorder.tried[0] == LARGEST
+
+
+def test_all_that_is_recorded_ahead_fits_sequences_and_pages(
+    model: Decoder, recorder: Recorder
+) -> None:
+    """Prompts of a step are many where a sequence is short."""
+    config = dataclasses.replace(CONFIG, step_tokens=2048, mixed_tokens=300)
+    runner = make_runner(model, config=config)
+    assert runner.max_context < 4 * 300
+    runner._ahead = usual_steps(config.on("cpu"), runner.max_context, runner.page_count)
+    while runner.prepare():
+        pass
+    assert max(recorder.recorded) == 16 + round_rows(2048 - 4)
+    assert runner.graphs > 10
 
 
 def test_a_graph_serves_steps_of_as_many_rows_that_it_holds(

@@ -107,6 +107,8 @@ def test_what_is_recorded_ahead_can_all_be_kept(costs: QuadrantCosts, running: i
         (17, 60, 64, 2000, (512, 1024, 2048)),
         (65, 120, 300, 1500, (512, 1024, 2048)),
         (130, 256, 300, 1500, (512, 1024, 2048)),
+        (300, 512, 300, 1500, (512, 1024, 2048)),
+        (90, 96, 900, 1300, (0,)),
     ],
 )
 def test_usual_graphs_serve_contexts_of_other_lengths(
@@ -118,7 +120,7 @@ def test_usual_graphs_serve_contexts_of_other_lengths(
     prompts: tuple[int, ...],
 ) -> None:
     """How many tasks decode attention is cut into depends on them."""
-    usual = usual_keys(costs, EngineConfig().on("cuda"))
+    usual = usual_keys(costs, EngineConfig(max_running=512).on("cuda"))
     random = Random(0)
     for _ in range(30):
         decodes, page = [], 0
@@ -137,7 +139,7 @@ def usual_keys(costs: QuadrantCosts, config: EngineConfig) -> set[_Key]:
     """Of the graphs that are recorded before the first request, and while there is none."""
     steps = [
         *((decodes, []) for decodes in usual_decodes(config.running, 1 << 20)),
-        *usual_steps(config, 1 << 20),
+        *usual_steps(config, MAX_PAGES * PAGE_TOKENS, 1 << 20),
     ]
     return {key_of(CodedWork(*step, planner(costs))) for step in steps}
 

@@ -247,6 +247,58 @@ def test_more_of_prompts_that_queue_is_taken_beside_answers(
     assert (len(plan.decodes), plan.tokens) == (1, 1 + beside)
 
 
+def test_what_is_known_of_prompts_that_queue_is_not_counted() -> None:
+    """Ten of 150 tokens of which 128 are pages of the prefix cache: 220 are left, and not 1500."""
+    config = EngineConfig(max_running=12, step_tokens=200, mixed_tokens=20)
+    scheduler = Scheduler(config, PagePool(60), 20 * PAGE_TOKENS)
+    scheduler.add(request(0, 140, max_tokens=100))
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.commit(plan, [Sampled(token=3)])
+    for number in range(1, 11):
+        known = request(0, 140).prompt_ids
+        own = Submit(
+            request_id=number,
+            prompt_ids=(*known, *[number] * 10),
+            sampling=SamplingParams(max_tokens=2),
+        )
+        scheduler.add(own)
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.tokens == 1 + 40
+
+
+def test_nor_is_what_only_another_engine_computes() -> None:
+    config = EngineConfig(max_running=8, step_tokens=200, mixed_tokens=10)
+    scheduler = Scheduler(config, PagePool(20), 20 * PAGE_TOKENS)
+    scheduler.add(request(0, 8, max_tokens=100))
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.commit(plan, [Sampled(token=3)])
+    scheduler.add(msgspec.structs.replace(request(1, 200), stage=Stage.DECODE))
+    scheduler.add(request(2, 60, max_tokens=2))
+    plan = scheduler.schedule()
+    assert plan is not None
+    assert plan.tokens == 1 + 10
+
+
+def test_a_prompt_that_has_begun_is_part_of_the_queue() -> None:
+    config = EngineConfig(max_running=2, step_tokens=200, mixed_tokens=10, prefix_cache=False)
+    scheduler = Scheduler(config, PagePool(20), 20 * PAGE_TOKENS)
+    scheduler.add(request(0, 8, max_tokens=100))
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.commit(plan, [Sampled(token=3)])
+    scheduler.add(request(1, 200, max_tokens=2))
+    lengths = []
+    for _ in range(6):
+        plan = scheduler.schedule()
+        assert plan is not None
+        lengths.append(plan.tokens - 1)
+        scheduler.commit(plan, [Sampled(token=3 if work.samples else None) for work in plan.work])
+    assert lengths == [40, 40, 20, 20, 20, 10]
+
+
 def test_samples_that_wait_for_their_leader_are_no_queue() -> None:
     config = EngineConfig(max_running=8, step_tokens=200, mixed_tokens=10)
     scheduler = Scheduler(config, PagePool(20), 20 * PAGE_TOKENS)

@@ -135,6 +135,15 @@ def test_a_sequence_that_grows_is_searched_again_before_its_plan_is_bad() -> Non
         assert price <= 1.1 * best
 
 
+@pytest.mark.parametrize(("kv_heads", "rows"), [(32, 320), (16, 1024), (4, 2500)])
+def test_batches_of_more_programs_than_are_wanted_have_a_plan(kv_heads: int, rows: int) -> None:
+    shape = DecodeShape(heads=32, kv_heads=kv_heads, head_width=128)
+    pages = [list(range(8 * row, 8 * row + 8)) for row in range(rows)]
+    sequences = DecodeSequences(np.full(rows, 500), pages, np.arange(rows))
+    plan = DecodePlanner(shape, COST).plan(sequences)
+    assert len(plan.rows_R) == rows
+
+
 def test_choices_are_kept_while_a_batch_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     searches = []
     cheapest = planner.cheapest

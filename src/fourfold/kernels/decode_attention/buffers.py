@@ -30,8 +30,8 @@ from fourfold.kernels.decode_attention.plan import (
 _ALIGNMENT = 32  # words
 _HEADER = 1 + len(TILES)
 _PAGE_CLASSES = tuple(16384 * 16**i for i in range(5))
-# Tasks of a tile beside prompts: room for so many, and for more where more rows decode.
-_FEW_BESIDE, _MANY_BESIDE, _FEW_ROWS_BESIDE = 512, 2048, 128
+# Programs of a tile beside prompts: room for so many, and for more where more rows decode.
+_FEW_BESIDE, _MANY_BESIDE, _FEW_ROWS_BESIDE = 2048, 8192, 128
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,8 @@ class PlanCapacity:
         lengths share a capacity, whether their rows are in many pieces or in few.
         """
         assert rows >= len(plan.rows_R)
-        least = (_FEW_BESIDE if rows <= _FEW_ROWS_BESIDE else _MANY_BESIDE) * beside_prompts
+        programs = (_FEW_BESIDE if rows <= _FEW_ROWS_BESIDE else _MANY_BESIDE) * beside_prompts
+        least = programs // plan.shape.kv_heads
         return cls.of_tasks(
             plan.shape,
             rows=rows,

@@ -292,10 +292,10 @@ def _candidates(
             0 if most_tasks is None else int(runs.pages.sum()) * step.shape.kv_heads / most_tasks
         )
         chunks = [
-            chunk
-            for smaller, chunk in zip((0, *CHUNKS), CHUNKS, strict=False)
-            if smaller < longest and chunk >= min(small, CHUNKS[-1])
+            chunk for smaller, chunk in zip((0, *CHUNKS), CHUNKS, strict=False) if smaller < longest
         ]
+        # Of the largest there are as few tasks as can be.
+        chunks = [chunk for chunk in chunks if chunk >= small] or chunks[-1:]
         work = step.work(runs, np.array(chunks), sharing, cost.sms)
         seconds_K = cost.seconds(work, step.shape.head_width).tolist()
         for k, chunk in enumerate(chunks):
