@@ -279,7 +279,8 @@ def _serve(connection: Connection, parents: Connection) -> None:
             try:
                 connection.send(done.exception() or places[done])
             except OSError:  # nobody waits any more
-                pool.shutdown(wait=False, cancel_futures=True)
+                # Without waiting, the pool's thread and its processes wait for each other.
+                pool.shutdown(cancel_futures=True)
                 return
 
 

@@ -1,10 +1,12 @@
 """Run with TRITON_INTERPRET=0: what `kernels.compiling` notes on a machine that pretends to have a
-GPU, and that the compiler makes just that of it. Prints what it found as JSON."""
+GPU, and that the compiler makes just that of it; with an argument, what becomes of a kernel that
+does not compile. Prints what it found as JSON."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+import sys
 import threading
 from typing import Any
 
@@ -16,6 +18,8 @@ from triton.runtime import driver
 
 from fourfold.kernels import compiling
 from fourfold.kernels.rows.triton_rows import launch_quantize
+from fourfold.kernels.sample import SampleParams, SampleRow, triton_newest, triton_sample
+from fourfold.kernels.sample.choose import choose
 
 
 @triton.jit
@@ -23,6 +27,13 @@ def scale(x, y, count, KIND: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     factor: tl.constexpr = 2.0 if KIND == "int8" else 3.0
     tl.store(y + i, tl.load(x + i, i < count) * factor, i < count)
+
+
+@triton.jit
+def wrong(x, y, count):
+    if count > 3:
+        y = 7
+    tl.store(x, y)
 
 
 def launch(count: int, kind: str) -> Any:
@@ -37,12 +48,43 @@ def walk() -> None:
         launch(count, "int8")
     for dtype in (torch.bfloat16, torch.float16):
         launch_quantize(torch.empty(4, 256, dtype=dtype), torch.int8, 256, None)
+    # The interpreter takes what the compiler does not: names that change their types.
+    params = SampleParams.pack([SampleRow(key=1, position=1)], torch.device("cpu"))
+    last_N = torch.zeros(2, dtype=torch.int64)
+    triton_newest.launch(torch.zeros_like(last_N, dtype=torch.int32), last_N.int(), last_N)
+    for kept in (None, last_N):
+        tokens_S, logprobs_S = torch.empty(1, dtype=torch.int64), torch.empty(1)
+        packed = params.packed_SF
+        cut = choose(5000)
+        triton_sample.launch(torch.zeros(1, 5000), packed, None, cut, tokens_S, logprobs_S, kept)
+
+
+def walk_wrongly() -> None:
+    for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int32):
+        for count in (5, 48):
+            wrong[(1,)](torch.empty(4, dtype=dtype), torch.empty(4, dtype=dtype), count)
+
+
+def pretend() -> None:
+    compiling._compile_for(GPUTarget("cuda", 90, 32))
+    type(driver.active).get_current_stream = lambda self, device: 0
+
+
+def fail() -> None:
+    """The compiler's error comes to who waits, and all processes end."""
+    torch.cuda.set_device = lambda device: None
+    with contextlib.suppress(Exception), compiling.KernelCompiler() as compiler:
+        pretend()
+        compiler.start(walk_wrongly, torch.device("cuda", 0))
+        try:
+            compiler.wait()
+        except Exception as error:
+            print(json.dumps(str(error)))
+            raise
 
 
 def main() -> None:
-    compiling._compile_for(GPUTarget("cuda", 90, 32))
-    active = driver.active
-    type(active).get_current_stream = lambda self, device: 0
+    pretend()
     with compiling.noted_launches() as noted:
         walk()
     first = sorted(form.name for form in noted.values())
@@ -84,4 +126,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    fail() if sys.argv[1:] else main()

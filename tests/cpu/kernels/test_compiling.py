@@ -7,23 +7,34 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 
-def test_noted_launches_are_what_is_compiled_and_nothing_runs(tmp_path: Path) -> None:
-    """Constants that are called like types, and sizes that compile to forms of their own."""
+def elsewhere(tmp_path: Path, *arguments: str) -> Any:
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.cpu.kernels.compiled_elsewhere"],
+        [sys.executable, "-m", "tests.cpu.kernels.compiled_elsewhere", *arguments],
         env=environment,
         capture_output=True,
         text=True,
         check=False,
+        timeout=60,
     )
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout.splitlines()[-1]) == {
-        "first": ["_quantize_kernel", "_quantize_kernel", "scale", "scale", "scale"],
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_noted_launches_are_what_is_compiled_and_nothing_runs(tmp_path: Path) -> None:
+    """Constants that are called like types, and sizes that compile to forms of their own."""
+    quantised, scaled = ["_quantize_kernel"] * 2, ["scale"] * 3
+    assert elsewhere(tmp_path) == {
+        "first": ["_draw", "_draw", "_newest", *quantised, "_scan", *scaled],
         "again": 0,
         "other": 1,
         "made": 1,
         "late": ["scale"],
     }
+
+
+def test_a_kernel_that_does_not_compile_is_an_error_and_no_process_is_left(tmp_path: Path) -> None:
+    assert "redefines it as int32" in elsewhere(tmp_path, "fail")

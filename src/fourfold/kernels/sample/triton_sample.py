@@ -159,7 +159,7 @@ def _draw(
     lists,
     tokens,
     logprobs,
-    last,
+    kept,
     KEEPS: tl.constexpr,
     TILE: tl.constexpr,
     TILES: tl.constexpr,
@@ -264,7 +264,7 @@ def _draw(
     token = tl.minimum(token, V - 1)
     tl.store(tokens + row, token.to(tl.int64))
     if KEEPS:
-        tl.store(last + word(rows, row, _SLOT_WORD), token.to(tl.int64))
+        tl.store(kept + word(rows, row, _SLOT_WORD), token.to(tl.int64))
     logprob = float("nan")
     if is_reported(rows, row):
         top_T = tl.load(stat + 2 * T, t < T, other=-INFINITY)
