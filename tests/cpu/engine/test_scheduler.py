@@ -227,6 +227,15 @@ def test_a_prompt_takes_small_chunks_only_beside_answers(multiple: int, chunk: i
     assert plans == [[128], [1, chunk], [39 - chunk]]
 
 
+def one_that_decodes(config: EngineConfig, *, pages: int = 20, prompt: int = 8) -> Scheduler:
+    scheduler = Scheduler(config, PagePool(pages), 20 * PAGE_TOKENS)
+    scheduler.add(request(0, prompt, max_tokens=100))
+    plan = scheduler.schedule()
+    assert plan is not None
+    scheduler.commit(plan, [Sampled(token=3)])
+    return scheduler
+
+
 @pytest.mark.parametrize(
     ("prompts", "beside"),
     [([79], 10), ([80], 20), ([40, 40], 20), ([159], 20), ([100, 60], 40), ([200, 200], 40)],
@@ -235,11 +244,7 @@ def test_more_of_prompts_that_queue_is_taken_beside_answers(
     prompts: list[int], beside: int
 ) -> None:
     config = EngineConfig(max_running=4, step_tokens=200, mixed_tokens=10)
-    scheduler = Scheduler(config, PagePool(20), 20 * PAGE_TOKENS)
-    scheduler.add(request(0, 8, max_tokens=100))
-    plan = scheduler.schedule()
-    assert plan is not None
-    scheduler.commit(plan, [Sampled(token=3)])
+    scheduler = one_that_decodes(config)
     for number, length in enumerate(prompts, start=1):
         scheduler.add(request(number, length, max_tokens=2))
     plan = scheduler.schedule()
@@ -250,11 +255,7 @@ def test_more_of_prompts_that_queue_is_taken_beside_answers(
 def test_what_is_known_of_prompts_that_queue_is_not_counted() -> None:
     """Ten of 150 tokens of which 128 are pages of the prefix cache: 220 are left, and not 1500."""
     config = EngineConfig(max_running=12, step_tokens=200, mixed_tokens=20)
-    scheduler = Scheduler(config, PagePool(60), 20 * PAGE_TOKENS)
-    scheduler.add(request(0, 140, max_tokens=100))
-    plan = scheduler.schedule()
-    assert plan is not None
-    scheduler.commit(plan, [Sampled(token=3)])
+    scheduler = one_that_decodes(config, pages=60, prompt=140)
     for number in range(1, 11):
         known = request(0, 140).prompt_ids
         own = Submit(
@@ -270,11 +271,7 @@ def test_what_is_known_of_prompts_that_queue_is_not_counted() -> None:
 
 def test_nor_is_what_only_another_engine_computes() -> None:
     config = EngineConfig(max_running=8, step_tokens=200, mixed_tokens=10)
-    scheduler = Scheduler(config, PagePool(20), 20 * PAGE_TOKENS)
-    scheduler.add(request(0, 8, max_tokens=100))
-    plan = scheduler.schedule()
-    assert plan is not None
-    scheduler.commit(plan, [Sampled(token=3)])
+    scheduler = one_that_decodes(config)
     scheduler.add(msgspec.structs.replace(request(1, 200), stage=Stage.DECODE))
     scheduler.add(request(2, 60, max_tokens=2))
     plan = scheduler.schedule()
@@ -284,11 +281,7 @@ def test_nor_is_what_only_another_engine_computes() -> None:
 
 def test_a_prompt_that_has_begun_is_part_of_the_queue() -> None:
     config = EngineConfig(max_running=2, step_tokens=200, mixed_tokens=10, prefix_cache=False)
-    scheduler = Scheduler(config, PagePool(20), 20 * PAGE_TOKENS)
-    scheduler.add(request(0, 8, max_tokens=100))
-    plan = scheduler.schedule()
-    assert plan is not None
-    scheduler.commit(plan, [Sampled(token=3)])
+    scheduler = one_that_decodes(config)
     scheduler.add(request(1, 200, max_tokens=2))
     lengths = []
     for _ in range(6):
@@ -301,11 +294,7 @@ def test_a_prompt_that_has_begun_is_part_of_the_queue() -> None:
 
 def test_samples_that_wait_for_their_leader_are_no_queue() -> None:
     config = EngineConfig(max_running=8, step_tokens=200, mixed_tokens=10)
-    scheduler = Scheduler(config, PagePool(20), 20 * PAGE_TOKENS)
-    scheduler.add(request(0, 8, max_tokens=100))
-    plan = scheduler.schedule()
-    assert plan is not None
-    scheduler.commit(plan, [Sampled(token=3)])
+    scheduler = one_that_decodes(config)
     scheduler.add(request(1, 60, n=3, max_tokens=2))
     plan = scheduler.schedule()
     assert plan is not None
