@@ -17,6 +17,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 
 from fourfold.kernels import compiling
+from fourfold.kernels.decode_attention import DecodeShape, PlanBuffers, PlanCapacity
+from fourfold.kernels.decode_attention import launch as attention
+from fourfold.kernels.pages.layout import PageLayout
 from fourfold.kernels.rows.triton_rows import launch_quantize
 from fourfold.kernels.sample import SampleParams, SampleRow, triton_newest, triton_sample
 from fourfold.kernels.sample.choose import choose
@@ -48,6 +51,7 @@ def walk() -> None:
         launch(count, "int8")
     for dtype in (torch.bfloat16, torch.float16):
         launch_quantize(torch.empty(4, 256, dtype=dtype), torch.int8, 256, None)
+    attend()
     # The interpreter takes what the compiler does not: names that change their types.
     params = SampleParams.pack([SampleRow(key=1, position=1)], torch.device("cpu"))
     last_N = torch.zeros(2, dtype=torch.int64)
@@ -59,6 +63,18 @@ def walk() -> None:
         triton_sample.launch(torch.zeros(1, 5000), packed, None, cut, tokens_S, logprobs_S, kept)
 
 
+def attend() -> None:
+    """Decode attention in both tiles, as on Hopper."""
+    shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
+    layout = PageLayout(kv_heads=4, head_width=128)
+    capacity = PlanCapacity.of_tasks(shape, rows=16, tasks=((64, 32), (16, 32)), pages=1, merged=64)
+    records = torch.zeros(1, layout.record_bytes, dtype=torch.uint8)
+    open_k, open_v = torch.zeros(2, 64, 4, 128, dtype=torch.bfloat16)
+    q = torch.zeros(16, 32, 128, dtype=torch.bfloat16)
+    buffers = PlanBuffers(shape, capacity, q.device)
+    attention.launch_tasks(q, records, open_k, open_v, layout, buffers, 1.0)
+
+
 def walk_wrongly() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.int32):
         for count in (5, 48):
@@ -68,6 +84,7 @@ def walk_wrongly() -> None:
 def pretend() -> None:
     compiling._compile_for(GPUTarget("cuda", 90, 32))
     type(driver.active).get_current_stream = lambda self, device: 0
+    attention._is_hopper = attention.overlaps_launches = lambda device: True
 
 
 def fail() -> None:
