@@ -32,12 +32,10 @@ from fourfold.engine.messages import (
     TokenLogprob,
     TokenOutput,
 )
+from fourfold.engine.mixing import mixed_budget, mixed_sizes
 from fourfold.engine.page_pool import PagePool
 from fourfold.engine.sequence import Sequence
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
-
-# So many larger steps of prompts have to wait before steps take more of them beside answers.
-_BACKLOG_STEPS = 4
 
 
 class Work(NamedTuple):
@@ -77,13 +75,6 @@ class Sampled(NamedTuple):
     token: int | None = None
     logprob: TokenLogprob | None = None
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
-
-
-def beside_answers(least: int, chunk_multiple: int) -> tuple[int, ...]:
-    """How many tokens of prompts a step that decodes takes at most, the more the more of them wait.
-    Few sizes, for each has graphs of its own."""
-    least = max(least, chunk_multiple)
-    return least, 2 * least, 4 * least
 
 
 class Held(NamedTuple):
@@ -182,7 +173,9 @@ class Scheduler:
         # Once steps were made smaller, samples whose prompts came from elsewhere may fill them all.
         budget = max(0, self.tokens.value - len(decodes))
         if decodes and self._config.mixed_tokens is not None:
-            budget = min(budget, self._beside_answers(begun, self._config.mixed_tokens))
+            sizes = mixed_sizes(self._config.mixed_tokens, self._chunk_multiple)
+            queue = itertools.islice(self.waiting, len(self._slots))
+            budget = min(budget, mixed_budget(sizes, itertools.chain(begun, queue)))
         prefills: list[Work] = []
         for sequence in begun:
             if self._chunk(sequence, budget):
@@ -335,20 +328,6 @@ class Scheduler:
                 return False
         self._grow(sequence, sequence.computed + 1)
         return True
-
-    def _beside_answers(self, begun: list[Sequence], least: int) -> int:
-        """Tokens of prompts in a step that decodes: the largest size of which `_BACKLOG_STEPS`
-        steps wait, of prompts that have a slot or could have one."""
-        smallest, *larger = beside_answers(least, self._chunk_multiple)
-        waits = 0
-        for sequence in itertools.chain(begun, itertools.islice(self.waiting, len(self._slots))):
-            # Samples of a prompt that another computes share its pages.
-            if sequence.stage is not Stage.DECODE and sequence.leader is None:
-                waits += sequence.length - max(sequence.computed, sequence.found)
-            if waits >= _BACKLOG_STEPS * larger[-1]:
-                break
-        enough = [size for size in larger if waits >= _BACKLOG_STEPS * size]
-        return enough[-1] if enough else smallest
 
     def _schedule_chunk(self, sequence: Sequence, budget: int, prefills: list[Work]) -> int:
         length = self._chunk(sequence, budget)

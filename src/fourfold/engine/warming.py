@@ -15,9 +15,9 @@ from fourfold.engine.graphs import (
     sampled_rows,
     usual_decode_rows,
 )
+from fourfold.engine.mixing import mixed_sizes
 from fourfold.engine.program import input_sizes, run_step
 from fourfold.engine.sampler import Adjustment, Samples
-from fourfold.engine.scheduler import beside_answers
 from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape, PlanCapacity
 from fourfold.kernels.decode_attention.choose import FEW_ROWS, MANY_PARTIALS
 from fourfold.kernels.decode_attention.plan import TILES
@@ -57,7 +57,7 @@ def usual_steps(
     """Decodes and prompts of steps that are worth a graph before they come, the likeliest first:
     where prompts queue, long answers, and prompts of any length. `config` has its defaults filled
     in."""
-    sizes = beside_answers(config.mixed_tokens or config.tokens, PAGE_TOKENS)
+    sizes = mixed_sizes(config.mixed_tokens or config.tokens, PAGE_TOKENS)
     seen = set()
     for decodes, context, rows in (
         *product(MIXED_DECODE_ROWS, [_LONGER], sizes),
