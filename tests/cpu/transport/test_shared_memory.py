@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import time
+from collections import Counter
 
 import msgspec
 import pytest
 
 from fourfold.transport import Node, SharedRegion, TransportPath
 from fourfold.transport.control import Mapped, Offer, Region
+from fourfold.transport.cutting import Slice
 from fourfold.transport.frames import Extent, Kind, encode_extents
+from fourfold.transport.transfers import Transfer, Transfers
 from tests.cpu.transport.forger import Forger
 from tests.cpu.transport.nodes import Memory, Outcome, make_node, send
 
@@ -115,6 +119,40 @@ def test_a_path_that_is_not_there_is_refused_or_warned_of(
         assert sender.stats()[0].path == path_name
         receiver.forget(1)
         sender.close()
+    receiver.close()
+
+
+@pytest.mark.parametrize("shares", [True, False])
+def test_streams_take_turns_where_they_only_say_where_pages_lie(
+    shares: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: Counter[int] = Counter()
+    take = Transfers.take
+
+    def count(transfers: Transfers, stream: int) -> Slice[Transfer] | None:
+        frame = take(transfers, stream)
+        if frame is not None:
+            taken[stream] += 1
+            if stream == 0:
+                time.sleep(0.01)  # it is slow
+        return frame
+
+    monkeypatch.setattr(Transfers, "take", count)
+    receiver, sender = (
+        make_node(*who, slice_bytes=1000) for who in (("decode", 2), ("prefill", 1))
+    )
+    region = SharedRegion(64 * 1000)
+    if shares:
+        sender.register(region)
+    target, arrived = Memory(1, 64, 1000), Outcome()
+    receiver.expect(1, None, target, arrived)
+    source = Memory(1, 64, 1000, 0, region.buffer if shares else None).fill(1)
+    _, sent = send(sender, receiver, 1, source)
+    assert sent.wait() is arrived.wait() is None
+    assert target.content() == source.content()
+    assert (abs(taken[0] - taken[1]) <= 2) == shares
+    receiver.forget(1)
+    sender.close()
     receiver.close()
 
 
