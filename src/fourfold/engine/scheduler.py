@@ -158,7 +158,8 @@ class Scheduler:
         for index in indices:
             longest = min(length + request.sampling.max_tokens, self.max_context)
             sequence = Sequence(request, index, self._arrivals, leader, longest)
-            sequence.found = PAGE_TOKENS * len(self._known_pages(sequence)) * (leader is None)
+            if leader is None:
+                sequence.found = PAGE_TOKENS * len(self._known_pages(sequence))
             self._arrivals += 1
             self.waiting.append(sequence)
             if sequence.stage is not Stage.WHOLE:

@@ -15,7 +15,7 @@ class Sequence:
     counts sampled tokens that have not yet come back from the device. `longest` is the length at
     which it ends if nothing else ends it. `slot` is its place in the runner's per-sample state
     while it runs, `admissions` how often it began to (once more after every preemption). `found` is
-    how many of its first tokens the prefix cache had when it came.
+    how many of its first tokens the prefix cache had when it came; of a leader.
 
     `stage` is what of it is computed here: of a request's samples the first may be cut in two, the
     others share its prompt's pages. `proceeds` is the next token of a prompt computed elsewhere,

@@ -34,8 +34,8 @@ _MANY = 1 << 20  # pages
 _PREFILL_ROWS = (64, 128, 256, 384, 512, 1024, 2048, 3072, 4096, 5120, 8192, 16384)
 # Decode rows, and rows of prompts beside them.
 _MIXED_ROWS = ((256, 512), (128, 192), (1, 64))
-# Decode rows beside prompts, and the longest of these, of steps that are recorded ahead of need;
-# first where prompts queue, for then nothing is recorded without holding somebody up.
+# Decode rows beside prompts that come singly, and the longest of these, of steps that are recorded
+# ahead of need.
 _USUAL_BESIDE = (16, 0, 64, 128)
 _USUAL_PROMPT = 2048
 # Decode rows at which other kernels are chosen.
@@ -54,9 +54,9 @@ def usual_decodes(max_running: int, page_count: int) -> Iterator[list[Span]]:
 def usual_steps(
     config: EngineConfig, max_context: int, page_count: int
 ) -> Iterator[tuple[list[Span], list[Span]]]:
-    """Decodes and prompts of steps that are worth a graph before they come, the likeliest first:
-    where prompts queue, long answers, and prompts of any length. `config` has its defaults filled
-    in."""
+    """Decodes and prompts of steps that are worth a graph before they come, the most urgent
+    first: where prompts queue, when a recording holds most up; long answers; prompts of any length.
+    `config` has its defaults filled in."""
     sizes = mixed_sizes(config.mixed_tokens or config.tokens, PAGE_TOKENS)
     seen = set()
     for decodes, context, rows in (
