@@ -223,6 +223,7 @@ class Link:
                 if self._window:
                     self._control.end("it was welcomed twice")
                     return
+                self._transfers.note_progress()
                 self._window = window
                 self._slice_bytes = min(self._slice_bytes, max_payload)
                 self._max_payload = max_payload
@@ -272,6 +273,7 @@ class Link:
                         wire.close()
                         return
                     self._streams.append(wire)
+                self._transfers.note_progress()
         except (OSError, FourfoldError) as error:
             self._break(f"a stream cannot be opened: {error}")
             return

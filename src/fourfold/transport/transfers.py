@@ -162,7 +162,7 @@ class Transfers:
             self._changed.notify_all()
 
     def note_progress(self) -> None:
-        """The test of the link goes on; what waits for it has not stood still."""
+        """The link is on its way to stand; what waits for it has not stood still."""
         with self._changed:
             self._moved = time.monotonic()
 

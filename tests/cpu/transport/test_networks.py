@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -145,11 +146,12 @@ def test_a_message_that_changes_on_its_way_is_not_heard(patient: Network) -> Non
         assert "link" in outcome.failure()
 
 
-def test_a_slow_network_is_no_stall_while_the_link_is_tested() -> None:
-    """The test alone takes longer than a link may stand still, and what waits for it, waits."""
+def test_a_slow_network_is_no_stall_while_the_link_comes_to_stand() -> None:
+    """Its streams take longer than a link may stand still, and its test too; what waits, waits."""
+    pauses = itertools.chain([0.5] * 5, itertools.repeat(0.1))
 
     def slow(data: bytes) -> bytes:
-        time.sleep(0.15)
+        time.sleep(next(pauses))
         return data
 
     with network(slice_bytes=1 << 16, **QUICK) as (sender, receiver, proxy):
