@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from fourfold import LLM
+from fourfold import llm as llm_module
 from fourfold.engine.messages import FinishReason, SamplingParams
 from fourfold.engine.scheduler import Scheduler
 from fourfold.errors import ConfigError, DrainingError, RequestError, RequestFailedError
@@ -25,6 +26,7 @@ from fourfold.llm import Asked, Result
 from tests.cpu import driving
 from tests.cpu.gateway import made_tokenizers
 from tests.cpu.gateway.made_tokenizers import write_default
+from tests.cpu.instead import Instead
 
 GREEDY: Asked = {"temperature": 0.0, "max_tokens": 12, "ignore_eos": True}
 TALK = [{"role": "user", "content": "hello"}]
@@ -300,7 +302,8 @@ def test_asking_while_it_is_closed_is_answered(
         closing.join(1)
         return submit(*given)
 
-    monkeypatch.setattr(asyncio, "run_coroutine_threadsafe", submit_late)
+    late = Instead(asyncio, run_coroutine_threadsafe=submit_late)
+    monkeypatch.setattr(llm_module, "asyncio", late)
     with pytest.raises(DrainingError):
         llm.generate("rain", temperature=0.0, ignore_eos=True)
     closing.join(10)

@@ -93,7 +93,7 @@ def running_server(gateway: Any, config: ApiConfig) -> Iterator[Server]:
     assert not thread.is_alive(), "the server did not end"
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def shared_server() -> Iterator[Server]:
     config = ApiConfig(
         port=0, header_timeout=0.5, body_timeout=0.5, write_timeout=0.5, drain_timeout=0.2

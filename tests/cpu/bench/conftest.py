@@ -8,7 +8,7 @@ import pytest
 from scripted_server import ScriptedServer
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def _running() -> Iterator[ScriptedServer]:
     server = ScriptedServer()
     server.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -25,6 +26,7 @@ from fourfold.gateway.fleet.members import CLOSED
 from fourfold.models.checkpoint.source import Source, SourceKind
 from fourfold.transport.format import PageFormat
 from fourfold.transport.peer import Peer
+from tests.cpu.instead import Instead
 
 PAGES = PageFormat(
     layers=1,
@@ -74,8 +76,12 @@ class Watched:
         fleet.add = self._add
         self.fleet = fleet
         self.workers = LocalWorkers(fleet, [Role.BOTH] * count)
-        monkeypatch.setattr(local.subprocess, "Popen", lambda *_, **__: self.process)
-        monkeypatch.setattr(local.asyncio, "sleep", self._sleep)
+        self.spawn: Callable[[], Process] = lambda: self.process
+        self.sleep = self._sleep
+        starting = Instead(subprocess, Popen=lambda *_, **__: self.spawn())
+        pausing = Instead(asyncio, sleep=lambda seconds: self.sleep(seconds))
+        monkeypatch.setattr(local, "subprocess", starting)
+        monkeypatch.setattr(local, "asyncio", pausing)
 
     def _add(self, connection: Any, **_: object) -> Any:
         connection.close()
@@ -160,7 +166,7 @@ def test_one_that_dies_while_others_load_is_started_again(monkeypatch: pytest.Mo
         async def sleep(seconds: float) -> None:
             await go_on.wait()
 
-        monkeypatch.setattr(local.asyncio, "sleep", sleep)
+        watched.sleep = sleep
         watched.start()
         loading = asyncio.create_task(watched.workers.load(lambda done, total: None))
         await asyncio.wait({loading}, timeout=0.01)
@@ -212,21 +218,19 @@ def test_three_failed_loads_in_a_row_end_the_server(said: bool, watched: Watched
     asyncio.run(main())
 
 
-def test_what_cannot_be_started_now_is_tried_later(
-    watched: Watched, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_cannot_be_started_now_is_tried_later(watched: Watched) -> None:
     async def main() -> None:
         watched.start()
         watched.ready()
         answers: list[Any] = [OSError("too many processes"), watched.process]
 
-        def spawn(*_: object, **__: object) -> Any:
+        def spawn() -> Process:
             answer = answers.pop(0)
             if isinstance(answer, OSError):
                 raise answer
             return answer
 
-        monkeypatch.setattr(local.subprocess, "Popen", spawn)
+        watched.spawn = spawn
         await watched.end()
         assert watched.pauses == [1, 30]
         assert len(watched.born) == 2

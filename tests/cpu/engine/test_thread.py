@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import math
+import os
 import queue
 import threading
 import time
@@ -26,6 +27,7 @@ from fourfold.engine.messages import (
     TokenOutput,
 )
 from tests.cpu.driving import load_tiny, make_engine, submit
+from tests.cpu.instead import Instead
 
 Find = Callable[[str], Path]
 REQUESTS = 64
@@ -201,7 +203,7 @@ def test_a_worker_whose_engine_hangs_ends(monkeypatch: pytest.MonkeyPatch) -> No
     def leave(code: int) -> None:
         raise SystemExit(code)
 
-    monkeypatch.setattr(worker.os, "_exit", leave)
+    monkeypatch.setattr(worker, "os", Instead(os, _exit=leave))
     hello = Hello("w", Role.BOTH, 1)
     told = worker.Worker(hello, None)
     told._engine = Hanging()  # type: ignore[assignment]
@@ -233,6 +235,6 @@ def test_a_device_that_is_lost_is_said_before_its_samples_fail(
 
 def test_a_worker_whose_device_is_lost_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     codes: list[int] = []
-    monkeypatch.setattr(worker.os, "_exit", codes.append)
+    monkeypatch.setattr(worker, "os", Instead(os, _exit=codes.append))
     worker._end_without_device()
     assert codes == [1]

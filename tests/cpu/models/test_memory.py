@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from fourfold.models import phases
 from fourfold.models.checkpoint.source import find_source
 from fourfold.models.footprint import EXPERTS, footprint
 from fourfold.models.loading import LoadOptions, load_model
 from fourfold.models.memory import told, weight_bytes
-from fourfold.models.phases import Phases
 from fourfold.models.precision import Precision
+from tests.cpu.instead import Instead
 
 Find = Callable[[str], Path]
 GIB = 1 << 30
@@ -48,11 +50,11 @@ def test_weights_are_one_line() -> None:
 
 def test_parts_of_a_start_are_told_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(100.0)
-    monkeypatch.setattr("time.monotonic", lambda: next(clock))
-    phases = Phases(started=95.0)
-    with phases("weights"):
+    monkeypatch.setattr(phases, "time", Instead(time, monotonic=lambda: next(clock)))
+    start = phases.Phases(started=95.0)
+    with start("weights"):
         pass
-    with phases("kernels"), phases("weights"):
+    with start("kernels"), start("weights"):
         pass
-    assert phases.seconds == {"weights": 2.0, "kernels": 3.0}
-    assert phases.ready() == "ready after 11.0 s (weights 2.0, kernels 3.0, other 6.0)"
+    assert start.seconds == {"weights": 2.0, "kernels": 3.0}
+    assert start.ready() == "ready after 11.0 s (weights 2.0, kernels 3.0, other 6.0)"

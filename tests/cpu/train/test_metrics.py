@@ -14,8 +14,10 @@ import torch
 from msgspec import UNSET
 
 from fourfold.errors import ConfigError
+from fourfold.train import reporting
 from fourfold.train.metrics import Metrics, Record, SpikeWatch, StepRecord, loads, read_records
 from fourfold.train.reporting import Launched, Moment, Reporter, TrainingError
+from tests.cpu.instead import Instead
 from tests.cpu.train import toy
 
 
@@ -66,7 +68,7 @@ class At(Moment):
 
 def reporter_of(records: list[Record], monkeypatch: pytest.MonkeyPatch, **options: Any) -> Reporter:
     """One whose clock starts at 0, on a device that does 1000 FLOP/s at most."""
-    monkeypatch.setattr(time, "perf_counter", lambda: 0.0)
+    monkeypatch.setattr(reporting, "time", Instead(time, perf_counter=lambda: 0.0))
     log = Metrics(Path("unused"), steps=0, tensorboard=False)
     return Reporter(
         log,
@@ -131,7 +133,7 @@ def test_what_is_no_training_takes_no_time(tmp_path: Path, monkeypatch: pytest.M
     records: list[Record] = []
     reporter = reporter_of(records, monkeypatch, every=1, last=2)
     reporter.read(Launched(1, 100, 100, 0.1, torch.ones(5), None, At(1.0)))
-    monkeypatch.setattr(time, "perf_counter", lambda: 60.0)
+    monkeypatch.setattr(reporting, "time", Instead(time, perf_counter=lambda: 60.0))
     reporter.begin()
     reporter.read(Launched(2, 100, 200, 0.1, torch.ones(5), None, At(61.0)))
     assert [r.tokens_per_second for r in records if isinstance(r, StepRecord)] == [100.0, 100.0]

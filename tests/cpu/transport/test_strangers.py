@@ -16,10 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fourfold.errors import ConfigError
-from fourfold.transport import Identity, Node, TransportConfig, TransportPath
+from fourfold.transport import Identity, Node, TransportConfig, TransportPath, control
 from fourfold.transport.control import Failed, Finish
 from fourfold.transport.envelope import HEAD_BYTES, enclose
 from fourfold.transport.handshake import Purpose
+from tests.cpu.instead import Instead
 from tests.cpu.transport.forger import Forger
 from tests.cpu.transport.nodes import PAGES, Memory, Outcome, make_node, until, works
 
@@ -76,10 +77,13 @@ def test_a_link_for_which_there_are_no_descriptors_is_turned_away(
             Forger(receiver.peer)
 
     stranger = threading.Thread(target=knock, daemon=True)
-    full = OSError(errno.EMFILE, "Too many open files")
+
+    def socketpair() -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
     with (
         mock.patch.object(threading, "excepthook", failed.append),
-        mock.patch.object(socket, "socketpair", side_effect=full),
+        mock.patch.object(control, "socket", Instead(socket, socketpair=socketpair)),
         caplog.at_level(logging.WARNING),
     ):
         stranger.start()
