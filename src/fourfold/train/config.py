@@ -200,7 +200,7 @@ class ScheduleSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     decay: float = 0.2
     """The last share of the steps."""
     final: float = 0.0
-    """Share of the peak rate that is left at the end."""
+    """Share of the peak rate that the decay leads to: a step after the last would have it."""
 
     def __post_init__(self) -> None:
         _positive("schedule", self, "steps")

@@ -22,7 +22,7 @@ from fourfold.train.config import TrainConfig
 from fourfold.train.data.batches import Batch, Batches
 from fourfold.train.data.shards import Contents
 from fourfold.train.export import export
-from fourfold.train.losses import Objective, Scale
+from fourfold.train.losses import Objective, Scale, prediction_loss
 from fourfold.train.metrics import EvaluationRecord, Metrics, SpikeWatch, peak_flops
 from fourfold.train.model import build, count
 from fourfold.train.optim import Optimizer
@@ -282,8 +282,7 @@ class Trainer:
                 batch = _part(mine, part, self._micro)
                 documents, tokens_T, target_T = lay_out(batch, parallel.device)
                 step = TrainStep(documents, parallel.exchange)
-                losses = self._objective(self.model, step, tokens_T, target_T, Scale(0.0, 0.0))
-                sums_2[0] += losses.cross_entropy
+                sums_2[0] += prediction_loss(self.model, step, tokens_T, target_T)
                 sums_2[1] += predicted(batch)
         total, counted = parallel.summed(sums_2).tolist()
         return EvaluationRecord(

@@ -21,6 +21,8 @@ from fourfold.train.step import TrainStep
 
 # Logits of a chunk: enough for full speed of the products, little beside everything else.
 _CHUNK_BYTES = 256 << 20
+_ROWS = 1 << 14
+"""Of hidden states that are scaled at once."""
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -52,7 +54,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
         grad_TD, grad_VD = ctx.saved_tensors
-        return grad_TD * grad.to(grad_TD.dtype), (grad_VD * grad).to(ctx.weight_dtype), None, None
+        # In float32, a part at a time: a step's scale, rounded, would not be that of the head.
+        scaled_TD = torch.empty_like(grad_TD)
+        for begin in range(0, len(grad_TD), _ROWS):
+            part = slice(begin, begin + _ROWS)
+            torch.mul(grad_TD[part].float(), grad, out=scaled_TD[part])
+        return scaled_TD, (grad_VD * grad).to(ctx.weight_dtype), None, None
 
 
 def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Tensor:
@@ -61,6 +68,14 @@ def cross_entropy(hidden_TD: Tensor, weight_VD: Tensor, target_T: Tensor) -> Ten
         hidden_TD, weight_VD, target_T, torch.is_grad_enabled()
     )
     return loss
+
+
+def prediction_loss(model: Decoder, step: TrainStep, tokens_T: Tensor, target_T: Tensor) -> Tensor:
+    """Runs the model: `cross_entropy` of what it predicts."""
+    hidden_TD = model(tokens_T, step.documents.positions_T, step)
+    head = model.head.weight
+    assert isinstance(head, DenseWeight)
+    return cross_entropy(hidden_TD, head.weight, target_T)
 
 
 def _choices(routing: TrainedRouting, rows: int) -> Tensor:
@@ -109,10 +124,7 @@ class Objective:
     ) -> Losses:
         """Runs the model. `scale` makes the totals of all micro-batches of a step add up to its
         loss."""
-        hidden_TD = model(tokens_T, step.documents.positions_T, step)
-        head = model.head.weight
-        assert isinstance(head, DenseWeight)
-        loss = cross_entropy(hidden_TD, head.weight, target_T)
+        loss = prediction_loss(model, step, tokens_T, target_T)
         total = loss * scale.of_token
         if not step.routings:
             nothing = torch.zeros((), device=loss.device)

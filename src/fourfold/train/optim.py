@@ -108,7 +108,7 @@ class Optimizer:
         step can be captured."""
         for each in self.trained:
             if each.own_experts and each.grad is not None:
-                self._parallel.sum_copies(each.grad)
+                each.grad = self._parallel.sum_copies(each.grad)
         norm = self._norm()
         scale = (self._section.clip / (norm + 1e-6)).clamp(max=1.0)
         adam_4 = torch.cat((scale[None], numbers_3))
@@ -163,6 +163,10 @@ class Optimizer:
         update = torch.cat([_orthogonal(part) for part in parts], dim=-2)
         if cut:
             update = shard_like(update, each.parameter)
+        if grad.dim() > 2:
+            # Orthogonalised, what is left of a momentum never gets smaller: an expert that no token
+            # chooses would move on for good.
+            update = update * (torch.linalg.vector_norm(grad, math.inf, (-2, -1), keepdim=True) > 0)
         each.master.mul_(1 - rate * self._section.weight_decay).sub_(rate * update)
         if each.rounded is not None:
             each.rounded.copy_(each.master)

@@ -169,10 +169,15 @@ class Parallel:
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(now, recurse=False)
 
-    def sum_copies(self, tensor: Tensor) -> None:
-        """Adds up, in place, over the groups that hold the same experts."""
-        if self.mesh is not None and self.mesh.size(0) > 1:
-            dist.all_reduce(tensor, group=self.mesh.get_group(0))
+    def sum_copies(self, tensor: Tensor) -> Tensor:
+        """The sum, float32, over the groups that hold the same experts; where there is one group,
+        the tensor itself."""
+        if self.mesh is None or self.mesh.size(0) == 1:
+            return tensor
+        # As the gradients of what is sharded are reduced.
+        total = tensor.float()
+        dist.all_reduce(total, group=self.mesh.get_group(0))
+        return total
 
     def whole_experts(self, local: Tensor) -> Tensor:
         """The experts' tensors of the whole group, stacked: [N, ..] to [E, ..]."""

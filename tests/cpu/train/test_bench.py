@@ -172,6 +172,16 @@ def test_a_peer_that_is_not_installed_is_named_first(
     assert not capsys.readouterr().err
 
 
+def test_peers_take_no_steps_of_muon(tmp_path: Path) -> None:
+    file = tmp_path / "run.toml"
+    file.write_text(FILE)
+    options = TrainBenchConfig(
+        config=file, set=("optimizer.kind=muon",), peers=("plain",), vocabulary=64
+    )
+    with pytest.raises(ConfigError, match=r"--set optimizer\.kind=adamw"):
+        bench.main(options)
+
+
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError(), TypeError("no such option")])
 def test_a_peer_that_cannot_run_is_left_out(
     error: Exception,

@@ -49,6 +49,24 @@ def test_muon_takes_every_matrix_by_itself(tmp_path: Path) -> None:
             assert 0.1 < float(update.square().mean().sqrt()) / 1e-2 < 0.3, name
 
 
+def test_muon_leaves_an_expert_that_no_token_chose(tmp_path: Path) -> None:
+    """What is left of its momentum, orthogonalised, would push it on for hundreds of steps."""
+    trainer = toy.trainer(toy.config(tmp_path, MUON))
+    stacks = {n: p for n, p in trainer.model.named_parameters() if ".experts." in n}
+    for chosen in (True, False):
+        before = {name: stack.detach().clone() for name, stack in stacks.items()}
+        for parameter in trainer.model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        for stack in stacks.values():
+            assert stack.grad is not None
+            stack.grad[1] *= chosen
+        trainer.optimizer.gather()
+        trainer.optimizer.step(trainer.optimizer.begin_step(1.0))
+        for name, stack in stacks.items():
+            moved_E = (stack.detach() != before[name]).flatten(1).any(1)
+            assert moved_E.tolist() == [expert != 1 or chosen for expert in range(len(stack))]
+
+
 def test_gradients_are_clipped_together(tmp_path: Path) -> None:
     trainer = toy.trainer(toy.config(tmp_path, {"optimizer": {"clip": 0.5}}))
     for each in trainer.optimizer.trained:

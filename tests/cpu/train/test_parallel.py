@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 
 from fourfold.errors import ConfigError
-from fourfold.train import checkpoint
+from fourfold.train import checkpoint, parallel
 from fourfold.train.metrics import EvaluationRecord, StepRecord, read_records
 from fourfold.train.parallel import joined
+from tests.cpu.instead import Instead
 from tests.cpu.train import ranks, toy
 
 ALONE: dict[str, Any] = {"parallel": {"experts": 1}}
@@ -110,6 +113,16 @@ def test_one_process_goes_on_where_two_were(together: Path, tmp_path: Path) -> N
         if isinstance(record, StepRecord) and record.step > 3
     ]
     assert losses[:2] == pytest.approx(losses[2:], rel=1e-3)
+
+
+def test_gradients_of_copies_add_up_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where bfloat16 would lose a small one beside a large one."""
+    mesh: Any = SimpleNamespace(size=lambda axis: 2, get_group=lambda axis: None)
+    others = Instead(dist, all_reduce=lambda tensor, group: tensor.add_(2.0**-9))
+    monkeypatch.setattr(parallel, "dist", others)
+    of_two = parallel.Parallel(0, 4, torch.device("cpu"), mesh)
+    total = of_two.sum_copies(torch.ones(3, dtype=torch.bfloat16))
+    assert torch.equal(total, torch.full((3,), 1 + 2.0**-9))
 
 
 def test_experts_that_cannot_be_dealt_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

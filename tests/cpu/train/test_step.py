@@ -119,6 +119,21 @@ def test_chunks_do_not_change_the_cross_entropy(
         torch.testing.assert_close(cross_entropy(*singles, target), loss.detach())
 
 
+def test_a_steps_scale_is_not_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 60,000 tokens, in bfloat16: gradients of what is below the head would be 0.1 % larger."""
+    monkeypatch.setattr("fourfold.train.losses._ROWS", 5)
+    target = torch.arange(TOKENS) % 11
+    gradients = []
+    for scale in (1.0, 1 / 60_000):
+        hidden = drawn(TOKENS, WIDTH).detach().bfloat16().requires_grad_()
+        weight = drawn(11, WIDTH, seed=1).detach().bfloat16().requires_grad_()
+        (scale * cross_entropy(hidden, weight, target)).backward()
+        assert hidden.grad is not None
+        gradients.append(hidden.grad)
+    whole, share = gradients
+    assert torch.equal(share, (whole.float() * torch.tensor(1 / 60_000)).bfloat16())
+
+
 @pytest.mark.parametrize("score", ["softmax", "sigmoid"])
 def test_the_router_chooses_and_weighs_as_when_serving(score: str, tmp_path: Path) -> None:
     changes: dict[str, Any] = toy.SIGMOID if score == "sigmoid" else {}

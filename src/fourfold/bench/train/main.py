@@ -39,6 +39,8 @@ def main(options: TrainBenchConfig) -> int:
     with joined(config.parallel, resolve_device(config.run.device)) as parallel:
         if parallel.world > 1:
             raise ConfigError("steps are measured on one device; start it without torchrun")
+        if options.peers and config.optimizer.kind != "adamw":
+            raise ConfigError("peers take AdamW's steps; add --set optimizer.kind=adamw")
         for form in options.forms:
             _, model = _of_form(options, config, form)
             for peer in options.peers:

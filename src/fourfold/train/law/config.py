@@ -88,12 +88,14 @@ class AdviseConfig:
     records: Path | None = None
     """The folder of records. Default: `records` beside the fit."""
     memory_gib: float | None = None
-    """Memory that the served weights may take, in GiB. Default: no limit."""
+    """Memory that the served weights may take, in GiB, embedding and head not counted. Default: no
+    limit."""
     weight_bits: float = 4.25
     """Bits that a served weight takes, its share of scales included."""
     step_ms: float | None = None
-    """Milliseconds that decoding one token of each sequence may take; attention's reading of keys
-    and values, which all models of a size share, is not counted. Default: no limit."""
+    """Milliseconds that decoding one token of each sequence may take; the head, and attention's
+    reading of keys and values, which all models of a size share, are not counted. Default: no
+    limit."""
     batch: int = 32
     """Sequences that are decoded together."""
     hardware: str = "NVIDIA H100 80GB HBM3"
