@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from fourfold.models.config import ModelConfig
-    from fourfold.models.precision import Precision
+    from fourfold.models.storage import Storage
 
 _GIB = 2**30
 
@@ -35,12 +35,14 @@ def run(options: Options) -> int:
         check_widths,
         is_upcycled,
         open_checkpoint,
+        packed_format,
         page_shape,
         read_model_config,
         resolve_device,
         served_precision,
     )
     from fourfold.models.precision import PageFormat
+    from fourfold.models.storage import storage_of
     from fourfold.models.upcycle import upcycled_config
     from fourfold.quadrants.kv_pages import PAGE_TOKENS
 
@@ -70,8 +72,8 @@ def run(options: Options) -> int:
     console.print(str(source.path))
     for name, value in _architecture(config):
         console.print(f"  {name:<12} {value}")
-    on_gpu = device.type != "cpu"
-    console.print(_sizes(config, precision, on_gpu=on_gpu, experts_share_storage=embedded))
+    storage = storage_of(precision, device, packed_format(checkpoint))
+    console.print(_sizes(config, storage, experts_share_storage=embedded))
     pages = page_shape(config, precision, device, PageFormat.AUTO)
     kept = pages.codes or str(pages.dtype).removeprefix("torch.")
     token = pages.page_bytes / PAGE_TOKENS
@@ -101,21 +103,19 @@ def _architecture(config: ModelConfig) -> list[tuple[str, str]]:
     return [*rows, ("FFN", f"{experts} in {sparse} of {config.layers} layers, {gates}")]
 
 
-def _sizes(
-    config: ModelConfig, precision: Precision, *, on_gpu: bool, experts_share_storage: bool
-) -> Table:
+def _sizes(config: ModelConfig, storage: Storage, *, experts_share_storage: bool) -> Table:
     from rich.table import Table
 
-    from fourfold.models.footprint import EXPERTS, bytes_per_parameter, footprint
+    from fourfold.models.footprint import EXPERTS, footprint
 
-    table = Table("part", "parameters", "active per token", f"GiB as {precision}", box=None)
+    table = Table("part", "parameters", "active per token", f"GiB as {storage.precision}", box=None)
     total = active = 0
     stored = 0.0
     for part in footprint(config):
         held = part.total
         if experts_share_storage and part.name == EXPERTS:
             held //= config.moe.experts if config.moe else 1
-        size = held * bytes_per_parameter(part.name, precision, on_gpu=on_gpu)
+        size = held * storage.bytes_held(part.name)
         table.add_row(part.name, f"{part.total:,}", f"{part.active:,}", f"{size / _GIB:.3f}")
         total, active, stored = total + part.total, active + part.active, stored + size
     table.add_row("all", f"{total:,}", f"{active:,}", f"{stored / _GIB:.3f}")

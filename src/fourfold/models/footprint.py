@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 from fourfold.models.config import ModelConfig
-from fourfold.models.precision import Precision
 
 EXPERTS = "experts and routers"
 DENSE_FFN = "dense FFN"
 TIED = "embedding, also head"
-# Bytes of a 4-bit weight with its share of its group's parameters (`quantising.RECIPES`).
-_PACKED = {Precision.W4A8: 0.5 + 2 / 64, Precision.W4A8_FP8: 0.5 + 1 / 128}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,17 +56,3 @@ def footprint(config: ModelConfig) -> list[Part]:
         parts.append(Part("head", table, table))
     parts.append(Part("norms", norms * layers + width, norms * layers + width))
     return parts
-
-
-def bytes_per_parameter(part: str, precision: Precision, *, on_gpu: bool) -> float:
-    """Bytes one parameter of a part takes; tables that are looked up and norms stay unquantised."""
-    looked_up = 2 if on_gpu else 4
-    if not precision.quantised:
-        return 2 if precision is Precision.BFLOAT16 else 4
-    if part == TIED:
-        return looked_up + 1  # multiplied in int8
-    if part in ("embedding", "norms"):
-        return looked_up
-    # On a CPU 4-bit codes are expanded to the int8 codes that they stand for.
-    packed = on_gpu and part in (EXPERTS, DENSE_FFN)
-    return _PACKED.get(precision, 1) if packed else 1

@@ -97,11 +97,13 @@ def choose_precision(asked: Precision, device: torch.device) -> Precision:
         raise ConfigError("precision w4a8 needs an Ampere or newer GPU; use bfloat16")
     if asked is not Precision.AUTO:
         return asked
-    if not on_cpu:
-        return Precision.BFLOAT16
-    if exact_on_cpu():
-        return Precision.W8A8
-    return Precision.BFLOAT16 if torch.ops.mkldnn._is_mkldnn_bf16_supported() else Precision.FLOAT32
+    return Precision.W8A8 if on_cpu and exact_on_cpu() else _floating(device)
+
+
+def _floating(device: torch.device) -> Precision:
+    """What a device multiplies fastest in floating point."""
+    native = device.type != "cpu" or torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return Precision.BFLOAT16 if native else Precision.FLOAT32
 
 
 def _multiplies_fp8(device: torch.device) -> bool:
@@ -110,7 +112,8 @@ def _multiplies_fp8(device: torch.device) -> bool:
 
 def served_precision(asked: Precision, device: torch.device, checkpoint: Checkpoint) -> Precision:
     """`choose_precision` for a checkpoint: AUTO serves weights that are packed as they are, where
-    the device can. `ConfigError` where they would have to be packed a second time."""
+    the device can, and in floating point where it cannot. `ConfigError` where they would have to be
+    quantised a second time."""
     packed = packed_format(checkpoint)
     if packed is None:
         return choose_precision(asked, device)
@@ -124,11 +127,12 @@ def served_precision(asked: Precision, device: torch.device, checkpoint: Checkpo
             "serve it with --precision bfloat16 or float32, or quantise the original again with "
             "--recipe int8-g64"
         )
-    if asked is other:
-        raise ConfigError(f"{checkpoint.where} is packed as {packed.recipe}; use --precision {own}")
+    if asked in (other, Precision.W8A8):
+        use = "bfloat16 or float32" if fp8 and not _multiplies_fp8(device) else own
+        raise ConfigError(f"{checkpoint.where} is packed as {packed.recipe}; use --precision {use}")
     runs = _multiplies_fp8(device) if fp8 else device.type != "cpu" or exact_on_cpu()
-    if asked is Precision.AUTO and runs:
-        asked = own
+    if asked is Precision.AUTO:
+        asked = own if runs else _floating(device)
     return choose_precision(asked, device)
 
 

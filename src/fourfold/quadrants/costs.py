@@ -220,9 +220,7 @@ def projection_work(tokens: int, *, inputs: int, outputs: int, weight_bits: floa
 
 def weight_bits(recipe: W4A8Recipe, inputs: int) -> float:
     """Bits of one weight with its share of scales, for rows of so many input channels."""
-    group_bits = 8 * (1 if recipe.activations is torch.float8_e4m3fn else 2)
-    groups = 0.0 if recipe.group is None else group_bits / recipe.group
-    return (4 + groups) * padded(inputs) / inputs + 32 / inputs
+    return recipe.bits * padded(inputs) / inputs + 32 / inputs
 
 
 def _page_bytes(pages: int, kv_heads: int, head_width: int) -> int:

@@ -31,6 +31,7 @@ from fourfold.kernels.pages.layout import PageCodes
 from fourfold.models.config import ModelConfig
 from fourfold.models.loading import read_model_config
 from fourfold.models.precision import Precision
+from fourfold.models.storage import storage_of
 from fourfold.quadrants.costs import Limits
 from fourfold.quadrants.kv_pages import PageShape
 
@@ -154,6 +155,9 @@ def test_noise_is_no_time_of_a_token(late: float) -> None:
         measure(Disturbed(), parse_case("decode-1x5"), [[1] * 5])
 
 
+W4A8 = storage_of(Precision.W4A8, torch.device("cuda"), None)
+
+
 @pytest.mark.parametrize("batch", [1, 8, 256])
 def test_floors_of_decoding(batch: int, shape: ModelConfig) -> None:
     """By hand: 29 G expert weights at 17/32 byte, of which a batch touches some, 0.9 G of attention
@@ -163,16 +167,19 @@ def test_floors_of_decoding(batch: int, shape: ModelConfig) -> None:
     pages = PageShape(
         layers=48, kv_heads=4, head_width=128, dtype=torch.bfloat16, codes=PageCodes.INT8
     )
-    read = decode_bytes(case, shape, Precision.W4A8, pages)
+    read = decode_bytes(case, shape, W4A8, pages)
     experts = 28.99e9 * 17 / 32 * (1 - (1 - 8 / 128) ** batch)
     cached = batch * (512 + 72) * 48 * (2 * 4 * 128 + 2)
     routers = 48 * 128 * 2048 * 4
     assert read == pytest.approx(experts + 0.906e9 + 0.311e9 + routers + cached, rel=1e-3)
     limits = Limits(bandwidth=3.02e12, operations=1.5e15)
     tpot = Result(case="any", metric="tpot", value=0.01, unit="s")
-    limited = with_floor(tpot, case, shape, Precision.W4A8, pages, limits)
+    limited = with_floor(tpot, case, shape, W4A8, pages, limits)
     assert limited.limit == pytest.approx(read / 3.02e12)
     assert str(limited.limit_name).endswith("GB at 3.02 TB/s")
+    # A table that is also the head is read as the head is, in 8 bits.
+    tied = dataclasses.replace(shape, tied_embeddings=True)
+    assert decode_bytes(case, tied, W4A8, pages) == read
 
 
 def test_operations_of_prefill(shape: ModelConfig) -> None:

@@ -12,10 +12,11 @@ import torch
 from fourfold.models.checkpoint.source import find_source
 from fourfold.models.config import ModelConfig
 from fourfold.models.decoder import Decoder
-from fourfold.models.footprint import EXPERTS, bytes_per_parameter, footprint
+from fourfold.models.footprint import EXPERTS, footprint
 from fourfold.models.layers import SparseFFN
 from fourfold.models.loading import LoadOptions, load_model, open_checkpoint, read_model_config
 from fourfold.models.precision import Precision
+from fourfold.models.storage import Storage
 from tests.cpu import tiny
 
 
@@ -64,9 +65,8 @@ def test_bytes_are_those_of_the_loaded_model(
 ) -> None:
     model = load_model(find_source(str(checkpoint(family))), LoadOptions(precision=precision))
     parts = footprint(model.config)
-    told = sum(
-        part.total * bytes_per_parameter(part.name, precision, on_gpu=False) for part in parts
-    )
+    storage = Storage(precision, on_gpu=False)
+    told = sum(part.total * storage.bytes_held(part.name) for part in parts)
     tensors = {p.data_ptr(): p for p in model.parameters()}  # a tied head is held once
     routers = [p for p in tensors.values() if p.shape == (4, model.config.width)]
     # Routers stay float32 in every precision; they are too small for `inspect` to tell apart.

@@ -16,10 +16,11 @@ from fourfold.kernels.w4a8_gemm.packing import W4A8Recipe
 from fourfold.models import loading
 from fourfold.models.checkpoint.fourfold_format import FourfoldFormat
 from fourfold.models.config import ModelConfig, MoEConfig
-from fourfold.models.footprint import EXPERTS, bytes_per_parameter
+from fourfold.models.footprint import EXPERTS, TIED
 from fourfold.models.loading import KERNEL_MOST_SHARED, check_widths, page_shape
 from fourfold.models.precision import PageFormat, Precision
 from fourfold.models.quantising import RECIPES
+from fourfold.models.storage import storage_of
 from fourfold.quadrants.costs import weight_bits
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -98,7 +99,20 @@ def test_more_query_heads_than_a_tile_has_rows_are_refused_before_anything_is_pl
 def test_inspect_counts_the_bits_of_the_recipe(precision: Precision) -> None:
     inputs = 1 << 20  # so that a channel's own scale does not show
     bits = weight_bits(RECIPES[precision], inputs)
-    assert 8 * bytes_per_parameter(EXPERTS, precision, on_gpu=True) == pytest.approx(bits, abs=1e-3)
+    storage = storage_of(precision, GPU, None)
+    assert 8 * storage.bytes_held(EXPERTS) == pytest.approx(bits, abs=1e-3)
+
+
+def test_inspect_counts_the_bits_that_a_checkpoint_was_packed_in() -> None:
+    packed = FourfoldFormat("here", W4A8Recipe.INT8_CHANNEL, made={"attention_bits": "4"})
+    kept = storage_of(Precision.W4A8, GPU, packed)
+    assert kept.bytes_held(EXPERTS) == kept.bytes_held("attention") == 0.5
+    assert (kept.bytes_held("head"), kept.bytes_read("head")) == (1, 1)
+    assert (kept.bytes_held(TIED), kept.bytes_read(TIED)) == (3, 1)
+    expanded = storage_of(Precision.W4A8, CPU, packed)
+    assert expanded.bytes_held(EXPERTS) == expanded.bytes_held("attention") == 1
+    floating = storage_of(Precision.BFLOAT16, GPU, packed)
+    assert floating.bytes_held(TIED) == floating.bytes_read(EXPERTS) == 2
 
 
 @pytest.mark.parametrize(
@@ -127,7 +141,7 @@ def test_rows_too_wide_for_the_kernels_are_refused_before_loading(
         check_widths(model, GPU, Precision.W4A8)
 
 
-@pytest.mark.parametrize("asked", [Precision.W4A8_FP8, Precision.W4A8])
+@pytest.mark.parametrize("asked", [Precision.W4A8_FP8, Precision.W4A8, Precision.W8A8])
 def test_fp8_codes_where_none_can_be_multiplied_are_refused_with_a_way_out(
     asked: Precision, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +152,18 @@ def test_fp8_codes_where_none_can_be_multiplied_are_refused_with_a_way_out(
     with pytest.raises(ConfigError, match="--precision bfloat16 or float32"):
         loading.served_precision(asked, CPU, checkpoint)
     assert loading.served_precision(Precision.FLOAT32, CPU, checkpoint) is Precision.FLOAT32
+    assert not loading.served_precision(Precision.AUTO, CPU, checkpoint).quantised
+
+
+def test_codes_are_not_quantised_a_second_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = FourfoldFormat("here", W4A8Recipe.INT8_G64)
+    monkeypatch.setattr(loading, "packed_format", lambda checkpoint: packed)
+    monkeypatch.setattr(loading, "exact_on_cpu", lambda: True)
+    checkpoint: Any = SimpleNamespace(where="here")
+    for asked in (Precision.W8A8, Precision.W4A8_FP8):
+        with pytest.raises(ConfigError, match=r"packed as int8-g64; use --precision w4a8$"):
+            loading.served_precision(asked, CPU, checkpoint)
+    assert loading.served_precision(Precision.AUTO, CPU, checkpoint) is Precision.W4A8
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from fourfold.bench.figures import format_figure
 from fourfold.bench.offline.cases import LONG_ANSWER, SHORT_ANSWER, Case, Kind
 from fourfold.bench.record import Result
 from fourfold.models.config import ModelConfig
-from fourfold.models.footprint import EXPERTS, bytes_per_parameter, footprint
-from fourfold.models.precision import Precision
+from fourfold.models.footprint import EXPERTS, footprint
+from fourfold.models.storage import Storage
 from fourfold.quadrants.costs import Limits, prefill_attention_work, touched_experts
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, PageShape
 
@@ -20,17 +20,17 @@ def with_floor(
     result: Result,
     case: Case,
     config: ModelConfig,
-    precision: Precision,
+    storage: Storage,
     pages: PageShape,
     limits: Limits,
 ) -> Result:
     """A figure of a case on a GPU beside what its bytes or its products take at least."""
     if case.kind is Kind.DECODE and result.metric == "tpot":
-        read = decode_bytes(case, config, precision, pages)
+        read = decode_bytes(case, config, storage, pages)
         speed = format_figure(limits.bandwidth / 1e12, "TB/s")
         name = f"{format_figure(read / 1e9, 'GB')} at {speed}"
         return msgspec.structs.replace(result, limit=read / limits.bandwidth, limit_name=name)
-    if case.kind is Kind.PREFILL and result.metric == "prefill" and precision.quantised:
+    if case.kind is Kind.PREFILL and result.metric == "prefill" and storage.precision.quantised:
         tokens = case.requests * case.prompt_tokens
         seconds = prefill_operations(case, config) / limits.operations
         name = f"8-bit products at {format_figure(limits.operations / 1e12, 'TFLOP/s')}"
@@ -38,7 +38,7 @@ def with_floor(
     return result
 
 
-def decode_bytes(case: Case, config: ModelConfig, precision: Precision, pages: PageShape) -> float:
+def decode_bytes(case: Case, config: ModelConfig, storage: Storage, pages: PageShape) -> float:
     """Bytes that a decode step reads halfway through the answers: the weights that its tokens need,
     if they choose experts evenly, and their keys and values. Scales of output channels, less than
     half a percent, are left out."""
@@ -54,7 +54,7 @@ def decode_bytes(case: Case, config: ModelConfig, precision: Precision, pages: P
             routers = sum(map(config.is_sparse, range(config.layers))) * moe.experts * config.width
             parameters -= routers
             read += routers * torch.float32.itemsize
-        read += parameters * bytes_per_parameter(part.name, precision, on_gpu=True)
+        read += parameters * storage.bytes_read(part.name)
     context = case.prompt_tokens + (SHORT_ANSWER + LONG_ANSWER) / 2
     return read + case.requests * context * pages.page_bytes / PAGE_TOKENS
 

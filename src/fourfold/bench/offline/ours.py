@@ -24,11 +24,13 @@ from fourfold.errors import ConfigError
 from fourfold.models.checkpoint.source import find_source
 from fourfold.models.loading import (
     open_checkpoint,
+    packed_format,
     page_shape,
     read_model_config,
     resolve_device,
     served_precision,
 )
+from fourfold.models.storage import storage_of
 from fourfold.quadrants.costs import costs_of
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 
@@ -62,8 +64,9 @@ class Ours:
         )
         checkpoint = open_checkpoint(setup.source)
         _, self._config = read_model_config(checkpoint.fields(), checkpoint.where)
-        self._precision = served_precision(task.precision, self._device, checkpoint)
-        self._pages = page_shape(self._config, self._precision, self._device, task.kv_pages)
+        precision = served_precision(task.precision, self._device, checkpoint)
+        self._storage = storage_of(precision, self._device, packed_format(checkpoint))
+        self._pages = page_shape(self._config, precision, self._device, task.kv_pages)
         self._engine, _ = build_engine(setup, lambda done, total: None)
         check_room(task.cases, self._engine.max_context)
         self._run = Run(0, self._engine.stats)
@@ -89,7 +92,7 @@ class Ours:
         if self.on_gpu:
             limits = costs_of(self._device).limits
             results = [
-                with_floor(result, case, self._config, self._precision, self._pages, limits)
+                with_floor(result, case, self._config, self._storage, self._pages, limits)
                 for result in results
             ]
         figures: dict[str, tuple[float, str]] = {}

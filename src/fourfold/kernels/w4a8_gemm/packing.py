@@ -51,6 +51,13 @@ class W4A8Recipe(enum.StrEnum):
         tail = self.value.partition("-")[2]
         return None if tail == "channel" else int(tail.removeprefix("g"))
 
+    @property
+    def bits(self) -> float:
+        """Of one weight with its share of its group's parameters: one byte of FP8's, two of
+        int8's."""
+        group_bits = 8 if self.activations is torch.float8_e4m3fn else 16
+        return 4 + (0.0 if self.group is None else group_bits / self.group)
+
 
 class PackedW4A8(NamedTuple):
     """One weight or a stack of experts' weights, packed. See the module for the layout."""

@@ -55,6 +55,11 @@ class FourfoldFormat:
     made: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """How it was made, for readers: method, text, tokens."""
 
+    @property
+    def attention_bits(self) -> int:
+        """Of the weights of attention's projections."""
+        return 4 if str(self.made.get("attention_bits")) == "4" else 8
+
     def config(self) -> dict[str, Any]:
         """The quantization_config."""
         return {
