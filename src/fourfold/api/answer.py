@@ -7,6 +7,7 @@ told inside the stream.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
@@ -27,6 +28,8 @@ from fourfold.api.replies import DONE, Reply
 from fourfold.errors import FourfoldError
 from fourfold.gateway.generation import Delta, Generation, Usage
 
+_DETAILED_AT_ONCE = 128
+"""Tokens whose log-probabilities are told on the loop: about 10 ms with 20 likely ones each."""
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 logger = logging.getLogger(__name__)
@@ -90,7 +93,7 @@ class Answer(Response):
     async def _write_whole(
         self, reply: Reply, deltas: Sequence[Delta], usage: Usage, send: Send
     ) -> None:
-        body = reply.whole(merge(deltas), usage)
+        body = await _made(reply, deltas, lambda: reply.whole(merge(deltas), usage))
         self.headers["content-length"] = str(len(body))
         await self._start(send)
         await _send_body(send, body, more=False)
@@ -120,7 +123,8 @@ class Answer(Response):
     ) -> None:
         if first:
             await self._start(send)
-        if events := b"".join(reply.events(delta, counts) for delta in batch):
+        made = _made(reply, batch, lambda: b"".join(reply.events(each, counts) for each in batch))
+        if events := await made:
             await _send_body(send, events, more=True)
 
     async def _start(self, send: Send) -> None:
@@ -131,6 +135,13 @@ class Answer(Response):
                 "headers": self.raw_headers,
             }
         )
+
+
+async def _made(reply: Reply, deltas: Sequence[Delta], make: Callable[[], bytes]) -> bytes:
+    """What `make` tells of the deltas. Log-probabilities of many tokens take seconds, in which
+    everybody's tokens, and the heartbeats of all workers, would wait for this loop."""
+    apart = reply.detailed(deltas) > _DETAILED_AT_ONCE
+    return await asyncio.to_thread(make) if apart else make()
 
 
 def _telling_when_gone(send: Send) -> Send:

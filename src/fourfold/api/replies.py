@@ -153,6 +153,10 @@ class Completion(msgspec.Struct, frozen=True, kw_only=True):
 class Reply(Protocol):
     """One request's answer in the making."""
 
+    def detailed(self, deltas: Sequence[Delta]) -> int:
+        """How many tokens' log-probabilities telling these deltas takes: all but nothing else takes
+        time."""
+
     def events(self, delta: Delta, counts: Counts | None) -> bytes:
         """The server-sent events that tell `delta`, each with the request's token counts so far
         where they are given; empty when it holds no news."""
@@ -174,6 +178,10 @@ class ChatReply:
         self._id = f"chatcmpl-{uuid.uuid4().hex}"
         self._created = int(time.time())
         self._begun: set[int] = set()
+
+    def detailed(self, deltas: Sequence[Delta]) -> int:
+        """See `Reply`."""
+        return sum(len(delta.tokens) for delta in deltas) if self._logprobs else 0
 
     def events(self, delta: Delta, counts: Counts | None) -> bytes:
         """See `Reply`. A choice's first event names its role, its last has the finish reason."""
@@ -249,6 +257,15 @@ class CompletionReply:
         self._echo = echo
         self._n = n
         self._offsets: dict[int, _Offsets] = {}
+
+    def detailed(self, deltas: Sequence[Delta]) -> int:
+        """See `Reply`."""
+        if not self._logprobs:
+            return 0
+        begun = {delta.index for delta in deltas if delta.index not in self._offsets}
+        echoed = [self._echo[index // self._n].usage for index in begun] if self._echo else []
+        told = sum(usage.prompt_tokens for usage in echoed)
+        return told + sum(len(delta.tokens) for delta in deltas)
 
     def events(self, delta: Delta, counts: Counts | None) -> bytes:
         """See `Reply`. An echoed prompt comes with its choice's first event."""

@@ -51,8 +51,9 @@ class Load(msgspec.Struct, frozen=True, tag=True):
     """Build this engine; the answer to `Hello`."""
 
     setup: EngineSetup
-    timeout: float = 3.0
-    """Seconds of silence, once `Alive` was said, after which the other side is taken for dead."""
+    timeout: float | None = None
+    """Seconds of silence, once `Alive` was said, after which the other side is taken for dead. None
+    on one machine, where its end is that of the socket, and silence is none."""
     ordinal: int = 0
     """Of this worker among the `workers` that the gateway started on its machine."""
     workers: int = 1

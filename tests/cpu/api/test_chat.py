@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import threading
 from typing import Any
 
 import httpx
+import pytest
 
+from fourfold.api import replies
 from fourfold.engine.messages import FinishReason, SamplingParams
 from fourfold.errors import DeadlineError, OverloadedError, RequestError, RequestFailedError
-from fourfold.gateway.generation import GenerationOptions
+from fourfold.gateway.generation import GenerationOptions, TokenText
+from tests.cpu.api.conftest import Server
 from tests.cpu.api.fakes import FakeGateway, token
 
 CHAT = "/v1/chat/completions"
@@ -153,6 +157,24 @@ def test_logprobs(http: httpx.Client, gateway: FakeGateway) -> None:
     assert [t for each in tokens for t in each["content"]] == (
         body["choices"][0]["logprobs"]["content"]
     )
+
+
+@pytest.mark.parametrize(("count", "stream"), [(3, False), (200, False), (200, True)])
+def test_many_logprobs_are_told_beside_the_loop(
+    count: int, stream: bool, server: Server, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a long answer take seconds, in which nobody else would be served."""
+    told_by: list[threading.Thread] = []
+    tell = replies._chat_logprob
+
+    def noticing(each: TokenText) -> replies.TokenLogprob:
+        told_by.append(threading.current_thread())
+        return tell(each)
+
+    monkeypatch.setattr(replies, "_chat_logprob", noticing)
+    server.gateway.say("a", tokens=[(token("a", -0.5),) * count])
+    assert ask(http, logprobs=True, stream=stream).status_code == 200
+    assert [thread is server.thread for thread in told_by] == [count == 3] * count
 
 
 def test_every_field_reaches_the_gateway(http: httpx.Client, gateway: FakeGateway) -> None:

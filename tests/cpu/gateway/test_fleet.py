@@ -262,6 +262,20 @@ def test_a_gateway_that_slept_does_not_take_its_workers_for_dead() -> None:
     go(main)
 
 
+def test_silence_is_no_end_of_a_gateway_on_the_same_machine() -> None:
+    """Whose loop may be busy; its end would be that of the socket."""
+
+    async def main() -> None:
+        async with running(worker_timeout=2.0) as run:
+            timeouts = []
+            for local in (True, False):
+                worker = Scripted(run.fleet, f"local {local}", local=local)
+                timeouts.append((await worker.hear(Load)).timeout)
+            assert timeouts == [None, 2.0]
+
+    go(main)
+
+
 @pytest.mark.parametrize(
     "junk", [b"\xff" * 64, b"\0\0\0\5hello, worker", b"GET / HTTP/1.1\r\n\r\n"]
 )

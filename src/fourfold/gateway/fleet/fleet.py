@@ -148,7 +148,7 @@ class Fleet:
         member = Member(next(self._numbers), connection, self, local=local)
         member.load = Load(
             self._setup,
-            self.config.worker_timeout,
+            None if local else self.config.worker_timeout,
             ordinal,
             workers,
             self._transport if local else None,
