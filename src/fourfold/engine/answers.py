@@ -62,10 +62,16 @@ def fetch_drawn(outputs: StepOutputs, wanted: Sequence[int | None]) -> Callable[
             values, ids = (side.tolist() for side in top)
             for place, of_place in zip(places, zip(ids, values, strict=True), strict=True):
                 tops[place] = tuple(zip(*of_place, strict=True))[: wanted[place]]
-        rows = zip(tokens_S.tolist(), logprobs_S.tolist(), tops, wanted, strict=True)
+        entries = [
+            # Summed in another order, the same logits give another last digit.
+            TokenLogprob(token, dict(top).get(token, logprob), top)
+            for token, logprob, top in zip(
+                tokens_S.tolist(), logprobs_S.tolist(), tops, strict=True
+            )
+        ]
         return [
-            Sampled(token=token, logprob=None if n is None else TokenLogprob(token, logprob, top))
-            for token, logprob, top, n in rows
+            Sampled(entry.token, None if alternatives is None else entry)
+            for entry, alternatives in zip(entries, wanted, strict=True)
         ]
 
     return answers

@@ -401,7 +401,9 @@ class Engine:
             if not worked and ahead and self.idle:
                 wait = max(0.0, self._quiet_at - time.perf_counter())
                 if not wait:
+                    self._turn_began = time.perf_counter()  # it may hang as a step may
                     ahead = self._runner.prepare()
+                    self._turn_began = None
             if (ended := self.receive(wait)) is None:
                 break
             outputs = self.step()

@@ -47,7 +47,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int | None = None
-    """Keys the noise together with sample index and position; None draws one per request."""
+    """Keys the noise together with sample index and position. None: the request's number, which is
+    another each time it is tried; so a gateway draws one."""
     logprobs: int | None = None
     """Report the chosen token's log-probability and this many alternatives; None reports none."""
     prompt_logprobs: bool = False

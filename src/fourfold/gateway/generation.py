@@ -31,7 +31,8 @@ class GenerationOptions(msgspec.Struct, frozen=True, kw_only=True):
     """What a caller asks of a prompt, already validated as to types; the gateway checks budgets.
 
     `sampling.stop_token_ids` are the caller's own; the gateway adds the model's end-of-text ids
-    unless `ignore_eos`. `max_tokens` None means as many as context and limits allow.
+    unless `ignore_eos`. `max_tokens` None means as many as context and limits allow; what
+    `sampling` has of it is not read.
     """
 
     sampling: SamplingParams = SamplingParams()

@@ -229,8 +229,13 @@ def _field(file: Path, name: str, value: Any, kind: Any) -> Any:
 
 
 def _converted(path: Path) -> Backend:
-    from transformers import AutoTokenizer
-
+    try:
+        from transformers import AutoTokenizer
+    except ModuleNotFoundError:
+        raise CheckpointError(
+            f"{path} has no tokenizer.json; add it, or have one made of its other files: "
+            "pip install 'fourfold[transformers]'"
+        ) from None
     try:
         backend: Backend = AutoTokenizer.from_pretrained(path).backend_tokenizer
     except (OSError, ValueError, AttributeError, KeyError, ImportError) as error:

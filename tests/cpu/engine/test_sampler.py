@@ -15,7 +15,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import RepetitionPenaltyLogitsProcessor
 
+from fourfold.engine.answers import fetch_drawn
 from fourfold.engine.messages import SamplingParams
+from fourfold.engine.program import StepOutputs
 from fourfold.engine.sampler import likeliest, logprobs, penalises, sample_row
 from fourfold.kernels import sample as kernel
 from fourfold.kernels.sample import SampleParams, TokenTables, noise_key, uniform_numbers
@@ -416,3 +418,15 @@ def test_logprobs(alternatives: int) -> None:
     torch.testing.assert_close(top.values.double(), wanted.gather(-1, top.indices), **close)
     for mine, theirs in zip(likeliest(logits_SV, alternatives), top, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_a_token_has_one_log_probability() -> None:
+    """The kernel that draws sums the logits in another order than what finds the likeliest."""
+    logits_SV = torch.tensor([[1.0, 2.0, 3.0]] * 3)
+    exact_V = logits_SV[0].log_softmax(-1)
+    tokens_S = torch.tensor([2, 0, 2])
+    drawn = StepOutputs(None, logits_SV, tokens_S, exact_V[tokens_S] + 1e-5)
+    among, beside, alone = fetch_drawn(drawn, [2, 1, 0])()
+    for answer, token, rest in ((among, 2, 0.0), (beside, 0, 1e-5), (alone, 2, 1e-5)):
+        assert answer.logprob is not None
+        assert answer.logprob.logprob == pytest.approx(float(exact_V[token]) + rest, abs=1e-7)

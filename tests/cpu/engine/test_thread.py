@@ -169,6 +169,7 @@ def test_graphs_are_recorded_once_it_is_quiet(
 
     def prepare() -> bool:
         prepared.append(engine.idle)
+        assert engine.turn_seconds, "one that hangs is to be noticed"
         if len(prepared) == 3:
             quiet.set()
         return len(prepared) < 3

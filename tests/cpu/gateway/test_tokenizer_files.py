@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -248,6 +249,15 @@ def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     """transformers makes one without words of the configuration of some families."""
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
     with pytest.raises(CheckpointError, match=r"has no tokenizer; add its tokenizer\.json"):
+        load_tokenizer(Source(SourceKind.DIRECTORY, tmp_path, "bare"))
+
+
+def test_what_makes_a_tokenizer_of_other_files_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_moe"}')
+    with pytest.raises(CheckpointError, match=r"add it, or .* 'fourfold\[transformers\]'"):
         load_tokenizer(Source(SourceKind.DIRECTORY, tmp_path, "bare"))
 
 
