@@ -99,6 +99,8 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
         from fourfold.kernels.compiling import tell_of_late_kernels
 
         tell_of_late_kernels(lambda name: logger.info("%s was compiled while serving", name))
+    kept = shape.codes or str(shape.dtype).removeprefix("torch.")
+    logger.info("serving in %s over %s pages on %s", model.precision, kept, device)
     logger.info("weights: %s", told(weight_bytes(model)))
     logger.info("engine %s", phases.ready())
     checkpoint = checkpoint_of(setup)

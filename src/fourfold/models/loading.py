@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -33,6 +34,8 @@ from fourfold.models.router import UniformRouter
 from fourfold.models.upcycle import upcycle
 from fourfold.quadrants.kv_pages import PageShape
 from fourfold.quantize.weights import DenseWeight
+
+logger = logging.getLogger(__name__)
 
 # What the kernels that read 8-bit pages on a GPU are made for.
 KERNEL_HEAD_WIDTHS = (64, 128)
@@ -369,6 +372,11 @@ def _choose_filler(
         return PackedFiller(model, placements, device, dtype, checkpoint, progress)
     if precision.quantised:
         dtype = torch.float32
+    if precision in RECIPES and not options.dummy:
+        logger.info(
+            "weights are rounded to %s while they load; fourfold quantize does it once, and better",
+            precision,
+        )
     filler: Filler = (
         RandomFiller(model, placements, device, dtype)
         if options.dummy
