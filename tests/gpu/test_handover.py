@@ -12,15 +12,21 @@ from fourfold.engine import progress
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.engine import Engine
 from fourfold.engine.handover import sending
+from fourfold.engine.handover.pages import STEP_BYTES, Prompt, page_format
+from fourfold.engine.handover.sending import Route, Sending
+from fourfold.engine.handover.staged import StagedLanding, StagedPages
 from fourfold.engine.messages import SamplingParams, TokenOutput
 from fourfold.engine.runner import Runner
+from fourfold.kernels.pages.layout import PageCodes
 from fourfold.models.checkpoint.source import find_source
 from fourfold.models.loading import LoadOptions, load_model, pages_of
 from fourfold.models.precision import PageFormat, Precision
+from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, PageShape, make_pages
 from fourfold.transport.stats import DEVICE_MEMORY
 from tests.cpu import tiny
 from tests.cpu.driving import run, submit
 from tests.cpu.engine.couple import couple, prompt_of
+from tests.cpu.engine.test_handover_pages import Wire
 
 GPU, CPU = torch.device("cuda:0"), torch.device("cpu")
 LENGTHS = (1, 63, 64, 65, 130, 300)
@@ -142,6 +148,37 @@ def test_layers_are_sent_while_later_ones_are_computed(
         pair.wait_until_free()
         assert all(news == [None, None] for news in pair.moved.values())
     assert set(told) == set(() if shared else range(engines[0].page_format.layers))
+
+
+def test_a_long_prompt_takes_little_memory_beside_its_pages() -> None:
+    """It is read when all of it is computed, in steps; each layer has more than one."""
+    shape = PageShape(
+        layers=6, kv_heads=4, head_width=128, dtype=torch.bfloat16, codes=PageCodes.INT8
+    )
+    source, target = (make_pages(shape, 1300, 2, GPU) for _ in range(2))
+    assert isinstance(source, CodedPages)
+    assert isinstance(target, CodedPages)
+    source.records.random_()
+    source.open.normal_()
+    here, there = (torch.randperm(1300)[:1200].tolist() for _ in range(2))
+    tokens = 1200 * PAGE_TOKENS + 5
+    form = page_format(source)
+    assert 1200 * form.record_bytes > STEP_BYTES
+    wire = Wire(StagedLanding(StagedPages(target), Prompt(there, 1, tokens), 0))
+    sent = Sending(Prompt(here, 0, tokens), form.layers, pytest.fail)
+    sent.begin(Route(wire, StagedPages(source), form, 0))  # type: ignore[arg-type]
+    sent.stored(range(form.layers), tokens)
+    torch.cuda.synchronize()
+    for move in (sent.advance, wire.landing.land):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        move()
+        torch.cuda.synchronize()
+        assert torch.cuda.max_memory_allocated() - before < STEP_BYTES + (1 << 20)
+    assert wire.finished
+    assert torch.equal(target.records[:, there], source.records[:, here])
+    row = PAGE_TOKENS  # of the second slot
+    assert torch.equal(target.open[:, :, row : row + 5], source.open[:, :, :5])
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from fourfold.engine.handover import pages as pages_module
 from fourfold.engine.handover.convert import ConvertedPages
 from fourfold.engine.handover.landing import HostLanding, PromptLanding
 from fourfold.engine.handover.pages import HostPages, Outlet, Prompt, page_format
@@ -139,6 +140,32 @@ def test_what_is_sent_lands(
     sent, landed = read(source, here), read(target, there)
     error = float((landed - sent).norm() / sent.norm())
     assert error <= tolerance(source, target)
+
+
+@pytest.mark.parametrize("records", [1, 2, 5])
+@pytest.mark.parametrize(
+    ("mine", "theirs"), [("int8", "int8"), ("float32", "float32"), ("int8", "float32")]
+)
+def test_what_is_copied_in_steps_lands(
+    mine: str, theirs: str, records: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of several layers, of one, and of less; pages and layers in any order are gathered."""
+    source, target = pages_of(mine), pages_of(theirs)
+    form = page_format(target)
+    outlet = StagedPages(source) if mine == theirs else ConvertedPages(source, form)
+    monkeypatch.setattr(pages_module, "STEP_BYTES", records * outlet.record_bytes)
+    here, there = Prompt([7, 3, 4, 5], 1, 200), Prompt([2, 9, 1, 8], 2, 200)
+    fill(source, here, torch.randn(LAYERS, 2, 200, HEADS, WIDTH))
+    wire = Wire(device(target, there, 0))
+    sending = Sending(here, LAYERS, pytest.fail)
+    sending.begin(Route(wire, outlet, form, 0))  # type: ignore[arg-type]
+    sending.stored([1], 130)
+    sending.advance()
+    sending.stored(range(LAYERS), 200)
+    sending.advance()
+    wire.landing.land()
+    assert max(piece[3] for piece in wire.came) <= records
+    assert torch.equal(read(target, there), read(source, here))
 
 
 def tolerance(source: KVPages, target: KVPages) -> float:

@@ -39,6 +39,8 @@ class Step(QuadrantStep):
 class Wire:
     """A transfer, and an outlet, of nothing."""
 
+    record_bytes = 0
+
     def __init__(self) -> None:
         self.came: list[tuple[Part, int, int, int]] = []
         self.finished = False

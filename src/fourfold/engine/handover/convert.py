@@ -42,6 +42,7 @@ class ConvertedPages:
     def __init__(self, pages: KVPages, theirs: PageFormat) -> None:
         self._pages = pages
         self._stream = side_stream(pages)
+        self.record_bytes = 2 * PAGE_TOKENS * theirs.kv_heads * theirs.head_width * 4  # as float32
         self._dtype: torch.dtype = getattr(torch, theirs.open_code)
         self._layout: PageLayout | None = None
         if is_coded(theirs):
@@ -89,7 +90,7 @@ class ConvertedPages:
             rows_2TGC = pages.open[layer, :, open_row : open_row + end - full * PAGE_TOKENS]
             return torch.cat((kv_2TGC, rows_2TGC.float().cpu()), 1)
         last = -(-end // PAGE_TOKENS)
-        kv_P2GNC = pages.data[layer, prompt.pages[first:last]].float().cpu()
+        kv_P2GNC = pages.data[layer, prompt.pages[first:last]].cpu().float()
         return kv_P2GNC.permute(1, 0, 3, 2, 4).flatten(1, 2)[:, : end - start]
 
 

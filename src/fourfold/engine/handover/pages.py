@@ -21,6 +21,9 @@ from fourfold.transport.format import PageFormat
 
 _Bytes = npt.NDArray[np.uint8]
 
+STEP_BYTES = 64 << 20
+"""Of pages at most that are copied at once, on a device beside those it keeps."""
+
 
 def page_format(pages: KVPages) -> PageFormat:
     """What others must know of these pages."""
@@ -70,6 +73,11 @@ class Outlet(Protocol):
     """An engine's pages as a receiver wants them: for each layer, piece after piece, which stay as
     they are until the pages get another owner."""
 
+    @property
+    def record_bytes(self) -> int:
+        """What handing out a record takes, of memory beside the pages."""
+        ...
+
     def records(
         self, layers: Sequence[int], prompt: Prompt, first: int, count: int
     ) -> list[list[memoryview]]:
@@ -84,6 +92,8 @@ class Outlet(Protocol):
 class HostPages:
     """Pages in the memory of a CPU, as they are; an `Outlet` for receivers of the same format."""
 
+    record_bytes = 0
+
     def __init__(self, pages: KVPages) -> None:
         self.format = page_format(pages)
         memory = pages.records if isinstance(pages, CodedPages) else pages.data
@@ -95,10 +105,9 @@ class HostPages:
     def records(
         self, layers: Sequence[int], prompt: Prompt, first: int, count: int
     ) -> list[list[memoryview]]:
-        runs = list(_runs(prompt.pages[first : first + count]))
+        found = list(runs(prompt.pages[first : first + count]))
         return [
-            [self._records_LPB[layer, run:end].reshape(-1).data for run, end in runs]
-            for layer in layers
+            [self._records_LPB[layer, run].reshape(-1).data for run in found] for layer in layers
         ]
 
     def rows(self, layers: Sequence[int], prompt: Prompt) -> list[list[memoryview]]:
@@ -109,6 +118,31 @@ class HostPages:
             [rows_RB.reshape(-1).data for rows_RB in self._open_L2RB[layer, :, first:end]]
             for layer in layers
         ]
+
+
+def in_steps(
+    layers: Sequence[int], first: int, end: int, record_bytes: int
+) -> Iterator[tuple[Sequence[int], int, int]]:
+    """Records `first : end` of some layers, in steps of `STEP_BYTES` at most, but of one record at
+    least: as many layers as fit, or one layer's records in parts."""
+    fit = max(1, STEP_BYTES // max(1, record_bytes))
+    records = max(1, min(fit, end - first))
+    together = fit // records
+    for place in range(0, len(layers), together):
+        for begin in range(first, end, records):
+            yield layers[place : place + together], begin, min(begin + records, end)
+
+
+def runs(numbers: Sequence[int]) -> Iterator[slice]:
+    """Numbers as runs of consecutive ones."""
+    if not numbers:
+        return
+    first = numbers[0]
+    for number, following in pairwise(numbers):
+        if following != number + 1:
+            yield slice(first, number + 1)
+            first = following
+    yield slice(first, numbers[-1] + 1)
 
 
 def side_stream(pages: KVPages) -> torch.cuda.Stream | None:
@@ -128,15 +162,3 @@ def _bytes(x: torch.Tensor) -> _Bytes:
     """The last axis as bytes."""
     found: _Bytes = x.view(torch.uint8).numpy()
     return found
-
-
-def _runs(pages: Sequence[int]) -> Iterator[tuple[int, int]]:
-    """Runs of consecutive numbers: their first, and the one after their last."""
-    if not pages:
-        return
-    first = pages[0]
-    for page, following in pairwise(pages):
-        if following != page + 1:
-            yield first, page + 1
-            first = following
-    yield first, pages[-1] + 1

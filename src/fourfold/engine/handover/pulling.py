@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from fourfold.engine.handover.landing import PromptLanding
-from fourfold.engine.handover.pages import Prompt, page_format
+from fourfold.engine.handover.pages import Prompt, page_format, runs
 from fourfold.kernels.pages import hash_pages, move_pages
 from fourfold.quadrants.kv_pages import CodedPages, KVPages
 from fourfold.transport.format import PageFormat
@@ -96,6 +96,8 @@ def _open_pages(form: PageFormat, pages: KVPages, memory: Tensor) -> Tensor:
 class Tickets:
     """The sender's side: an `Outlet` of tickets in place of pages."""
 
+    record_bytes = _TICKET.itemsize
+
     def __init__(self, memory: PagedMemory, stream: torch.cuda.Stream | None) -> None:
         self._memory, self._stream = memory, stream
 
@@ -121,7 +123,7 @@ class Tickets:
         tickets["page"] = pages
         with torch.cuda.stream(self._stream):
             from_J = torch.tensor(pages, device=memory.device)
-            hashes = [hash_pages(memory[run], from_J) for run in _runs(layers)]
+            hashes = [hash_pages(memory[run], from_J) for run in runs(layers)]
             tickets["hash"] = torch.cat(hashes).cpu().numpy()
         return [[of_layer.view(np.uint8).data] for of_layer in tickets]
 
@@ -182,12 +184,3 @@ class PullLanding(PromptLanding):
 
     def _rows(self, layer: int) -> list[memoryview]:
         return [self._tickets[Part.OPEN][layer].view(np.uint8).data]
-
-
-def _runs(layers: Sequence[int]) -> Iterator[slice]:
-    """Layers in ascending order as runs."""
-    first = 0
-    for place, layer in enumerate(layers):
-        if place + 1 == len(layers) or layers[place + 1] != layer + 1:
-            yield slice(layers[first], layer + 1)
-            first = place + 1

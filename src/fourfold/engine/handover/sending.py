@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from fourfold.engine.handover.pages import Outlet, Prompt, records_of, rows_of
+from fourfold.engine.handover.pages import Outlet, Prompt, in_steps, records_of, rows_of
 from fourfold.engine.progress import Reached
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 from fourfold.transport.format import PageFormat
@@ -89,44 +89,49 @@ class Sending:
         with self._lock:
             if self._over or self._route is None or not self._unsent:
                 return
-            pieces = self._ready(self._route)
-            if pieces:
+            for pieces in self._ready(self._route):
                 self._route.transfer.write(pieces)
             if not self._unsent:
                 self._route.transfer.finish()
 
-    def _ready(self, route: Route) -> list[Piece]:
+    def _ready(self, route: Route) -> Iterator[list[Piece]]:
+        """What is to be sent, each time as much as may be copied at once."""
         stored = self._stored
         prompt, theirs = self._prompt, route.theirs
         records = records_of(theirs, prompt.tokens) - route.found
         small = len(stored) * records * theirs.record_bytes <= _AT_ONCE
         if small and min(stored) < prompt.tokens:
-            return []
-        pieces: list[Piece] = []
+            return
         due: dict[tuple[int, int, bool], list[int]] = {}
         for layer in sorted(self._unsent):
             last = stored[layer] == prompt.tokens
             end = records_of(theirs, prompt.tokens) if last else stored[layer] // PAGE_TOKENS
             due.setdefault((self._sent[layer], end, last), []).append(layer)
         for (first, end, last), layers in due.items():
-            pieces += self._read(route, layers, first, end, last=last)
-        return pieces
+            yield from self._read(route, layers, first, end, last=last)
 
     def _read(
         self, route: Route, layers: list[int], first: int, end: int, *, last: bool
-    ) -> Iterator[Piece]:
+    ) -> Iterator[list[Piece]]:
         """Records `first : end` of some layers, and the rows after the last."""
-        if end > first:
-            records = route.outlet.records(layers, self._prompt, first, end - first)
-            for layer, data in zip(layers, records, strict=True):
-                self._sent[layer] = end
-                yield Piece(Part.PAGES, layer, first - route.found, end - first, data)
+        outlet, prompt = route.outlet, self._prompt
+        for some, begin, until in in_steps(layers, first, end, outlet.record_bytes):
+            count, place = until - begin, begin - route.found
+            records = outlet.records(some, prompt, begin, count)
+            yield [
+                Piece(Part.PAGES, layer, place, count, data)
+                for layer, data in zip(some, records, strict=True)
+            ]
+            for layer in some:
+                self._sent[layer] = until
         if last:
             self._unsent.difference_update(layers)
-            if rows_of(route.theirs, self._prompt.tokens):
-                rows = route.outlet.rows(layers, self._prompt)
-                for layer, data in zip(layers, rows, strict=True):
-                    yield Piece(Part.OPEN, layer, 0, 1, data)
+            if rows_of(route.theirs, prompt.tokens):
+                rows = outlet.rows(layers, prompt)
+                yield [
+                    Piece(Part.OPEN, layer, 0, 1, data)
+                    for layer, data in zip(layers, rows, strict=True)
+                ]
 
 
 class Stored(NamedTuple):

@@ -15,11 +15,16 @@ import torch
 from torch import Tensor
 
 from fourfold.engine.handover.landing import PromptLanding
-from fourfold.engine.handover.pages import Prompt, page_format, rows_of, side_stream, view
+from fourfold.engine.handover.pages import (
+    Prompt,
+    in_steps,
+    page_format,
+    rows_of,
+    runs,
+    side_stream,
+    view,
+)
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, KVPages
-
-_LANDING_BYTES = 64 << 20
-"""On the device beside the pages at most, while a prompt lands."""
 
 
 class StagedPages:
@@ -27,6 +32,7 @@ class StagedPages:
 
     def __init__(self, pages: KVPages) -> None:
         self.format = page_format(pages)
+        self.record_bytes = self.format.record_bytes
         memory = pages.records if isinstance(pages, CodedPages) else pages.data
         self.records_LPW = memory.flatten(2).view(torch.int64)
         self.open_L2RGC = pages.open if isinstance(pages, CodedPages) else None
@@ -35,10 +41,15 @@ class StagedPages:
     def records(
         self, layers: Sequence[int], prompt: Prompt, first: int, count: int
     ) -> list[list[memoryview]]:
-        ids = prompt.pages[first : first + count]
+        memory_LPW, place = self.records_LPW, 0
         with torch.cuda.stream(self._stream):
-            found = [self.records_LPW[layer, ids] for layer in layers]
-            return [[view(copy_PW)] for copy_PW in self._fetch(torch.stack(found))]
+            ids_P = torch.tensor(prompt.pages[first : first + count], device=memory_LPW.device)
+            found_LPW = memory_LPW.new_empty(len(layers), count, memory_LPW.shape[2])
+            for run in runs(layers):
+                end = place + run.stop - run.start
+                torch.index_select(memory_LPW[run], 1, ids_P, out=found_LPW[place:end])
+                place = end
+            return [[view(copy_PW)] for copy_PW in self._fetch(found_LPW)]
 
     def rows(self, layers: Sequence[int], prompt: Prompt) -> list[list[memoryview]]:
         assert self.open_L2RGC is not None
@@ -73,11 +84,12 @@ class StagedLanding(PromptLanding):
         records_LPW = self._memory.records_LPW
         device = records_LPW.device
         ids = torch.tensor(self._ids, device=device)
-        size = max(1, self.pages) * records_LPW[0, 0].nbytes
-        step = max(1, _LANDING_BYTES // size)
-        for first in range(0, self.layers if self.pages else 0, step):
-            landed = self._landed[0][first : first + step].to(device, non_blocking=True)
-            records_LPW[first : first + step].index_copy_(1, ids, landed)
+        size = self._memory.record_bytes
+        for layers, first, end in in_steps(range(self.layers), 0, self.pages, size):
+            [of] = runs(layers)
+            landed = self._landed[0][of, first:end].to(device, non_blocking=True)
+            records_LPW[of].index_copy_(1, ids[first:end], landed)
+            del landed  # before the next
         open_L2RGC = self._memory.open_L2RGC
         if self.open and open_L2RGC is not None:
             rows = open_L2RGC[:, :, self._row : self._row + self._row_count]
