@@ -34,18 +34,24 @@ class Route(NamedTuple):
 
 
 class Sending:
-    """One prompt on its way; what is computed before the receiver has granted pages waits here."""
+    """One prompt on its way; what is computed before the receiver has granted pages waits here.
+
+    One thread advances it, another begins it and cancels it, and waits for nothing meanwhile.
+    """
 
     def __init__(self, prompt: Prompt, layers: int, failed: Callable[[str], None]) -> None:
-        """`failed` is called with the reason, by the thread that advances it, where pages cannot be
-        read or converted."""
+        """`failed` is called with the reason where pages cannot be read, converted or sent."""
         self._prompt = prompt
         self._failed = failed
         self._stored = [0] * layers
         self._sent = [0] * layers
         self._unsent = set(range(layers))
         self._route: Route | None = None
+        # What follows changes under the lock, which is held for a moment only.
         self._over = False
+        self._advancing = False
+        self._left: Callable[[], None] | None = None
+        """To be called when it is not advanced any more."""
         self._lock = threading.Lock()
 
     @property
@@ -65,17 +71,22 @@ class Sending:
         return bool(self._unsent) and not self._over
 
     def stored(self, layers: Iterable[int], tokens: int) -> None:
-        """The first `tokens` tokens are in the pages of these layers. For one thread."""
+        """The first `tokens` tokens are in the pages of these layers. For the thread that advances
+        it."""
         for layer in layers:
             # The end of a step may be heard of after the next one's first layers.
             self._stored[layer] = max(self._stored[layer], tokens)
 
     def cancel(self, left: Callable[[], None]) -> bool:
-        """Gives it up, once. Returns whether nothing reads the pages any more; else `left` is
-        called, from a thread of the transport, when that is so."""
+        """Gives it up, once; never waits. Returns whether nothing reads the pages any more; else
+        `left` is called when that is so, by the thread that advances it or by one of the
+        transport."""
         with self._lock:
             self._over = True
-            return self._route is None or self._route.transfer.cancel(left)
+            if self._advancing:
+                self._left = left
+                return False
+        return self._route is None or self._route.transfer.cancel(left)
 
     def fail(self, error: str) -> None:
         """Reads no more pages and says why, once; it is still to be cancelled."""
@@ -87,12 +98,25 @@ class Sending:
     def advance(self) -> None:
         """Sends what is computed by now."""
         with self._lock:
-            if self._over or self._route is None or not self._unsent:
+            route = self._route
+            if self._over or route is None or not self._unsent:
                 return
-            for pieces in self._ready(self._route):
-                self._route.transfer.write(pieces)
-            if not self._unsent:
-                self._route.transfer.finish()
+            self._advancing = True
+        try:
+            self._send(route)
+        finally:
+            with self._lock:
+                self._advancing, left = False, self._left
+            if left is not None and route.transfer.cancel(left):
+                left()
+
+    def _send(self, route: Route) -> None:
+        for pieces in self._ready(route):
+            if self._over:
+                return
+            route.transfer.write(pieces)
+        if not self._unsent:
+            route.transfer.finish()
 
     def _ready(self, route: Route) -> Iterator[list[Piece]]:
         """What is to be sent, each time as much as may be copied at once."""
