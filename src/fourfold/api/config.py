@@ -50,7 +50,7 @@ class ApiConfig:
     """Seconds for a request's whole body to arrive (408 beyond)."""
 
     write_timeout: float = 60.0
-    """Seconds that a client may leave a full answer buffer unread before it is cut off."""
+    """Seconds for which a client may take nothing of an answer before it is cut off."""
 
     keep_alive_timeout: int = 15
     """Seconds that an idle connection stays open for the next request."""

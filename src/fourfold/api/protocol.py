@@ -73,7 +73,7 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._write_timer = self.loop.call_later(self.bounds.write_timeout, self.transport.abort)
+        self._await_reader()
 
     def resume_writing(self) -> None:
         super().resume_writing()
@@ -113,6 +113,19 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+
+    def _await_reader(self) -> None:
+        unread = self.transport.get_write_buffer_size()
+        self._write_timer = self.loop.call_later(
+            self.bounds.write_timeout, self._write_late, unread
+        )
+
+    def _write_late(self, unread: int) -> None:
+        # Nothing is added meanwhile: whoever writes waits for `resume_writing`.
+        if self.transport.get_write_buffer_size() < unread:
+            self._await_reader()
+        else:
+            self.transport.abort()
 
     def _write_done(self) -> None:
         if self._write_timer is not None:

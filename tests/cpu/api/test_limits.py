@@ -179,6 +179,25 @@ def test_a_client_that_stops_reading_is_cut_off(server: Server) -> None:
     assert server.quiet()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_reads_steadily_gets_all_of_a_long_answer(
+    start: Callable[..., Server], stream: bool
+) -> None:
+    server = start(write_timeout=1.0)
+    server.gateway.say("x" * (24 << 20))
+    body = json.dumps(chat(stream=stream)).encode()
+    with connected(server) as connection:
+        connection.sendall(head(len(body)) + body)
+        began, received = time.monotonic(), 0
+        while piece := connection.recv(1 << 17):
+            received += len(piece)
+            time.sleep(0.015)
+            if received > 24 << 20:
+                break
+    assert time.monotonic() - began > 2 * server.config.write_timeout
+    assert received > 24 << 20
+
+
 @pytest.mark.parametrize(
     "options",
     [
