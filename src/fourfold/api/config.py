@@ -35,7 +35,7 @@ class ApiConfig:
     """Connections held at once; more are answered 503 and closed."""
 
     max_head_bytes: int = 65_536
-    """Largest request line with headers, in bytes (431 beyond)."""
+    """Largest request line with headers, in bytes (431 beyond); trailers are cut off beyond it."""
 
     max_body_bytes: int = 4 * 1024 * 1024
     """Largest request body, in bytes (413 beyond)."""

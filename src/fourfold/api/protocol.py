@@ -32,6 +32,7 @@ class _BoundedProtocol(HttpToolsProtocol):
         super().__init__(*args, **kwargs)
         self._head_timer: asyncio.TimerHandle | None = None
         self._head_bytes = 0
+        """Of a head on its way; within a body, of what came since its last piece."""
         self._in_body = False
         self._open_cycles: list[RequestResponseCycle] = []
         self._write_timer: asyncio.TimerHandle | None = None
@@ -49,23 +50,28 @@ class _BoundedProtocol(HttpToolsProtocol):
         if self._head_timer is None and not self._in_body:
             self._head_bytes = 0
             self._await_head()
+        self._head_bytes += len(data)
         began = time.perf_counter()
         super().data_received(data)
         if self.cycle is not None:
             state = self.cycle.scope["state"]
             state[PARSE_SECONDS] = state.get(PARSE_SECONDS, 0.0) + time.perf_counter() - began
-        if self._head_timer is not None:
-            self._head_bytes += len(data)
-            if self._head_bytes > self.bounds.max_head_bytes:
-                message = f"the headers are over {self.bounds.max_head_bytes} bytes; send fewer"
-                self._refuse(HttpError(431, message, code="headers_too_large"))
+        unfinished = self._head_timer is not None or self._in_body
+        if unfinished and self._head_bytes > self.bounds.max_head_bytes:
+            message = f"the headers are over {self.bounds.max_head_bytes} bytes; send fewer"
+            self._refuse(HttpError(431, message, code="headers_too_large"))
 
     def on_headers_complete(self) -> None:
         self._in_body = True
+        self._head_bytes = 0
         self._head_done()
         super().on_headers_complete()
         cycles = (*self._open_cycles, self.cycle)
         self._open_cycles = [cycle for cycle in cycles if not cycle.response_complete]
+
+    def on_body(self, body: bytes) -> None:
+        self._head_bytes = 0  # what follows the last piece of it are trailers
+        super().on_body(body)
 
     def on_message_complete(self) -> None:
         self._in_body = False

@@ -138,6 +138,35 @@ def test_headers_without_end_get_431(server: Server) -> None:
     assert_serving(server)
 
 
+def ask_chunked(server: Server, rest: bytes, body: bytes = b"") -> bytes:
+    """The answer to a good request in chunks of one byte, and to what follows the last of them."""
+    body = body or json.dumps(chat()).encode()
+    chunked = head(0).replace(b"Content-Length: 0", b"Transfer-Encoding: chunked")
+    with connected(server) as connection:
+        connection.sendall(chunked + b"".join(b"1\r\n%c\r\n" % byte for byte in body))
+        connection.sendall(rest)
+        return connection.recv(65_536)
+
+
+@pytest.mark.parametrize("trailers", [b"A: " + b"b" * 1000 + b"\r\n", b"b"], ids=["many", "one"])
+def test_trailers_without_end_are_cut_off(start: Callable[..., Server], trailers: bytes) -> None:
+    server = start(max_head_bytes=5000)
+    a_megabyte = b"A: " + trailers * ((1 << 20) // len(trailers))
+    answer = b""
+    with contextlib.suppress(ConnectionError):
+        answer = ask_chunked(server, b"0\r\n" + a_megabyte + b"\r\n\r\n")
+    assert answer == b""
+    assert_serving(server)
+
+
+def test_small_chunks_and_a_few_trailers_are_not_counted_as_too_many(
+    start: Callable[..., Server],
+) -> None:
+    server = start(max_head_bytes=5000)
+    rest = b"0\r\nA: " + b"b" * 4000 + b"\r\n\r\n"
+    assert ask_chunked(server, rest, padded(100_000)).startswith(b"HTTP/1.1 200 ")
+
+
 def test_what_is_not_http_gets_a_typed_400(server: Server) -> None:
     for nonsense in (
         b"\x16\x03\x01\x02\x00\x01\x00\x01",
