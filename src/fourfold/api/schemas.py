@@ -33,7 +33,8 @@ MAX_MESSAGES = 4096
 MAX_STOP_LENGTH = 1024
 MAX_STOP_TOKEN_IDS = 1024
 COMPLETION_MAX_TOKENS = 16
-"""OpenAI's default for the older API; chat has none and may fill the context."""
+"""OpenAI's default for the older API, or fewer where fewer are left; chat has none and may fill
+the context."""
 
 _REMEDIES = {
     "annotations": "only 'content' is shown to the model; leave it out",
@@ -256,7 +257,12 @@ class _SamplingRequest(_Strict):
         )
 
     def _options(
-        self, *, max_tokens: int | None, logprobs: int | None, prompt_logprobs: bool = False
+        self,
+        *,
+        max_tokens: int | None,
+        up_to: int | None = None,
+        logprobs: int | None,
+        prompt_logprobs: bool = False,
     ) -> GenerationOptions:
         sampling = SamplingParams(
             repetition_penalty=_or(self.repetition_penalty, 1.0),
@@ -275,6 +281,7 @@ class _SamplingRequest(_Strict):
         return GenerationOptions(
             sampling=sampling,
             max_tokens=max_tokens,
+            up_to=up_to,
             n=self.samples,
             stop=tuple(self.stop),
             ignore_eos=bool(self.ignore_eos),
@@ -384,7 +391,8 @@ class CompletionRequest(_SamplingRequest):
     def options(self) -> GenerationOptions:
         """What the gateway is asked for, for each prompt."""
         return self._options(
-            max_tokens=self.max_tokens or COMPLETION_MAX_TOKENS,
+            max_tokens=self.max_tokens,
+            up_to=COMPLETION_MAX_TOKENS,
             logprobs=self.logprobs,
             prompt_logprobs=bool(self.echo) and self.logprobs is not None,
         )

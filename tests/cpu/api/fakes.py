@@ -96,7 +96,7 @@ class FakeGeneration:
         self._on_end(True)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        script, limit = self._script, self._options.max_tokens
+        script, limit = self._script, self._options.max_tokens or self._options.up_to
         words = list(script.words)[:limit]
         finish = FinishReason.LENGTH if len(words) < len(script.words) else script.finish
         for position, word in enumerate(words):

@@ -8,8 +8,12 @@ from typing import Any
 import httpx
 import pytest
 
+from fourfold.api.faults import parse
+from fourfold.api.schemas import CompletionRequest
 from fourfold.engine.messages import FinishReason
 from fourfold.errors import RequestError
+from fourfold.gateway.budget import check_budget
+from fourfold.gateway.config import GatewayLimits
 from tests.cpu.api.fakes import FakeGateway, token
 from tests.cpu.api.test_chat import events, settled
 
@@ -52,8 +56,25 @@ def test_every_shape_of_prompt(http: httpx.Client, gateway: FakeGateway) -> None
 
 
 def test_the_older_default_of_16_tokens(http: httpx.Client, gateway: FakeGateway) -> None:
-    ask(http)
-    assert gateway.calls[0][1].max_tokens == 16
+    gateway.say(*["a"] * 20)
+    answer = ask(http).json()
+    assert answer["choices"][0]["text"] == "a" * 16
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("sent", [{}, {"max_tokens": None}])
+def test_who_sends_no_limit_gets_what_is_left_below_the_default(sent: dict[str, None]) -> None:
+    body = json.dumps({"model": "m", "prompt": "a", **sent})
+    options = parse(CompletionRequest, body.encode()).options()
+
+    def budget(prompt_tokens: int, **limits: int) -> int:
+        return check_budget(
+            options, prompt_tokens, GatewayLimits(**limits), vocabulary=100, context_length=1024
+        )
+
+    assert budget(10) == 16
+    assert budget(1015) == 9
+    assert budget(10, max_output_tokens=8) == 8
 
 
 def test_choices_count_prompts_first_and_usage_adds_up(
