@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 # The gateway knows one kind of prompt and of logprobs; each API has its own names for them.
 _CHAT_NAMES = {"prompt": "messages"}
+_NEWER_CHAT_NAMES = {**_CHAT_NAMES, "max_tokens": "max_completion_tokens"}
 _COMPLETION_NAMES = {"messages": "prompt", "top_logprobs": "logprobs"}
 
 Body = TypeVar("Body", ChatRequest, CompletionRequest)
@@ -38,6 +39,7 @@ def generation_routes(gateway: Gateway, config: ApiConfig) -> APIRouter:
     @router.post("/v1/chat/completions", response_model=None)
     async def chat_completions(request: Request) -> Response:
         body = await _checked(request, ChatRequest, gateway)
+        names = _CHAT_NAMES if body.max_completion_tokens is None else _NEWER_CHAT_NAMES
 
         def reply(_: Sequence[Generation]) -> Reply:
             return ChatReply(
@@ -45,7 +47,7 @@ def generation_routes(gateway: Gateway, config: ApiConfig) -> APIRouter:
             )
 
         return Answer(
-            [_speaking(partial(gateway.chat, body.conversation(), body.options()), _CHAT_NAMES)],
+            [_speaking(partial(gateway.chat, body.conversation(), body.options()), names)],
             n=body.samples,
             reply=reply,
             stream=bool(body.stream),
@@ -100,8 +102,13 @@ def _speaking(admit: Admission, names: Mapping[str, str]) -> Admission:
         try:
             return await admit()
         except RequestError as error:
-            error.param = names.get(error.param or "", error.param)
-            raise
+            ours = error.param or ""
+            if ours not in names:
+                raise
+            message, name = str(error), names[ours]
+            if message.startswith(f"{ours} "):
+                message = name + message.removeprefix(ours)
+            raise RequestError(message, param=name, code=error.code) from None
 
     return admit_or_refuse
 

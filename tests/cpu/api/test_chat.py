@@ -252,6 +252,15 @@ def test_refusals_of_the_gateway_keep_their_status(
         assert response.json()["error"]["type"] == "rate_limit_error"
 
 
+@pytest.mark.parametrize("field", ["max_tokens", "max_completion_tokens"])
+def test_a_refusal_names_the_field_that_was_sent(
+    http: httpx.Client, gateway: FakeGateway, field: str
+) -> None:
+    gateway.say(refuse=RequestError("max_tokens 9 is too many; send less", param="max_tokens"))
+    error = ask(http, **{field: 9}).json()["error"]
+    assert (error["param"], error["message"]) == (field, f"{field} 9 is too many; send less")
+
+
 def test_a_failure_before_the_first_token_has_its_status(
     http: httpx.Client, gateway: FakeGateway
 ) -> None:

@@ -189,7 +189,8 @@ def test_when_one_prompt_is_refused_the_others_are_cancelled(
 
 def test_refusals_name_this_apis_fields(http: httpx.Client, gateway: FakeGateway) -> None:
     for named, field in [("messages", "prompt"), ("top_logprobs", "logprobs"), ("n", "n")]:
-        gateway.say(refuse=RequestError("no; send less", param=named))
+        gateway.say(refuse=RequestError(f"{named} is too much; send less", param=named))
         response = ask(http)
         assert response.status_code == 400
-        assert json.loads(response.content)["error"]["param"] == field
+        error = json.loads(response.content)["error"]
+        assert (error["param"], error["message"]) == (field, f"{field} is too much; send less")
