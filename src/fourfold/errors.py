@@ -52,4 +52,4 @@ class RequestFailedError(FourfoldError):
 
 
 class DeadlineError(RequestFailedError):
-    """An accepted request that outlived its time limit (HTTP 408 before the first byte)."""
+    """An accepted request that outlived its time limit (HTTP 504 before the first byte)."""

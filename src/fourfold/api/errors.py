@@ -109,7 +109,9 @@ def to_http_error(error: Exception) -> HttpError:
             headers = {"retry-after": _seconds(_RETRY_WHEN_GONE)}
             return HttpError(503, message, code="server_unavailable", headers=headers)
         case DeadlineError():
-            return HttpError(408, message, code="request_timeout")
+            # OpenAI's clients send again what took too long here, unless they are told not to.
+            headers = {"x-should-retry": "false"}
+            return HttpError(504, message, code="deadline_exceeded", headers=headers)
         case FourfoldError():
             return HttpError(500, message, code="request_failed")
     message = "the server failed through a fault of its own; try again, its log has the details"

@@ -266,7 +266,7 @@ def test_a_failure_before_the_first_token_has_its_status(
 ) -> None:
     failures = [
         (RequestFailedError("the engine failed"), 500, "request_failed", "the engine failed"),
-        (DeadlineError("too late"), 408, "request_timeout", "too late"),
+        (DeadlineError("too late"), 504, "deadline_exceeded", "too late"),
         (ZeroDivisionError("secret"), 500, "internal_error", "through a fault of its own"),
     ]
     for stream in (False, True):

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from fourfold.errors import OverloadedError, RequestFailedError
+from fourfold.errors import DeadlineError, OverloadedError, RequestFailedError
 from tests.cpu.api.conftest import Server
 from tests.cpu.api.fakes import MODEL, FakeGateway, token
 
@@ -100,3 +100,16 @@ def test_errors_arrive_as_the_clients_own(client: openai.OpenAI, gateway: FakeGa
     gateway.say("a", "b", delay=0.01, fail=RequestFailedError("the engine failed"), fail_after=1)
     with pytest.raises(openai.APIError, match="the engine failed"):
         list(client.chat.completions.create(model=MODEL, messages=HI, stream=True))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_took_too_long_is_not_sent_again(
+    client: openai.OpenAI, gateway: FakeGateway, stream: bool
+) -> None:
+    gateway.say("a", fail=DeadlineError("the request did not finish within 600 seconds"))
+    with pytest.raises(openai.APIStatusError) as late:
+        client.with_options(max_retries=1).chat.completions.create(
+            model=MODEL, messages=HI, stream=stream
+        )
+    assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
+    assert len(gateway.calls) == 1
