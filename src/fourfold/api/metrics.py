@@ -272,7 +272,12 @@ _ENGINE_METRICS = (
         "Steps that did not fit into memory and were tried smaller.",
         "shortages",
     ),
-    _Number(CounterMetricFamily, "engine_graphs", "CUDA graphs recorded.", "graphs"),
+    _Number(
+        GaugeMetricFamily,
+        "engine_graphs",
+        "CUDA graphs recorded by the workers there are now.",
+        "graphs",
+    ),
     _Number(
         CounterMetricFamily,
         "engine_step_seconds",

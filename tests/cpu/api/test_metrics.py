@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from typing import Any
 
 import httpx
 import msgspec
@@ -15,9 +16,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from fourfold.api import metrics, protocol
 from fourfold.errors import OverloadedError, RequestFailedError
+from fourfold.gateway.fleet.fleet import Fleet
 from tests.cpu.api.conftest import Server, eventually
 from tests.cpu.api.fakes import FakeGateway
 from tests.cpu.api.test_bad_input import CHAT, chat, connected, head
+from tests.cpu.gateway.test_fleet import eventually as soon
+from tests.cpu.gateway.test_fleet import running
 
 Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 
@@ -106,10 +110,38 @@ def test_the_engines_numbers(http: httpx.Client, gateway: FakeGateway) -> None:
         "engine_preemptions_total": engine.preemptions,
         "engine_steps_total": engine.steps,
         "engine_shortages_total": engine.shortages,
-        "engine_graphs_total": engine.graphs,
+        "engine_graphs": engine.graphs,
         "gateway_news_total": gateway.snapshot().gateway.news,
     }.items():
         assert now[f"fourfold_{name}", frozenset()] == number, name
+
+
+def test_no_counter_falls_when_a_worker_dies() -> None:
+    numbers = FakeGateway().snapshot()
+
+    async def main() -> None:
+        async with running() as run:
+            for worker in (await run.worker("a"), await run.worker("b")):
+                worker.stats = numbers.engine
+                worker.tell()
+            await soon(lambda: run.fleet.stats.graphs == 2 * numbers.engine.graphs)
+            before = counted(run.fleet)
+            assert len(before) > 10
+            worker.socket.close()
+            await soon(lambda: len(run.fleet.members) == 1)
+            assert counted(run.fleet) == before
+
+    def counted(fleet: Fleet) -> dict[str, float]:
+        gateway: Any = FakeGateway()
+        gateway.snapshot = lambda: msgspec.structs.replace(numbers, engine=fleet.stats)
+        return {
+            sample.name: sample.value
+            for family in metrics.GatewayCollector(gateway).collect()
+            for sample in family.samples
+            if family.type == "counter"
+        }
+
+    asyncio.run(main())
 
 
 @pytest.mark.parametrize("part", ["engine", "gateway"])
