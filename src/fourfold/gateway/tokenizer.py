@@ -69,11 +69,6 @@ class Tokenizer:
     specials: dict[str, str]
     eos_token_ids: tuple[int, ...]
 
-    @functools.cached_property
-    def vocabulary(self) -> int:
-        """Number of token ids."""
-        return int(self.backend.get_vocab_size(with_added_tokens=True))
-
     def encode(
         self, text: str, *, add_special_tokens: bool, quoted: Sequence[int] = ()
     ) -> list[int]:

@@ -43,7 +43,9 @@ def pieces(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
 def token_of_byte(kind: str) -> dict[int, int]:
     """The token of every single byte."""
     tokenizer = made(kind)
-    tokens = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocabulary)}
+    tokens = {
+        tokenizer.token_bytes(token): token for token in range(tokenizer.backend.get_vocab_size())
+    }
     if kind == "byte_fallback":
         first = tokenizer.backend.token_to_id("<0x00>")
         return {byte: first + byte for byte in range(256)}
@@ -55,7 +57,7 @@ def token_of_byte(kind: str) -> dict[int, int]:
 @given(data=st.data())
 def test_any_tokens_also_those_that_are_no_text(kind: str, data: st.DataObject) -> None:
     tokenizer = made(kind)
-    any_token = st.integers(0, tokenizer.vocabulary - 1)
+    any_token = st.integers(0, tokenizer.backend.get_vocab_size() - 1)
     byte_token = st.sampled_from(sorted(token_of_byte(kind).values()))
     special = st.sampled_from(sorted(tokenizer.backend.get_added_tokens_decoder()))
     ids = data.draw(st.lists(st.one_of(any_token, byte_token, special), max_size=16))
@@ -73,7 +75,7 @@ def decode_within_a_text(tokenizer: Tokenizer, ids: list[int]) -> str:
 def test_any_words_of_a_sentencepiece_model(data: st.DataObject) -> None:
     """Bytes that are no text aside: one of them spoils the whole run in `decode`."""
     tokenizer = made("byte_fallback")
-    word = st.integers(259, tokenizer.vocabulary - 1).map(lambda token: [token])
+    word = st.integers(259, tokenizer.backend.get_vocab_size() - 1).map(lambda token: [token])
     character = st.characters(exclude_categories=["Cs"]).map(
         lambda text: [token_of_byte("byte_fallback")[byte] for byte in text.encode()]
     )
@@ -128,7 +130,9 @@ def test_tokens_that_end_one_character_and_begin_the_next() -> None:
     """Hiragana whose every token but the first and last holds parts of two characters."""
     text = "ああああああああ"  # each is E3 81 82
     tokenizer = made("byte_level")
-    by_bytes = {tokenizer.token_bytes(token): token for token in range(tokenizer.vocabulary)}
+    by_bytes = {
+        tokenizer.token_bytes(token): token for token in range(tokenizer.backend.get_vocab_size())
+    }
     begin, middle, across, end = (
         by_bytes[data] for data in (b"\xe3", b"\x81", b"\x82\xe3", b"\x82")
     )
@@ -141,7 +145,9 @@ def test_tokens_that_end_one_character_and_begin_the_next() -> None:
 
 def test_invalid_bytes_are_not_waited_for_forever() -> None:
     tokenizer = made("byte_level")
-    [bad] = [t for t in range(tokenizer.vocabulary) if tokenizer.token_bytes(t) == b"\xff"]
+    [bad] = [
+        t for t in range(tokenizer.backend.get_vocab_size()) if tokenizer.token_bytes(t) == b"\xff"
+    ]
     got = pieces(tokenizer, [bad] * 40)
     assert "".join(got) == "\ufffd" * 40
     assert sum(map(bool, got[:20])) >= 3

@@ -142,11 +142,11 @@ def test_what_the_model_is_told_by_the_file(tokenizer: Tokenizer) -> None:
     [end] = tokenizer.eos_token_ids
     assert tokenizer.backend.id_to_token(end) == "<|im_end|>"
     assert tokenizer.specials["eos_token"] == "<|im_end|>"
-    assert tokenizer.vocabulary == 49_152
+    assert tokenizer.backend.get_vocab_size() == 49_152
     assert tokenizer.chat_template is not None
 
 
 def test_tokens_beyond_the_vocabulary_have_no_text(tokenizer: Tokenizer) -> None:
     """Models pad their vocabulary, so such ids can be drawn."""
-    assert tokenizer.token_bytes(tokenizer.vocabulary + 5) == b""
-    assert tokenizer.decode([tokenizer.vocabulary + 5]) == ""
+    assert tokenizer.token_bytes(tokenizer.backend.get_vocab_size() + 5) == b""
+    assert tokenizer.decode([tokenizer.backend.get_vocab_size() + 5]) == ""

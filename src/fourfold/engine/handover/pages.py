@@ -55,12 +55,6 @@ def rows_of(pages: PageFormat, tokens: int) -> int:
     return tokens % PAGE_TOKENS if is_coded(pages) else 0
 
 
-def row_bytes(pages: PageFormat) -> int:
-    """Of the keys, or of the values, of one open row in one layer."""
-    dtype: torch.dtype = getattr(torch, pages.open_code)
-    return pages.kv_heads * pages.head_width * dtype.itemsize
-
-
 class Prompt(NamedTuple):
     """Where an engine keeps the keys and values of a prompt."""
 
