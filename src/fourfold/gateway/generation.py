@@ -116,6 +116,8 @@ class Generation:
         self._tokenizer = tokenizer
         self._prompt_text = prompt_text
         self._prompt_logprobs: tuple[TokenLogprob, ...] = ()
+        self._prompt_tokens: tuple[TokenText, ...] = ()
+        """Kept once they were asked for: every choice that repeats the prompt wants them."""
         self._abort = abort
         self._on_end = on_end
         self._samples = [
@@ -140,12 +142,14 @@ class Generation:
     def prompt_tokens(self) -> tuple[TokenText, ...]:
         """The prompt's tokens; with log-probabilities, for all but the first, after the first
         delta of a request with `sampling.prompt_logprobs`."""
-        first, *others = self._request.prompt_ids
-        if self._prompt_logprobs:
-            texts = [self._token_text(entry) for entry in self._prompt_logprobs]
-        else:
-            texts = [self._plain(token) for token in others]
-        return (self._plain(first), *texts)
+        if not self._prompt_tokens:
+            first, *others = self._request.prompt_ids
+            if self._prompt_logprobs:
+                texts = [self._token_text(entry) for entry in self._prompt_logprobs]
+            else:
+                texts = [self._plain(token) for token in others]
+            self._prompt_tokens = (self._plain(first), *texts)
+        return self._prompt_tokens
 
     @property
     def usage(self) -> Usage:
@@ -208,7 +212,7 @@ class Generation:
             self._end_early(RequestFailedError(f"the engine failed: {output.error}"))
             return
         if output.prompt_logprobs is not None:
-            self._prompt_logprobs = output.prompt_logprobs
+            self._prompt_logprobs, self._prompt_tokens = output.prompt_logprobs, ()
         if output.index == 0:  # the others find what the first has just computed
             self._cached_tokens += output.cached_tokens
         delta = self._advance(sample, output)

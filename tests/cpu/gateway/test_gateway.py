@@ -10,7 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fourfold.engine.messages import Abort, FinishReason, SamplingParams, TokenOutput
+from fourfold.engine.messages import (
+    Abort,
+    FinishReason,
+    SamplingParams,
+    TokenLogprob,
+    TokenOutput,
+)
 from fourfold.errors import (
     DeadlineError,
     OverloadedError,
@@ -69,6 +75,23 @@ def test_what_is_asked_reaches_the_engine(tokenizer: Tokenizer) -> None:
         tokens = await gateway.complete([5, 6], asking())
         assert engine.submitted[1].prompt_ids == (5, 6)
         assert [token.token for token in tokens.prompt_tokens] == [5, 6]
+
+    asyncio.run(main())
+
+
+def test_the_tokens_of_a_prompt_are_built_once(tokenizer: Tokenizer) -> None:
+    async def main() -> None:
+        gateway, _ = make_gateway(tokenizer)
+        sampling = SamplingParams(logprobs=1, prompt_logprobs=True)
+        generation = await gateway.complete([5, 6], asking(sampling=sampling))
+        assert [token.logprob for token in generation.prompt_tokens] == [None, None]
+        report = (TokenLogprob(token=6, logprob=-1.5, top=((7, -0.5),)),)
+        generation.receive(
+            TokenOutput(request_id=generation.request_id, index=0, token=8, prompt_logprobs=report)
+        )
+        tokens = generation.prompt_tokens
+        assert [(token.token, token.logprob) for token in tokens] == [(5, None), (6, -1.5)]
+        assert generation.prompt_tokens is tokens
 
     asyncio.run(main())
 
