@@ -41,7 +41,7 @@ def create_app(gateway: Gateway, config: ApiConfig, fleet: Fleet | None = None) 
     )
     metrics = RequestMetrics(gateway)
     app.include_router(generation_routes(gateway, config))
-    app.include_router(status_routes(gateway, metrics.registry))
+    app.include_router(status_routes(gateway, metrics.registry, fleet))
     if fleet is not None:
         metrics.registry.register(FleetCollector(fleet))
         app.include_router(cluster_routes(fleet))

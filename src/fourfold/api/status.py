@@ -15,10 +15,13 @@ from fourfold.api.routes import check_model
 from fourfold.errors import DrainingError
 
 if TYPE_CHECKING:
+    from fourfold.gateway.fleet.fleet import Fleet
     from fourfold.gateway.gateway import Gateway
 
 
-def status_routes(gateway: Gateway, registry: CollectorRegistry) -> APIRouter:
+def status_routes(
+    gateway: Gateway, registry: CollectorRegistry, fleet: Fleet | None = None
+) -> APIRouter:
     """GET /v1/models, /v1/models/{id}, /health, /ready, /metrics and /version."""
     router = APIRouter()
 
@@ -49,10 +52,15 @@ def status_routes(gateway: Gateway, registry: CollectorRegistry) -> APIRouter:
 
     @router.api_route("/ready", methods=["GET", "HEAD"], response_model=None)
     async def ready() -> Response:
-        if gateway.ready and not gateway.draining:
+        if gateway.draining:
+            reason = "the server is shutting down"
+        elif not gateway.ready:
+            reason = "the server has not started yet"
+        elif fleet is not None and not fleet.takes_requests:
+            reason = "no worker takes requests now, so they wait for one"
+        else:
             return JSONResponse({"status": "ready"})
-        reason = "is shutting down" if gateway.draining else "has not started yet"
-        return to_http_error(DrainingError(f"the server {reason}; ask again later")).response()
+        return to_http_error(DrainingError(f"{reason}; ask again later")).response()
 
     @router.get("/metrics", response_model=None)
     async def metrics(request: Request) -> Response:

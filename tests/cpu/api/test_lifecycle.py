@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -18,10 +19,14 @@ import pytest
 from fourfold.api.app import create_app
 from fourfold.api.config import ApiConfig
 from fourfold.api.server import bind, serve
+from fourfold.engine.channel import Leaving
+from fourfold.engine.messages import Role, Submit
 from fourfold.errors import ConfigError
 from tests.cpu.api.conftest import Server, eventually
 from tests.cpu.api.fakes import FakeGateway
 from tests.cpu.api.test_bad_input import CHAT, chat
+from tests.cpu.gateway.test_fleet import eventually as soon
+from tests.cpu.gateway.test_fleet import running
 
 ROOT = Path(__file__).parents[3]
 
@@ -141,6 +146,36 @@ def test_models_health_and_version(http: httpx.Client) -> None:
     for path in ("/v1/models/org/fake-moe", "/v1/models/org%2Ffake-moe"):
         assert http.get(path).json()["max_model_len"] == 4096
     assert http.get("/v1/models/").status_code == 404
+
+
+def test_ready_while_any_worker_of_a_fleet_takes_requests() -> None:
+    """Of whichever role, since a lone one computes everything. Without any, requests wait."""
+
+    async def main() -> None:
+        gateway: Any = FakeGateway(ready=True)
+        async with running() as run:
+            transport = httpx.ASGITransport(create_app(gateway, ApiConfig(), run.fleet))
+            async with httpx.AsyncClient(transport=transport, base_url="http://here") as http:
+                assert (await http.get("/ready")).status_code == 503
+                first = await run.worker("a", Role.PREFILL)
+                assert (await http.get("/ready")).status_code == 200
+                first.socket.close()
+                await soon(lambda: not run.fleet.members)
+                unready = await http.get("/ready")
+                assert unready.status_code == 503
+                assert unready.headers["retry-after"] == "5"
+                assert "no worker takes requests" in unready.json()["error"]["message"]
+                assert (await http.get("/health")).status_code == 200
+                assert (await http.post(CHAT, json=chat())).status_code == 200
+                second = await run.worker("b")
+                assert (await http.get("/ready")).status_code == 200
+                run.ask(1)
+                await second.hear(Submit)
+                second.say(Leaving())
+                await soon(lambda: not second.member.takes_requests)
+                assert (await http.get("/ready")).status_code == 503
+
+    asyncio.run(main())
 
 
 def test_the_options_cost_no_web_framework() -> None:

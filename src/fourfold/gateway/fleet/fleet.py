@@ -125,6 +125,11 @@ class Fleet:
         return self._dispatcher.counts
 
     @property
+    def takes_requests(self) -> bool:
+        """Whether any worker does, of whichever role; while none does, requests wait."""
+        return any(member.takes_requests for member in self._members.values())
+
+    @property
     def parked(self) -> int:
         """Requests of which something waits for a worker."""
         return len(self._parked())
