@@ -10,6 +10,7 @@ writing, uvicorn's for keep-alive.
 from __future__ import annotations
 
 import asyncio
+import socket
 import time
 from typing import Any, ClassVar
 
@@ -18,6 +19,10 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 from fourfold.api.config import ApiConfig
 from fourfold.api.errors import HttpError
 from fourfold.api.metrics import PARSE_SECONDS
+
+_UNSENT_BYTES = 1 << 17
+"""That the kernel takes before any of them can be sent. Without a bound it takes megabytes, and
+asks for more when a third has gone: until then a slow reader looks like one who takes nothing."""
 
 
 def bounded_protocol(config: ApiConfig) -> type[HttpToolsProtocol]:
@@ -39,6 +44,9 @@ class _BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # uvicorn narrows it, too
         super().connection_made(transport)
+        transport.get_extra_info("socket").setsockopt(
+            socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, _UNSENT_BYTES
+        )
         if len(self.connections) > self.bounds.max_connections:
             message = "the server holds as many connections as it may; try again shortly"
             headers = {"retry-after": "1"}
