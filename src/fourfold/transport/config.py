@@ -61,9 +61,12 @@ class TransportConfig:
     window_bytes: int = 64 << 20
     """Sent to a peer at most before it has dealt with it."""
     stall_seconds: float = 3.0
-    """A peer that is silent, or a transfer that does not move, for so long is given up."""
+    """A peer that is silent for so long is given up, and a link whose transfers do not move."""
     connect_seconds: float = 5.0
     """For a connection and its handshake."""
+    stand_seconds: float = 30.0
+    """For a link to come to stand: its connections, the peer's answer what memory it can read,
+    which may load NIXL, and its test, which moves 32 slices."""
 
     def __post_init__(self) -> None:
         if self.key is None and not is_loopback(self.host):
@@ -89,7 +92,7 @@ class TransportConfig:
                 f"frames of {self.max_payload} bytes must be 1 MiB at least, and a quarter of the "
                 f"window of {self.window_bytes} at most"
             )
-        if self.stall_seconds <= 0 or self.connect_seconds <= 0:
+        if min(self.stall_seconds, self.connect_seconds, self.stand_seconds) <= 0:
             raise ConfigError("the transport's time limits must be positive")
 
     @property

@@ -1,14 +1,20 @@
-"""The sender's side of a link: how it connects, which way pages go, and how it ends."""
+"""The sender's side of a link: how it connects, which way pages go, and how it ends.
+
+A link has `stand_seconds` to come to stand, from its first connection to the end of its test; only
+then does the clock of its transfers run, which gives up what has not moved for `stall_seconds`.
+Its control thread waits for nobody, so that heartbeats are sent, and missed, in every phase.
+"""
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import queue
 import statistics
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from fourfold.errors import FourfoldError
 from fourfold.transport.config import TransportConfig, TransportPath
@@ -86,13 +92,17 @@ class Link:
         self._session = os.urandom(16)
         self._lock = threading.Lock()
         self._streams: list[Wire] = []
-        self._senders: list[threading.Thread] = []
+        self._stream_threads: list[threading.Thread] = []
+        """One that opens the streams, then one that sends on each; the control thread's to start
+        and to wait for."""
         self._opened = False
         self._stood = False
         self._window = self._max_payload = 0
         self._slice_bytes = config.slice_bytes
         self._round_trips: RoundTrips | None = None
         self._probe: Probe | None = None
+        self._deadline = time.monotonic() + config.stand_seconds
+        """For it to stand; none once it does."""
         self._thread = threading.Thread(target=self._run, name=f"link {peer.name}", daemon=True)
         self._thread.start()
 
@@ -154,8 +164,8 @@ class Link:
                 reason = control.run()
             finally:
                 self._break(reason)
-                for sender in self._senders:
-                    sender.join()
+                for thread in self._stream_threads:
+                    thread.join()
                 for stream in (*self._streams, wire):
                     stream.close()
         except FourfoldError as error:
@@ -202,11 +212,13 @@ class Link:
         self._control.post(message)
 
     def _beat(self) -> None:
-        """Each second: a heartbeat, and whether anything moves."""
+        """Each second: a heartbeat, and whether it has come to stand and anything moves."""
         assert self._control is not None
         self._control.post(Ping(time.monotonic_ns()))
         seconds = self._config.stall_seconds
-        if self._transfers.stalled(seconds):
+        if time.monotonic() > self._deadline:
+            self._control.end(f"it did not come to stand within {self._config.stand_seconds:g} s")
+        elif self._transfers.stalled(seconds):
             self._control.end(f"nothing has moved for {seconds:g} s")
         elif self._transfers.clings():
             self._control.end("a stream stood still amid pages of a transfer that was cancelled")
@@ -217,13 +229,11 @@ class Link:
             case Pong(sent):
                 self._counters.round_trip = (time.monotonic_ns() - sent) / 1e9
                 if self._round_trips and (again := self._round_trips.returned(sent)):
-                    self._transfers.note_progress()
                     self._control.post(again)
             case Welcome(window, max_payload):
                 if self._window:
                     self._control.end("it was welcomed twice")
                     return
-                self._transfers.note_progress()
                 self._window = window
                 self._slice_bytes = min(self._slice_bytes, max_payload)
                 self._max_payload = max_payload
@@ -263,8 +273,20 @@ class Link:
         return self._ways.describe(len(self._streams))
 
     def _open(self) -> None:
-        """Opens the streams, and begins the test of the link."""
+        """Has the streams opened, which may take longer than a peer may hear no heartbeat."""
         self._opened = True
+        self._start_thread("streams", self._open_streams)
+
+    def _start_thread(self, name: str, target: Callable[..., None], *arguments: object) -> None:
+        thread = threading.Thread(
+            target=target, args=arguments, name=f"link {self.peer.name} {name}", daemon=True
+        )
+        thread.start()
+        self._stream_threads.append(thread)
+
+    def _open_streams(self) -> None:
+        """Opens the streams, one by one lest a peer of many meets too many strangers at once, and
+        begins the test of the link."""
         try:
             for _ in range(self._config.stream_count):
                 wire = self._dial(Purpose.STREAM)
@@ -273,10 +295,12 @@ class Link:
                         wire.close()
                         return
                     self._streams.append(wire)
-                self._transfers.note_progress()
         except (OSError, FourfoldError) as error:
             self._break(f"a stream cannot be opened: {error}")
             return
+        except Exception as error:
+            self._break(f"a stream failed: {error!r}")
+            raise
         self._counters.expect(self._path())
         self._counters.stands()
         self._stood = True
@@ -301,14 +325,7 @@ class Link:
             round_trip=statistics.median(round_trips),
         )
         for index, wire in enumerate(self._streams):
-            sender = threading.Thread(
-                target=self._serve,
-                args=(index, wire, self._probe),
-                name=f"link {self.peer.name} stream {index}",
-                daemon=True,
-            )
-            sender.start()
-            self._senders.append(sender)
+            self._start_thread(f"stream {index}", self._serve, index, wire, self._probe)
 
     def _granted(self, count: int) -> None:
         probe = self._probe
@@ -316,7 +333,6 @@ class Link:
             self._transfers.grant(count)
             return
         probe.granted += count
-        self._transfers.note_progress()
         if probe.granted < probe.bytes:
             return
         self._probe = None
@@ -335,6 +351,7 @@ class Link:
         if rate > _FAST:
             slice_bytes = min(2 * slice_bytes, self._max_payload)
         streams = len(self._streams) if self._ways.readable else 0
+        self._deadline = math.inf
         self._transfers.open(self._window, slice_bytes, streams)
 
     def _serve(self, index: int, wire: Wire, probe: Probe) -> None:

@@ -161,11 +161,6 @@ class Transfers:
             self._moved = time.monotonic()
             self._changed.notify_all()
 
-    def note_progress(self) -> None:
-        """The link is on its way to stand; what waits for it has not stood still."""
-        with self._changed:
-            self._moved = time.monotonic()
-
     def take(self, stream: int) -> Slice[Transfer] | None:
         """The next frame for a stream, when there is one and credit for it; None when nothing is
         sent any more. Each is followed by `gave`."""
@@ -220,9 +215,10 @@ class Transfers:
             return True
 
     def stalled(self, seconds: float) -> bool:
-        """Whether the receiver owes progress and has made none for so long."""
+        """Whether the receiver owes progress and has made none for so long; before `open` it
+        owes none."""
         with self._changed:
-            return self._busy() and time.monotonic() - self._moved > seconds
+            return self._open and self._busy() and time.monotonic() - self._moved > seconds
 
     def clings(self) -> bool:
         """Whether a frame has been on its way for long since its transfer was cancelled."""

@@ -5,13 +5,34 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+import time
 from collections.abc import Callable
 
 import msgspec
 
+from fourfold.transport.handshake import Purpose
 from fourfold.transport.peer import Peer
 
 _CHUNK = 1 << 16
+
+
+class Bottleneck:
+    """Passes on so many bytes a second, of all connections together: an `alter` of a proxy."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate, self._lock, self._due = rate, threading.Lock(), 0.0
+
+    def __call__(self, data: bytes) -> bytes:
+        with self._lock:
+            self._due = max(self._due, time.monotonic()) + len(data) / self._rate
+            due = self._due
+        time.sleep(max(0.0, due - time.monotonic()))
+        return data
+
+
+def opens(data: bytes, purpose: Purpose) -> bool:
+    """Whether these are the first bytes of a connection for this purpose."""
+    return data.startswith(b"4FLD") and data[6] == purpose
 
 
 class Proxy:

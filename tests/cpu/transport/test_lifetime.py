@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import gc
+import itertools
 import logging
 import os
 import socket
 import ssl
 import threading
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -18,7 +20,7 @@ import pytest
 
 from fourfold.errors import ConfigError
 from fourfold.transport import Peer, SharedRegion, TlsFiles, TransportPath
-from fourfold.transport.handshake import Handshake
+from fourfold.transport.handshake import Handshake, Purpose
 from fourfold.transport.tls import load_tls
 from tests.cpu.transport.forger import Forger
 from tests.cpu.transport.nodes import (
@@ -33,7 +35,7 @@ from tests.cpu.transport.nodes import (
     until,
     works,
 )
-from tests.cpu.transport.proxy import Proxy
+from tests.cpu.transport.proxy import Proxy, opens
 
 FILES = Path(__file__).parent / "certificates"
 TLS = TlsFiles(
@@ -93,6 +95,39 @@ def test_nothing_is_left_after_close(way: Way) -> None:
     assert descriptors() <= before
     assert mappings() <= mapped
     assert [len(each.calls) for each in (arrived, unfinished, waiting)] == [1, 1, 1]
+
+
+def test_nothing_is_left_of_a_link_that_is_closed_while_its_streams_open() -> None:
+    gc.collect()
+    threads, before = our_threads(), descriptors()
+    sender, receiver = make_node("prefill", 1, connect_seconds=2.0), make_node("decode", 2)
+    proxy, waiting, streams = Proxy(receiver.peer), Outcome(), itertools.count(1)
+    held, closed = threading.Event(), threading.Event()
+
+    def hold(data: bytes) -> bytes:
+        if opens(data, Purpose.STREAM) and next(streams) == 2:
+            held.set()
+            closed.wait(WAIT_SECONDS)
+        return data
+
+    proxy.alter = hold
+    link = sender.link(proxy.peer)
+    link.begin(1, waiting)
+    assert held.wait(WAIT_SECONDS)
+    start = time.monotonic()
+    link.close("the test is over")
+    assert "the test is over" in waiting.failure()
+    assert time.monotonic() - start < 1.0  # it does not wait for the handshake, as its threads do
+    sender.close()
+    assert not {each for each in our_threads() - threads if each.name.startswith("link ")}
+    closed.set()
+    for each in (receiver, proxy):
+        each.close()
+    assert our_threads() <= threads
+    del sender, receiver, proxy, link
+    gc.collect()
+    assert descriptors() <= before
+    assert len(waiting.calls) == 1
 
 
 def test_a_closed_node_can_be_closed_again_and_links_no_more() -> None:

@@ -8,15 +8,19 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from unittest import mock
 
 import msgspec
 import pytest
 
-from fourfold.transport import Node, Part
+from fourfold.transport import Node, Part, Peer
+from fourfold.transport.control import Exposed, Joined
+from fourfold.transport.handshake import Purpose
+from fourfold.transport.session import Session
+from fourfold.transport.ways import Ways
 from tests.cpu.transport.nodes import WAIT_SECONDS, Memory, Outcome, make_node, send, until
-from tests.cpu.transport.proxy import Proxy
+from tests.cpu.transport.proxy import Bottleneck, Proxy, opens
 
 QUICK = {"stall_seconds": 2.0}
 
@@ -146,23 +150,84 @@ def test_a_message_that_changes_on_its_way_is_not_heard(patient: Network) -> Non
         assert "link" in outcome.failure()
 
 
-def test_a_slow_network_is_no_stall_while_the_link_comes_to_stand() -> None:
-    """Its streams take longer than a link may stand still, and its test too; what waits, waits."""
-    pauses = itertools.chain([0.5] * 5, itertools.repeat(0.1))
+def sends_a_page(sender: Node, receiver: Node, peer: Peer) -> None:
+    """By the link to a peer, to which nothing was sent before."""
+    source, target, arrived, sent = Memory(1, 1, 99).fill(1), Memory(1, 1, 99), Outcome(), Outcome()
+    receiver.expect(1, None, target, arrived)
+    transfer = sender.link(peer).begin(1, sent)
+    transfer.write(list(source.pieces()))
+    transfer.finish()
+    assert sent.wait() is None
+    assert arrived.wait() is None
+    assert target.content() == source.content()
+    (stats,) = sender.stats()
+    assert (stats.links, stats.failed) == (1, 0)
+
+
+@pytest.mark.parametrize(("purpose", "seconds"), [(Purpose.LINK, 2.5), (Purpose.STREAM, 0.8)])
+def test_connections_that_take_long_to_open_are_no_stall(purpose: Purpose, seconds: float) -> None:
+    """The first, or all streams together: longer than anything may stand still or be silent."""
 
     def slow(data: bytes) -> bytes:
-        time.sleep(next(pauses))
+        if opens(data, purpose):
+            time.sleep(seconds)
         return data
 
-    with network(slice_bytes=1 << 16, **QUICK) as (sender, receiver, proxy):
+    with network(streams=4, **QUICK) as (sender, receiver, proxy):
         proxy.alter = slow
-        arrived, sent = Outcome(), Outcome()
-        receiver.expect(1, None, Memory(1, 1, 100), arrived)
-        transfer = sender.link(proxy.peer).begin(1, sent)
-        transfer.write(list(Memory(1, 1, 100).pieces()))
-        transfer.finish()
-        assert sent.wait() is None
+        sends_a_page(sender, receiver, proxy.peer)
+
+
+@contextlib.contextmanager
+def asked_to_join(answer: Callable[[], None]) -> Iterator[None]:
+    """The next link offers memory for RDMA, which its receiver declines after `answer`."""
+
+    def join(session: Session, exposed: Exposed) -> Joined:
+        answer()
+        return Joined([], "it has no NIXL")
+
+    offers = itertools.chain([Exposed(agent=b"", checksum=0, regions=[])], itertools.repeat(None))
+    with (
+        mock.patch.object(Ways, "offer", side_effect=offers),
+        mock.patch.object(Session, "_join", join),
+    ):
+        yield
+
+
+def test_a_peer_that_takes_long_to_answer_an_offer_is_no_stall() -> None:
+    with network(**QUICK) as (sender, receiver, _), asked_to_join(lambda: time.sleep(3.0)):
+        sends_a_page(sender, receiver, receiver.peer)
+
+
+def test_a_link_that_does_not_come_to_stand_is_given_up() -> None:
+    """Its peer answers every heartbeat; the next link stands."""
+    answers = threading.Event()
+    with (
+        network(stand_seconds=2.0) as (sender, receiver, _),
+        asked_to_join(lambda: until(answers.is_set)),
+    ):
+        first = sender.link(receiver.peer)
+        waiting = Outcome()
+        first.begin(7, waiting)
+        assert "it did not come to stand within 2 s" in waiting.failure()
+        answers.set()
+        first.join(WAIT_SECONDS)
+        assert sender.link(receiver.peer) is not first
+        source, target, arrived = Memory(1, 1, 99).fill(1), Memory(1, 1, 99), Outcome()
+        receiver.expect(1, None, target, arrived)
+        assert send(sender, receiver, 1, source)[1].wait() is None
         assert arrived.wait() is None
+        assert len(waiting.calls) == 1
+
+
+def test_a_slow_network_is_no_stall_while_the_link_is_tested(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its streams send a frame each, and share what there is: nothing comes for long, then all."""
+    monkeypatch.setattr("fourfold.transport.self_test.PROBE_FRAMES", 8)
+    with network(streams=8, slice_bytes=1 << 19, **QUICK) as (sender, receiver, proxy):
+        proxy.alter = Bottleneck(8 * (1 << 19) / 3.2)
+        sends_a_page(sender, receiver, proxy.peer)
 
 
 def test_a_receiver_that_takes_nothing_bounds_what_is_sent() -> None:
