@@ -54,8 +54,8 @@ class TransportConfig:
     2 on up to 4 cores, 4 on less than 16, else 8."""
     slice_bytes: int = 2 << 20
     """Of whole pages that are sent as one frame, and twice as many by a link that was fast in its
-    test; a page of up to 1 MiB is never split. Smaller ones cost more of the CPU, larger ones take
-    a slow link long enough to look stalled."""
+    test; a page of up to 1 MiB is never split. Smaller ones cost more of the CPU, larger ones are
+    long on their way over a slow link, which is closed where one is cancelled meanwhile."""
     max_payload: int = 8 << 20
     """A frame that claims more closes its connection."""
     window_bytes: int = 64 << 20

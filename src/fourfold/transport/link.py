@@ -216,9 +216,10 @@ class Link:
         assert self._control is not None
         self._control.post(Ping(time.monotonic_ns()))
         seconds = self._config.stall_seconds
+        acknowledged = sum(stream.acknowledged for stream in self._streams)
         if time.monotonic() > self._deadline:
             self._control.end(f"it did not come to stand within {self._config.stand_seconds:g} s")
-        elif self._transfers.stalled(seconds):
+        elif self._transfers.stalled(seconds, acknowledged):
             self._control.end(f"nothing has moved for {seconds:g} s")
         elif self._transfers.clings():
             self._control.end("a stream stood still amid pages of a transfer that was cancelled")

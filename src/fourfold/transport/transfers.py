@@ -95,6 +95,7 @@ class Transfers:
         self._taken: list[int] = []
         """Frames that each stream has taken, where they are dealt out evenly."""
         self._moved = time.monotonic()
+        self._acknowledged = 0
         self.problem: str | None = None
         """Why nothing is sent any more."""
 
@@ -214,10 +215,13 @@ class Transfers:
             self._changed.notify_all()
             return True
 
-    def stalled(self, seconds: float) -> bool:
-        """Whether the receiver owes progress and has made none for so long; before `open` it
-        owes none."""
+    def stalled(self, seconds: float, acknowledged: int) -> bool:
+        """Whether the receiver owes progress and has made none for so long, of which there is none
+        to owe before `open`. `acknowledged`: bytes of all streams that its system has so far; a
+        slow network takes longer than that over a frame, and moves all the while."""
         with self._changed:
+            if acknowledged != self._acknowledged:
+                self._acknowledged, self._moved = acknowledged, time.monotonic()
             return self._open and self._busy() and time.monotonic() - self._moved > seconds
 
     def clings(self) -> bool:

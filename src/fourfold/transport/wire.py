@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import ssl
+import struct
 import sys
 import time
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ _AHEAD_BYTES = 1 << 13
 _LONGEST_IDLE = 32_767
 """Seconds; Linux takes no longer time before a keepalive."""
 _WAIT_ALL = getattr(socket, "MSG_WAITALL", 0)
+_ACKNOWLEDGED = struct.Struct("=120xQ")
+"""Where Linux says it in `struct tcp_info`."""
 
 
 class Wire:
@@ -42,6 +45,16 @@ class Wire:
     def pending(self) -> bool:
         """Whether `receive_some` has something that a poll would not show."""
         return self._tls is not None and self._tls.pending() > 0
+
+    @property
+    def acknowledged(self) -> int:
+        """Bytes sent that have come to the peer's system so far; 0 where this one does not say.
+        For any thread, until `close`."""
+        if sys.platform != "linux":
+            return 0
+        size = _ACKNOWLEDGED.size
+        told = self._socket.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, size)
+        return int(_ACKNOWLEDGED.unpack(told)[0]) if len(told) == size else 0
 
     def block(self, blocks: bool) -> None:
         """Whether calls wait: yes for `send` and `receive`, no for `send_some`, `receive_some`."""

@@ -14,6 +14,8 @@ from fourfold.transport.handshake import Purpose
 from fourfold.transport.peer import Peer
 
 _CHUNK = 1 << 16
+_BUFFER = 1 << 16
+"""Of the proxy's own sockets, so that it holds little of what it has not passed on."""
 
 
 class Bottleneck:
@@ -41,6 +43,8 @@ class Proxy:
     def __init__(self, peer: Peer) -> None:
         self._target = (peer.host, peer.port)
         self._listener = socket.create_server(("127.0.0.1", 0))
+        # Those that it accepts take it on.
+        self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, _BUFFER)
         self.peer = msgspec.structs.replace(peer, port=self._listener.getsockname()[1])
         """The node as it is reached through here."""
         self.alter: Callable[[bytes], bytes] = lambda data: data

@@ -230,6 +230,25 @@ def test_a_slow_network_is_no_stall_while_the_link_is_tested(
         sends_a_page(sender, receiver, proxy.peer)
 
 
+def test_a_frame_that_is_long_on_its_way_is_no_stall() -> None:
+    """All that is sent is one, and it comes only after longer than anything may stand still."""
+    size = 1 << 22
+    with network(streams=1, slice_bytes=size, **QUICK) as (sender, receiver, proxy):
+        sends_a_page(sender, receiver, proxy.peer)
+        source, target = Memory(1, 4, size // 4).fill(2), Memory(1, 4, size // 4)
+        arrived, sent = Outcome(), Outcome()
+        receiver.expect(2, None, target, arrived)
+        proxy.alter = Bottleneck(size / 3.5)
+        transfer = sender.link(proxy.peer).begin(2, sent)
+        transfer.write(list(source.pieces()))
+        transfer.finish()
+        assert sent.wait() is None
+        assert arrived.wait() is None
+        assert target.content() == source.content()
+        (stats,) = receiver.stats()
+        assert stats.frames == 2
+
+
 def test_a_receiver_that_takes_nothing_bounds_what_is_sent() -> None:
     """The landing blocks: no more than the window leaves the sender, whose transfer then fails."""
     sender = make_node(
