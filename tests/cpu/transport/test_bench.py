@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import socket
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from fourfold.bench.record import load
 from fourfold.bench.transport import main as bench
 from fourfold.bench.transport.config import TransportBenchConfig
 from fourfold.bench.transport.main import main
+from fourfold.bench.transport.near import _give_all
 from fourfold.errors import ConfigError
 from fourfold.transport import nixl
 from tests.cpu.transport.nodes import needs_nixl
@@ -82,3 +84,12 @@ def test_a_far_side_that_cannot_use_a_path_says_so(monkeypatch: pytest.MonkeyPat
 def test_options_that_measure_nothing_are_refused(options: dict[str, int], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         TransportBenchConfig(**options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("size", [1, 1 << 24])
+def test_a_thread_that_sends_says_nothing_of_a_far_process_that_has_ended(size: int) -> None:
+    """Whoever waits for that process's answer says it."""
+    near, far = socket.socketpair()
+    far.close()
+    _give_all(near, memoryview(bytes(size)), 1 << 20)
+    assert near.fileno() == -1

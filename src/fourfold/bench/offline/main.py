@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
+from fourfold.bench.answers import command_of
 from fourfold.bench.command_line import command_line
 from fourfold.bench.offline.cases import parse_case
 from fourfold.bench.offline.config import OfflineBenchConfig
@@ -85,7 +86,7 @@ def _run(engine: str, config: OfflineBenchConfig, vocabulary: int) -> Answer:
     )
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "fourfold.bench.offline.engines"],
+            command_of("fourfold.bench.offline.engines"),
             input=msgspec.json.encode(task),
             stdout=subprocess.PIPE,
             timeout=_LONGEST,

@@ -8,7 +8,6 @@ import dataclasses
 import queue
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import IO, NamedTuple
 
 import msgspec
 
+from fourfold.bench.answers import command_of
 from fourfold.bench.transport.config import LAYERS, TransportBenchConfig
 from fourfold.bench.transport.host_pages import Pages, identity, private_memory, without_checksums
 from fourfold.bench.transport.messages import (
@@ -57,7 +57,7 @@ class FarProcess:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "fourfold.bench.transport.far"],
+            command_of("fourfold.bench.transport.far"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
@@ -242,8 +242,8 @@ def _fill(buffer: memoryview) -> None:
 
 
 def _give_all(connection: socket.socket, view: memoryview, chunk: int) -> None:
-    with connection:
+    # Where the far process has ended, its next answer is missed.
+    with connection, contextlib.suppress(ConnectionError):
         for at in range(0, len(view), chunk):
             connection.sendall(view[at : at + chunk])
-        if connection.recv(1) != b"k":
-            raise EOFError
+        connection.recv(1)
