@@ -33,6 +33,12 @@ class Options:
     api: ApiConfig = ApiConfig()
 
     def __post_init__(self) -> None:
+        for name in self.served_name:
+            if not name.strip() or not name.isprintable():
+                raise ConfigError(
+                    f"--served-name {name!r} is no name that requests could ask for; give one of "
+                    "printable characters"
+                )
         port, hosts = self.api.port, (self.api.host, self.cluster.cluster_host)
         overlap = hosts[0] == hosts[1] or not EVERY_ADDRESS.isdisjoint(hosts)
         if port and port == self.cluster.cluster_port and overlap:

@@ -40,6 +40,6 @@ def assemble(
         engine,
         tokenizer.ending_with(model.eos_token_ids),
         setup.limits,
-        model_names=(setup.engine.source.model_id, *setup.names),
+        model_names=tuple(dict.fromkeys((setup.engine.source.model_id, *setup.names))),
         vocabulary=model.vocabulary,
     )

@@ -62,6 +62,7 @@ def assert_one_line(result: tuple[int, str, str], *fragments: str) -> None:
         ("serve no-such-model", ["no-such-model", "owner/name"]),
         ("inspect /no/such/file.gguf", ["/no/such/file.gguf"]),
         ("worker --join a..b:70", ["--join a..b:70 is no HOST:PORT"]),
+        ("serve --served-name= no-such-model", ["--served-name ''", "give one"]),
         ("serve --revision main", ["revision main", "hub id"]),
         ("inspect --tokenizer /no/such/words", ["/no/such/words"]),
         ("serve --served-name mine no-such-model", ["no-such-model", "owner/name"]),

@@ -75,14 +75,17 @@ def serving(*arguments: str) -> Iterator[Server]:
 @pytest.fixture(scope="module")
 def server(served: str) -> Iterator[Server]:
     arguments = ("--precision", "float32", "--kv-memory-gib", "0.02", "--max-concurrent", "8")
-    with serving("--served-name", "tiny", str(served), *arguments) as running:
+    names = ("--served-name", "tiny", "--served-name", "a b", "--served-name", "tiny")
+    with serving(*names, str(served), *arguments) as running:
         yield running
 
 
 def test_it_is_ready_and_names_its_model(server: Server) -> None:
     assert httpx.get(f"{server.url}/ready").status_code == 200
     assert httpx.get(f"{server.url}/health").status_code == 200
-    assert {model.id for model in server.client().models.list()} >= {"tiny"}
+    names = [model.id for model in server.client().models.list()]
+    assert names == ["tiny-mixtral", "tiny", "a b"]
+    assert server.client().models.retrieve("a b").id == "a b"
 
 
 def test_further_names_are_further() -> None:
