@@ -35,7 +35,7 @@ class ClusterListener:
         """Takes `port` at the address of `transport`, whose key and TLS it wants. Raises
         `ConfigError` where the port, or TLS, cannot be had."""
         self._fleet = fleet
-        self._key = transport.key
+        self._key, self._advertise = transport.key, transport.advertise
         self._tls = None if transport.tls is None else load_tls(transport.tls)
         self._socket = listen(transport.host, port)
         self._socket.setblocking(False)
@@ -47,8 +47,9 @@ class ClusterListener:
 
     @property
     def address(self) -> str:
-        """HOST:PORT, as `fourfold worker --join` wants it."""
+        """HOST:PORT, as `fourfold worker --join` wants it where others are to reach it."""
         host, port, *_ = self._socket.getsockname()
+        host = self._advertise or host
         return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
     @property

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
+import re
 import resource
 import socket
 import subprocess
@@ -150,6 +151,15 @@ def test_who_would_join_is_told_which_files_it_needs(tls: TlsFiles | None, files
             assert door.listener.command == start + files
 
     go(main)
+
+
+def test_who_would_join_is_told_the_advertised_address() -> None:
+    setup = EngineSetup(source=Source(SourceKind.DIRECTORY, Path("/nowhere"), "model"))
+    transport = TransportConfig(host="0.0.0.0", advertise="server.example", key=KEY)
+    with contextlib.closing(
+        ClusterListener(Fleet(setup, FleetConfig(), transport, 30.0), 0, transport)
+    ) as door:
+        assert re.search(r" --join server\.example:[1-9]\d* ", door.command)
 
 
 @pytest.mark.usefixtures("many_open_files")
