@@ -27,10 +27,13 @@ def weight_bytes(model: Decoder) -> dict[str, int]:
 
 
 def told(weights: Mapping[str, int]) -> str:
-    """`weight_bytes` for a log, largest first: `16.0 GiB (experts and routers 15.0, head 0.3)`."""
+    """`weight_bytes` for a log, largest first: `16.0 GiB (experts and routers 15.0, head 0.3)`.
+    Of a small model in MiB; parts that would be told as 0.0 are left out."""
+    whole = sum(weights.values())
+    size, unit = (2**30, "GiB") if whole >= 2**29 else (2**20, "MiB")
     parts = sorted(weights.items(), key=lambda part: -part[1])
-    listed = ", ".join(f"{part} {_gib(held)}" for part, held in parts if held >> 20)
-    return f"{_gib(sum(weights.values()))} GiB ({listed})"
+    listed = [f"{part} {held / size:.1f}" for part, held in parts if held >= size / 20]
+    return f"{whole / size:.1f} {unit}" + (f" ({', '.join(listed)})" if listed else "")
 
 
 def _part_of(path: str, module: nn.Module, model: Decoder) -> str:
@@ -65,7 +68,3 @@ def _storage_of(tensor: Tensor) -> tuple[object, int]:
         return ("packed", id(tensor)), tensor.nbytes
     storage = tensor.untyped_storage()
     return storage.data_ptr(), storage.nbytes()
-
-
-def _gib(held: int) -> str:
-    return f"{held / 2**30:.1f}"

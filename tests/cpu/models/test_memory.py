@@ -48,6 +48,13 @@ def test_weights_are_one_line() -> None:
     assert told(held) == f"16.0 GiB ({EXPERTS} 15.0, head 1.0)"
 
 
+def test_weights_of_a_small_model_are_told_in_smaller_units() -> None:
+    mib = 1 << 20
+    held = {"head": mib, EXPERTS: 200 * mib, "norms": mib // 40}
+    assert told(held) == f"201.0 MiB ({EXPERTS} 200.0, head 1.0)"
+    assert told({"norms": 100}) == "0.0 MiB"
+
+
 def test_parts_of_a_start_are_told_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(100.0)
     monkeypatch.setattr(phases, "time", Instead(time, monotonic=lambda: next(clock)))
