@@ -12,6 +12,9 @@ def run(options: Options) -> int:
     from fourfold.train.law.records import read_records
     from fourfold.train.law.report import lines_of, make_report, write_report
 
+    out = options.out or options.records.parent / "fit.json"
+    if options.out is None and out.exists():
+        raise ConfigError(f"{out} is there already; replace it with --out {out}, or name another")
     report = make_report(
         read_records(options.records, least_tokens=options.least_tokens),
         starts=options.starts,
@@ -19,7 +22,6 @@ def run(options: Options) -> int:
         seed=options.seed,
         least_tokens=options.least_tokens,
     )
-    out = options.out or options.records.parent / "fit.json"
     try:
         write_report(report, out)
     except OSError as error:

@@ -40,7 +40,7 @@ class FitConfig:
     """The folder of records: `OUT/records` of a sweep."""
     out: Path | None = None
     """Where the fit goes, for `fourfold law plot` and `advise`. Default: fit.json beside the
-    folder of records."""
+    folder of records, unless there is one; named here, it is replaced."""
     starts: int = 512
     """How many places the search for the best coefficients begins from."""
     resamplings: int = 1000

@@ -203,6 +203,21 @@ def test_the_command_writes_a_fit_that_comes_back(
             assert estimate.low < estimate.value < estimate.high  # type: ignore[operator]
 
 
+def test_a_fit_is_replaced_only_where_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for record in grid(Known()):
+        write_record(record, tmp_path / "records" / f"{record.name}.json")
+    out = tmp_path / "fit.json"
+    out.write_text("published")
+    line = ["law", "fit", str(tmp_path / "records"), "--starts", "2", "--resamplings", "1"]
+    assert run(line) == 2
+    assert f"replace it with --out {out}" in capsys.readouterr().err
+    assert out.read_text() == "published"
+    assert run([*line, "--out", str(out)]) == 0
+    assert read_report(out).forms
+
+
 def test_runs_that_were_too_short_are_left_out(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -221,7 +236,8 @@ def test_runs_that_were_too_short_are_left_out(
     assert all(len(form.residuals) == 38 for form in report.forms.values())
     assert run(["law", "plot", str(tmp_path / "fit.json")]) == 0
     assert run(["law", "advise", str(tmp_path / "fit.json"), "--flops", "1e18"]) == 0
-    assert run([*fitted, "--least-tokens", "1e12"]) != 0
+    other = ["--out", str(tmp_path / "other.json")]
+    assert run([*fitted, *other, "--least-tokens", "1e12"]) != 0
     assert "lower --least-tokens" in capsys.readouterr().err
 
 
