@@ -243,7 +243,7 @@ class RunSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     """Global batches of held-out text that an evaluation reads, at most all there are."""
     log_every: int = 10
     tensorboard: bool = False
-    """Write TensorBoard events too; needs `pip install tensorboard`."""
+    """Write TensorBoard events too; needs `pip install 'fourfold[tensorboard]'`."""
     export: bool = True
     """Write the trained model as a Hugging Face directory."""
 
@@ -252,7 +252,7 @@ class RunSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
         _positive("run", self, "evaluate_batches")
         _at_least_zero("run", self, "seed")
         if self.tensorboard and importlib.util.find_spec("tensorboard") is None:
-            raise ConfigError("run.tensorboard = true needs `pip install tensorboard`")
+            raise ConfigError("run.tensorboard = true needs `pip install 'fourfold[tensorboard]'`")
 
 
 class ParallelSection(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

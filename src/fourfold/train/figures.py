@@ -18,7 +18,7 @@ def write_figures(figures: Iterator[tuple[str, Figure]], folder: Path, ending: s
     try:
         import matplotlib
     except ImportError as error:
-        raise ConfigError("figures need `pip install matplotlib`") from error
+        raise ConfigError("figures need `pip install 'fourfold[plot]'`") from error
     folder.mkdir(parents=True, exist_ok=True)
     settings = {"svg.hashsalt": "fourfold", "font.size": 9, "axes.grid": True, "grid.alpha": 0.3}
     paths = []

@@ -153,7 +153,7 @@ def test_tensorboard_without_its_package_says_what_to_install(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match="pip install tensorboard"):
+    with pytest.raises(ConfigError, match=r"pip install 'fourfold\[tensorboard\]'"):
         toy.config(tmp_path, {"run": {"tensorboard": True}})
 
 

@@ -27,7 +27,7 @@ from fourfold.models.loading import open_checkpoint
 _LONGEST = 1200
 _LOG_WIDTH = 200
 _PACKAGES = {
-    "transformers": ("transformers", "transformers"),
+    "transformers": ("transformers", "'fourfold[transformers]'"),
     "llama.cpp": ("llama_cpp", "llama-cpp-python"),
 }
 

@@ -77,7 +77,7 @@ def _read_rows(path: Path, field: str) -> Iterator[str]:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
-        raise ConfigError(f"{path}: Parquet needs `pip install pyarrow`") from error
+        raise ConfigError(f"{path}: Parquet needs `pip install 'fourfold[parquet]'`") from error
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             if field not in file.schema_arrow.names:
