@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import sys
 from typing import TYPE_CHECKING
 
@@ -66,6 +67,10 @@ def _converse(llm: LLM, options: Options) -> None:
             print("(forgotten)", file=sys.stderr)
         elif line == "/help":
             print(_HELP, file=sys.stderr)
+        elif re.fullmatch(r"/\w*", line.partition(" ")[0]):  # a path is none
+            print(
+                f"fourfold: {line:.80} is no command, so it is not sent; {_HELP}", file=sys.stderr
+            )
         elif line:
             messages.append({"role": "user", "content": line})
             try:

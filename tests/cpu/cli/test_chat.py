@@ -91,6 +91,21 @@ def test_what_is_typed_besides(talk: Talk, reply: Callable[..., str]) -> None:
     assert err.count("/reset") == 2
 
 
+@pytest.mark.parametrize("line", ["/rest", "/", "/exit now"])
+def test_a_command_that_is_not_known_is_not_sent(
+    line: str, talk: Talk, reply: Callable[..., str]
+) -> None:
+    code, out, err = talk([line, "hello"], *LIKELIEST)
+    assert code == 0
+    assert out == reply("hello") + "\n"
+    assert f"fourfold: {line} is no command" in err
+    assert err.count("/reset") == 2
+
+
+def test_a_path_is_no_command(talk: Talk, reply: Callable[..., str]) -> None:
+    assert talk(["/etc/hosts is what?"], *LIKELIEST)[1] == reply("/etc/hosts is what?") + "\n"
+
+
 def test_a_line_too_long_is_refused_and_forgotten(talk: Talk, reply: Callable[..., str]) -> None:
     code, out, err = talk(["x" * 3000, "hello"], *LIKELIEST)
     assert code == 0
