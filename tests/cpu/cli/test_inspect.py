@@ -56,6 +56,20 @@ def test_a_configuration_that_would_be_refused(
     assert out.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("held", "says"), [(None, "--load dummy"), ("pytorch_model.bin", "convert the checkpoint")]
+)
+def test_a_folder_without_safetensors(
+    held: str | None, says: str, served: Path, tmp_path: Path, command: Command
+) -> None:
+    shutil.copy(served / "config.json", tmp_path)
+    if held is not None:
+        (tmp_path / held).touch()
+    code, out, _ = command("inspect", tmp_path)
+    assert code == 1
+    assert says in out.split("has no *.safetensors; ")[1]
+
+
 def test_tensors_that_would_be_refused(served: Path, tmp_path: Path, command: Command) -> None:
     path = tmp_path / "odd"
     shutil.copytree(served, path)

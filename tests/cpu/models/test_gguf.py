@@ -237,7 +237,7 @@ def test_a_file_cut_short_is_refused_wherever_it_is_cut(made: Made, tmp_path: Pa
     for length in cuts:
         path = tmp_path / f"cut{length}.gguf"
         path.write_bytes(whole[:length])
-        refusal(path)
+        assert refusal(path) == f"{path} is no whole GGUF file of version 2 or 3; fetch it again"
 
 
 def test_something_else_called_gguf_is_refused(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from fourfold.models.checkpoint.streaming import FilePart, StreamingReader
 
 _QUANTISATION = "quantization_config"
 _CONTENTS = "weight_shape"
+_OTHER_WEIGHTS = (".bin", ".pt", ".pth")
 _INTEGERS = ("I64", "I32")
 # What weights may be stored in; anything else holds the codes of some quantisation.
 _FLOATS = ("F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
@@ -234,9 +235,11 @@ class DirectoryCheckpoint:
             return [self._path / name for name in names]
         files = sorted(self._path.glob("*.safetensors"))
         if not files:
-            raise CheckpointError(
-                f"{self._path} has no *.safetensors; convert the checkpoint to safetensors first"
-            )
+            if any(path.suffix in _OTHER_WEIGHTS for path in self._path.iterdir()):
+                remedy = "convert the checkpoint to safetensors first"
+            else:
+                remedy = "fetch them, or take random weights with --load dummy"
+            raise CheckpointError(f"{self._path} has no *.safetensors; {remedy}")
         return files
 
 

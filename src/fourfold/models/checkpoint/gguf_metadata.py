@@ -30,8 +30,15 @@ def read_gguf(path: Path) -> gguf.GGUFReader:
     """The opened file; kept, because weights and tokenizer both read it."""
     try:
         return _Reader(path)
-    except (ValueError, OSError, KeyError, IndexError) as error:
-        raise CheckpointError(f"{path} is not a readable GGUF file ({error})") from error
+    except OSError as error:
+        raise CheckpointError(
+            f"{path} cannot be read ({error.strerror or error}); see that it may be"
+        ) from error
+    except (ValueError, KeyError, IndexError) as error:
+        # Of a broken file these tell about arrays.
+        raise CheckpointError(
+            f"{path} is no whole GGUF file of version 2 or 3; fetch it again"
+        ) from error
 
 
 def read_value(reader: gguf.GGUFReader, key: str) -> Any:
