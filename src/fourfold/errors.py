@@ -6,6 +6,9 @@ body. Bugs of ours are plain assertions and tracebacks instead.
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class FourfoldError(Exception):
     """The base of every error meant for a user. `str(error)` is a sentence with its remedy."""
@@ -53,3 +56,11 @@ class RequestFailedError(FourfoldError):
 
 class DeadlineError(RequestFailedError):
     """An accepted request that outlived its time limit (HTTP 504 before the first byte)."""
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a word that is not known: the one that is most like it, or all
+    that are known."""
+    names = list(known)
+    near = difflib.get_close_matches(word[:64], names, n=1)
+    return f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"

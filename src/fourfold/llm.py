@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import dataclasses
 import enum
 import math
 import queue
@@ -38,7 +39,7 @@ import msgspec
 from fourfold.engine.building import EngineSetup, Progress
 from fourfold.engine.config import EngineConfig
 from fourfold.engine.messages import FinishReason
-from fourfold.errors import ConfigError, DrainingError, RequestError
+from fourfold.errors import ConfigError, DrainingError, RequestError, meant
 from fourfold.gateway.config import GatewayLimits
 from fourfold.gateway.gateway import Gateway
 from fourfold.gateway.generation import Generation, GenerationOptions, TokenText, Usage
@@ -134,6 +135,10 @@ class LLM:
         bytes in all. Raises `CheckpointError` and `ConfigError`.
         """
         # What is wrong with these is known before a model is downloaded.
+        fields = (field.name for field in dataclasses.fields(EngineConfig))
+        known = (*(LLM.__init__.__kwdefaults__ or ()), *fields)
+        for name in config.keys() - known:
+            raise ConfigError(f"{name} is no option of an LLM; {meant(name, known)}")
         if "kv_pages" in config:
             config["kv_pages"] = _choice(PageFormat, "kv_pages", config["kv_pages"])
         budgets = EngineConfig(**config)

@@ -237,8 +237,6 @@ def test_choices_that_do_not_exist(checkpoint: Callable[[str], Path], folder: Pa
     for wrong in ({"precision": "int3"}, {"kv_pages": "int3"}, {"device": "no such device"}):
         with pytest.raises(ConfigError):
             LLM(checkpoint("mixtral"), tokenizer=folder, **wrong)
-    with pytest.raises(TypeError, match="max_runing"):
-        LLM(checkpoint("mixtral"), tokenizer=folder, max_runing=3)
 
 
 def test_a_closed_model_is_gone_and_says_so(
@@ -315,6 +313,10 @@ def test_wrong_options_are_known_before_the_model_is_looked_for() -> None:
         LLM("/no/such/model", max_running=0)
     with pytest.raises(ConfigError, match="precision"):
         LLM("/no/such/model", precision="int3")
+    with pytest.raises(ConfigError, match=r"precison .*; did you mean precision\?"):
+        LLM("/no/such/model", precison="w8a8")
+    with pytest.raises(ConfigError, match=r"max_runing .*; did you mean max_running\?"):
+        LLM("/no/such/model", max_runing=1)
 
 
 def test_an_engine_that_ends_by_itself_leaves_nobody_waiting(

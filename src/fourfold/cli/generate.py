@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated, Any
@@ -23,7 +24,7 @@ import tyro
 
 from fourfold.cli.options import ModelOptions, check_asked, load_llm
 from fourfold.engine.config import EngineConfig
-from fourfold.errors import ConfigError, FourfoldError
+from fourfold.errors import ConfigError, FourfoldError, meant
 
 if TYPE_CHECKING:
     from fourfold.llm import LLM, Asked
@@ -101,11 +102,17 @@ def _read(path: str) -> list[Line]:
         try:
             line = msgspec.json.decode(raw, type=Line)
         except (msgspec.DecodeError, UnicodeEncodeError) as error:
-            raise ConfigError(f"{path}, line {number}: {error}") from error
+            raise ConfigError(f"{path}, line {number}: {error}{_spelling(str(error))}") from error
         if (line.prompt is None) == (line.messages is None):
             raise ConfigError(f"{path}, line {number}: give either prompt or messages")
         lines.append(line)
     return lines
+
+
+def _spelling(complaint: str) -> str:
+    """What follows a complaint about a field that no line has: the one that was meant."""
+    unknown = re.search("unknown field `(.*?)`", complaint)
+    return f"; {meant(unknown[1], Line.__struct_fields__)}" if unknown else ""
 
 
 def _count_done(source: str, path: str, lines: list[Line]) -> int:

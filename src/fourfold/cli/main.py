@@ -19,7 +19,7 @@ from typing import Any
 
 from fourfold import __version__
 from fourfold.engine.shortage import is_shortage
-from fourfold.errors import ConfigError, FourfoldError
+from fourfold.errors import ConfigError, FourfoldError, meant
 
 COMMANDS = {
     "serve": "answer OpenAI clients over HTTP",
@@ -154,8 +154,7 @@ def _command(arguments: Sequence[str]) -> tuple[str, Sequence[str]]:
             return name, arguments[words:]
     if group := _group(arguments[0]):
         raise ConfigError(f"{arguments[0]} needs one of its commands: {', '.join(group)}")
-    known = ", ".join(COMMANDS)
-    raise ConfigError(f"there is no command {arguments[0]!r}; the commands are {known}")
+    raise ConfigError(f"there is no command {arguments[0]!r}; {meant(arguments[0], COMMANDS)}")
 
 
 def _parse(kind: type[Any], program: str, arguments: Sequence[str]) -> Any:

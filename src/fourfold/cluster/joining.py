@@ -110,5 +110,7 @@ def split_address(address: str) -> tuple[str, int]:
     """Host and port of HOST:PORT or [HOST]:PORT. Raises `ConfigError`."""
     host, _, port = address.rpartition(":")
     if not is_host(host) or not port.isdecimal() or not 0 < int(port) < 65_536:
-        raise ConfigError(f"--join {address} is no HOST:PORT")
+        raise ConfigError(
+            f"--join {address} is no HOST:PORT; give the gateway's, for example 10.0.0.5:7000"
+        )
     return host.strip("[]"), int(port)

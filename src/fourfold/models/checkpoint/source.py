@@ -76,7 +76,10 @@ def _check_no_revision(revision: str | None, what: str) -> None:
 def _find_local(path: Path, weights: bool) -> Source | None:
     if path.is_dir():
         if weights and not (path / "config.json").is_file():
-            raise CheckpointError(f"{path} has no config.json, so it is not a checkpoint directory")
+            raise CheckpointError(
+                f"{path} has no config.json, so it is not a checkpoint directory; give one that "
+                "has, a .gguf file or a hub id (owner/name)"
+            )
         return Source(SourceKind.DIRECTORY, path, path.resolve().name)
     if path.is_file():
         if path.suffix.lower() != ".gguf":
