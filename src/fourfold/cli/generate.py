@@ -3,8 +3,10 @@
 Each input line is an object with `messages` (a conversation, rendered by the model's chat template)
 or `prompt` (text to continue as it is, without the template), and
 may set the sampling fields of this command for itself. Each output line repeats the input line's
-`id` if it has one and adds `text`, `finish_reason` and token counts. Results are written in the
-order of the input, so the lines already in the output file are the ones that are done.
+`id` if it has one and adds `text`, `finish_reason`, token counts and `request_hash`, by which
+prompt, options and model are known again. Results are written in the order of the input, so the
+lines already in the output file are the ones that are done; one with another hash than its prompt
+has now ends the command instead.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import tyro
+import xxhash
 
 from fourfold.cli.options import ModelOptions, check_asked, load_llm
 from fourfold.engine.config import EngineConfig
@@ -31,18 +34,21 @@ if TYPE_CHECKING:
 
 _ANSWERED = ("text", "error")
 """Fields of which every answer has one."""
+_HASH = "request_hash"
+"""A field of every answer; files of older versions lack it."""
 _BEGINNINGS = (b'{"id": ', b'{"text": ', b'{"error": ')
 """How a line of answers begins."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-    """Answers every line of a JSONL file; run it again to resume."""
+    """Answers every line of a JSONL file; run it again, with the same options, to resume."""
 
     input: Annotated[str, tyro.conf.Positional]
     """JSONL file with `prompt` or `messages` in every line; - reads standard input."""
     output: Annotated[str, tyro.conf.Positional] = "-"
-    """JSONL file for the answers, continued if it exists; - writes standard output."""
+    """JSONL file for the answers, continued if it exists and answers the same prompts under the
+    same options; - writes standard output."""
     temperature: float = 0.0
     """0 always takes the likeliest token."""
     top_p: float = 1.0
@@ -76,7 +82,7 @@ def run(options: Options) -> int:
     if not lines:
         print(f"{options.input} holds no prompts, so there is nothing to answer", file=sys.stderr)
         return 0
-    done = _count_done(options.input, options.output, lines)
+    done = _count_done(options, lines)
     if done == len(lines):
         print(f"{options.output} already holds all {done} answers", file=sys.stderr)
         return 0
@@ -115,9 +121,10 @@ def _spelling(complaint: str) -> str:
     return f"; {meant(unknown[1], Line.__struct_fields__)}" if unknown else ""
 
 
-def _count_done(source: str, path: str, lines: list[Line]) -> int:
+def _count_done(options: Options, lines: list[Line]) -> int:
     """Answers already in the output; a last line cut short by a crash is removed, once it is known
-    that the file holds answers and nothing else."""
+    that the file holds answers to these lines and nothing else."""
+    source, path = options.input, options.output
     if path == "-" or not Path(path).is_file():
         return 0
     try:
@@ -141,6 +148,11 @@ def _count_done(source: str, path: str, lines: list[Line]) -> int:
             )
         if answer is None or answer.keys().isdisjoint(_ANSWERED):
             raise ConfigError(f"{path}, line {number} is no answer of ours; name another output")
+        if answer.get(_HASH, ours := _hash(options, line)) != ours:
+            raise ConfigError(
+                f"{path}, line {number} answers another prompt, or under other options; name "
+                "another output, or give those"
+            )
     if tail:
         _remove_cut(path, tail, len(whole) - len(tail))
     return len(answers)
@@ -216,8 +228,18 @@ def _asked(options: Options, line: Line) -> Asked:
     }
 
 
+def _hash(options: Options, line: Line) -> str:
+    """Of what an answer follows from: prompt, sampling, precision and model; that by the last part
+    of its name, for it may have moved."""
+    model, asked = options.model, _asked(options, line)
+    named = Path(model.model or "default").name, model.revision, model.precision
+    request = json.dumps((line.prompt, line.messages, asked, named), sort_keys=True)
+    return xxhash.xxh3_64_hexdigest(request.encode())
+
+
 async def _answer(llm: LLM, options: Options, line: Line) -> dict[str, Any]:
     result: dict[str, Any] = {} if line.id is None else {"id": line.id}
+    told = {_HASH: _hash(options, line)}
     asked = _asked(options, line)
     try:
         if line.messages is not None:
@@ -225,10 +247,11 @@ async def _answer(llm: LLM, options: Options, line: Line) -> dict[str, Any]:
         else:
             [answer] = await llm.agenerate([line.prompt or ""], **asked)
     except FourfoldError as error:
-        return result | {"error": str(error)}
+        return result | {"error": str(error)} | told
     return result | {
         "text": answer.text,
         "finish_reason": answer.samples[0].finish_reason,
         "prompt_tokens": answer.usage.prompt_tokens,
         "completion_tokens": answer.usage.completion_tokens,
+        **told,
     }

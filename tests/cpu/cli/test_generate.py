@@ -52,6 +52,7 @@ def test_answers_are_the_engines_in_the_order_of_the_input(
             "finish_reason": "length",
             "prompt_tokens": len(ids),
             "completion_tokens": asked["max_tokens"],
+            "request_hash": got["request_hash"],
         }
 
 
@@ -117,6 +118,38 @@ def test_the_input_is_never_its_own_output(tmp_path: Path, command: Command) -> 
     assert prompts.read_text() == '{"id": 1, "prompt": "x"}\n{"id": 2, "prompt": "y"}'
 
 
+def test_answers_to_other_prompts_or_under_other_options_are_not_continued(
+    tmp_path: Path, command: Command, small: Sequence[str]
+) -> None:
+    """They need no id for that; a model may have moved."""
+    lines = [{"prompt": "rain", "max_tokens": 2}, {"prompt": "x" * 3000}, {"prompt": "c"}]
+    prompts, output = write(tmp_path / "in.jsonl", lines[:2]), tmp_path / "out.jsonl"
+    model, *options = small
+    assert command("generate", prompts, output, *small)[0] == 1  # the second line is too long
+    held = output.read_bytes()
+    moved = (f"/elsewhere/{Path(model).name}", *options)
+    assert "already holds all 2" in command("generate", prompts, output, *moved)[2]
+
+    others: list[tuple[str, ...]] = [("--seed", "1"), ("--temperature", "0.5"), ("--stop", "a")]
+    for more in [*others, ("--max-tokens", "9"), ("--top-p", "0.5"), ("--revision", "main")]:
+        code, _, err = command("generate", prompts, output, *moved, *more)
+        assert code == 2
+        assert "line 1 answers another prompt, or under other options; name another output" in err
+    for model in ("/no/such/model", "default"):
+        assert command("generate", prompts, output, model, *options)[0] == 2
+    for more in ({"prompt": "snow"}, {"max_tokens": 3}, {"seed": 7}):
+        write(prompts, [lines[0] | more, lines[1]])
+        assert command("generate", prompts, output, *moved)[0] == 2
+    write(prompts, [lines[0], {"prompt": "short"}])
+    assert "line 2 answers another" in command("generate", prompts, output, *moved)[2]
+    assert output.read_bytes() == held
+
+    write(prompts, lines)
+    assert command("generate", prompts, output, *small)[0] == 0
+    assert output.read_bytes().startswith(held)
+    assert len(read(output)) == 3
+
+
 def test_nothing_is_loaded_when_nothing_is_left_to_do(tmp_path: Path, command: Command) -> None:
     prompts = write(tmp_path / "in.jsonl", [{"prompt": "x"}])
     output = write(tmp_path / "out.jsonl", [{"text": "y"}])
@@ -159,7 +192,7 @@ def test_a_line_knows_better_than_the_command(
     assert drawn == again
     assert drawn["text"] not in (plain["text"], other["text"])
     assert likeliest["text"] == plain["text"]
-    assert chat == written
+    assert chat == written | {"request_hash": chat["request_hash"]}
 
     stop = plain["text"][3:5]
     lines = [{"prompt": "spain"}, {"prompt": "spain", "stop": []}]
