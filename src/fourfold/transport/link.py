@@ -1,7 +1,8 @@
 """The sender's side of a link: how it connects, which way pages go, and how it ends.
 
-A link has `stand_seconds` to come to stand, from its first connection to the end of its test; only
-then does the clock of its transfers run, which gives up what has not moved for `stall_seconds`.
+A link has `stand_seconds` to come to stand, from its first connection to the end of its test, or
+longer while that moves; only then does the clock of its transfers run, which gives up what has not
+moved for `stall_seconds`.
 Its control thread waits for nobody, so that heartbeats are sent, and missed, in every phase.
 """
 
@@ -102,7 +103,9 @@ class Link:
         self._round_trips: RoundTrips | None = None
         self._probe: Probe | None = None
         self._deadline = time.monotonic() + config.stand_seconds
-        """For it to stand; none once it does."""
+        """For it to stand, or longer while its test moves; none once it does."""
+        self._acknowledged, self._arrived = 0, -math.inf
+        """Bytes of the streams that the peer's system has, and since when it has so many."""
         self._thread = threading.Thread(target=self._run, name=f"link {peer.name}", daemon=True)
         self._thread.start()
 
@@ -216,10 +219,13 @@ class Link:
         assert self._control is not None
         self._control.post(Ping(time.monotonic_ns()))
         seconds = self._config.stall_seconds
+        now = time.monotonic()
         acknowledged = sum(stream.acknowledged for stream in self._streams)
-        if time.monotonic() > self._deadline:
+        if acknowledged != self._acknowledged:
+            self._acknowledged, self._arrived = acknowledged, now
+        if now > self._deadline and now - self._arrived > seconds:
             self._control.end(f"it did not come to stand within {self._config.stand_seconds:g} s")
-        elif self._transfers.stalled(seconds, acknowledged):
+        elif self._transfers.stalled(seconds, self._arrived):
             self._control.end(f"nothing has moved for {seconds:g} s")
         elif self._transfers.clings():
             self._control.end("a stream stood still amid pages of a transfer that was cancelled")

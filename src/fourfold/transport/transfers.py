@@ -95,7 +95,6 @@ class Transfers:
         self._taken: list[int] = []
         """Frames that each stream has taken, where they are dealt out evenly."""
         self._moved = time.monotonic()
-        self._acknowledged = 0
         self.problem: str | None = None
         """Why nothing is sent any more."""
 
@@ -215,14 +214,13 @@ class Transfers:
             self._changed.notify_all()
             return True
 
-    def stalled(self, seconds: float, acknowledged: int) -> bool:
+    def stalled(self, seconds: float, arrived: float) -> bool:
         """Whether the receiver owes progress and has made none for so long, of which there is none
-        to owe before `open`. `acknowledged`: bytes of all streams that its system has so far; a
-        slow network takes longer than that over a frame, and moves all the while."""
+        to owe before `open`. `arrived`: when bytes came to its system last; a slow network takes
+        longer than that over a frame, and moves all the while."""
         with self._changed:
-            if acknowledged != self._acknowledged:
-                self._acknowledged, self._moved = acknowledged, time.monotonic()
-            return self._open and self._busy() and time.monotonic() - self._moved > seconds
+            moved = max(self._moved, arrived)
+            return self._open and self._busy() and time.monotonic() - moved > seconds
 
     def clings(self) -> bool:
         """Whether a frame has been on its way for long since its transfer was cancelled."""

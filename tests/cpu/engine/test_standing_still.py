@@ -55,7 +55,7 @@ class Stuck:
             monkeypatch.setattr(module, "_GRACE_SECONDS", seconds) for module in (leases, transfers)
         ]
         self.give_up_after(PATIENCE)
-        monkeypatch.setattr(transfers.Transfers, "stalled", lambda self, seconds: False)
+        monkeypatch.setattr(transfers.Transfers, "stalled", lambda self, *given: False)
 
     def wait(self) -> None:
         self.amid.set()

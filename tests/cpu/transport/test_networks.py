@@ -220,12 +220,26 @@ def test_a_link_that_does_not_come_to_stand_is_given_up() -> None:
         assert len(waiting.calls) == 1
 
 
+def test_a_link_that_stands_goes_on_after_its_time_to_stand() -> None:
+    with network(stand_seconds=2.0, **QUICK) as (sender, receiver, _):
+        sends_a_page(sender, receiver, receiver.peer)
+        time.sleep(3.5)
+        source, target, arrived = Memory(1, 1, 99).fill(2), Memory(1, 1, 99), Outcome()
+        receiver.expect(2, None, target, arrived)
+        assert send(sender, receiver, 2, source)[1].wait() is None
+        assert arrived.wait() is None
+        (stats,) = sender.stats()
+        assert (stats.links, stats.failed) == (1, 0)
+
+
 def test_a_slow_network_is_no_stall_while_the_link_is_tested(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Its streams send a frame each, and share what there is: nothing comes for long, then all."""
+    """Its streams send a frame each, and share what there is: nothing comes for long, then all. It
+    takes longer than a link may to stand, but moves."""
     monkeypatch.setattr("fourfold.transport.self_test.PROBE_FRAMES", 8)
-    with network(streams=8, slice_bytes=1 << 19, **QUICK) as (sender, receiver, proxy):
+    options = {"streams": 8, "slice_bytes": 1 << 19, "stand_seconds": 2.0, **QUICK}
+    with network(**options) as (sender, receiver, proxy):
         proxy.alter = Bottleneck(8 * (1 << 19) / 3.2)
         sends_a_page(sender, receiver, proxy.peer)
 
