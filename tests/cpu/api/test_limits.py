@@ -225,6 +225,27 @@ def test_a_client_that_reads_steadily_gets_all_of_a_long_answer(
     assert received >= enough
 
 
+@pytest.mark.parametrize("size", [20_000, 150_000, 180_000, 4_000_000])
+def test_whoever_reads_no_answer_holds_no_connection(
+    start: Callable[..., Server], size: int
+) -> None:
+    """Nor one whose answer is all but written: what the kernel does not take waits here, and a
+    connection that is closed waits for it."""
+    server = start(write_timeout=1.0, keep_alive_timeout=1, max_connections=1)
+    server.gateway.say("x" * size)
+    body = json.dumps(chat()).encode()
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(server.address)
+        connection.sendall(head(len(body)) + body)
+
+        def let_in() -> bool:
+            return httpx.get(f"{server.base_url}/health").status_code == 200
+
+        assert not let_in()
+        assert eventually(let_in, 10)
+
+
 @pytest.mark.parametrize(
     "options",
     [
