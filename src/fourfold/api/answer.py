@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 
 from fastapi import Response
@@ -30,6 +31,9 @@ from fourfold.gateway.generation import Delta, Generation, Usage
 
 _DETAILED_AT_ONCE = 128
 """Tokens whose log-probabilities are told on the loop: about 10 ms with 20 likely ones each."""
+_telling = ThreadPoolExecutor(1, "telling")
+"""For more: one after the other, for they take time from the loop; and none waits there for others
+who need a thread."""
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
 
 logger = logging.getLogger(__name__)
@@ -140,8 +144,9 @@ class Answer(Response):
 async def _made(reply: Reply, deltas: Sequence[Delta], make: Callable[[], bytes]) -> bytes:
     """What `make` tells of the deltas. Log-probabilities of many tokens take seconds, in which
     everybody's tokens, and the heartbeats of all workers, would wait for this loop."""
-    apart = reply.detailed(deltas) > _DETAILED_AT_ONCE
-    return await asyncio.to_thread(make) if apart else make()
+    if reply.detailed(deltas) <= _DETAILED_AT_ONCE:
+        return make()
+    return await asyncio.get_running_loop().run_in_executor(_telling, make)
 
 
 def _telling_when_gone(send: Send) -> Send:

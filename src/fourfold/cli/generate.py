@@ -229,11 +229,17 @@ def _asked(options: Options, line: Line) -> Asked:
 
 
 def _hash(options: Options, line: Line) -> str:
-    """Of what an answer follows from: prompt, sampling, precision and model; that by the last part
-    of its name, for it may have moved."""
-    model, asked = options.model, _asked(options, line)
-    named = Path(model.model or "default").name, model.revision, model.precision
-    request = json.dumps((line.prompt, line.messages, asked, named), sort_keys=True)
+    """Of what an answer follows from: prompt, sampling, model and what it is computed in; of a
+    folder the name alone, for it may have moved."""
+    model, engine = options.model, options.engine
+    path = Path(model.model or "default")
+    name = path.name if path.is_absolute() or path.exists() else str(path)
+    served = (
+        *(name, model.revision, model.tokenizer),
+        *(model.precision, engine.kv_pages, engine.max_context, model.load, model.routing),
+    )
+    asked = line.prompt, line.messages, _asked(options, line)
+    request = json.dumps((asked, served), sort_keys=True)
     return xxhash.xxh3_64_hexdigest(request.encode())
 
 

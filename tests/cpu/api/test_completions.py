@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import threading
 from typing import Any
 
 import httpx
 import pytest
 
+from fourfold.api import replies
 from fourfold.api.faults import parse
 from fourfold.api.schemas import CompletionRequest
 from fourfold.engine.messages import FinishReason
 from fourfold.errors import RequestError
 from fourfold.gateway.budget import check_budget
 from fourfold.gateway.config import GatewayLimits
+from tests.cpu.api.conftest import Server
 from tests.cpu.api.fakes import FakeGateway, token
 from tests.cpu.api.test_chat import events, settled
 
@@ -176,6 +179,26 @@ def test_offsets_count_what_the_text_shows(
     end = len(prompt)
     assert choice["text"] == f"{prompt}x y"
     assert choice["logprobs"]["text_offset"] == [*offsets, end, end + 1, end + 1]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("count", [3, 200])
+def test_many_echoed_logprobs_are_told_beside_the_loop(
+    count: int, stream: bool, server: Server, http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told_by: list[threading.Thread] = []
+    tell = replies._completion_logprobs
+
+    def noticing(*given: Any) -> replies.CompletionLogprobs:
+        told_by.append(threading.current_thread())
+        return tell(*given)
+
+    monkeypatch.setattr(replies, "_completion_logprobs", noticing)
+    prompt_tokens = (token("x ", -1.0),) * count
+    server.gateway.say("y", tokens=[(token("y", -1.0),)], prompt_tokens=prompt_tokens)
+    asked = ask(http, prompt="x " * count, echo=True, logprobs=1, stream=stream)
+    assert asked.status_code == 200
+    assert told_by[0] is server.thread if count == 3 else told_by[0] is not server.thread
 
 
 def test_when_one_prompt_is_refused_the_others_are_cancelled(

@@ -131,7 +131,7 @@ def test_answers_to_other_prompts_or_under_other_options_are_not_continued(
     assert "already holds all 2" in command("generate", prompts, output, *moved)[2]
 
     others: list[tuple[str, ...]] = [("--seed", "1"), ("--temperature", "0.5"), ("--stop", "a")]
-    for more in [*others, ("--max-tokens", "9"), ("--top-p", "0.5"), ("--revision", "main")]:
+    for more in [*others, ("--max-tokens", "9"), ("--top-p", "0.5"), ("--kv-pages", "int8")]:
         code, _, err = command("generate", prompts, output, *moved, *more)
         assert code == 2
         assert "line 1 answers another prompt, or under other options; name another output" in err

@@ -168,6 +168,16 @@ def test_what_is_copied_in_steps_lands(
     assert torch.equal(read(target, there), read(source, here))
 
 
+@pytest.mark.parametrize("mine", KINDS)
+def test_what_a_record_takes_beside_the_pages_is_known(mine: str) -> None:
+    """As it is where it is only copied, as float32 where it is converted."""
+    pages, wide = pages_of(mine), pages_of("float32")
+    assert StagedPages(pages).record_bytes == page_format(pages).record_bytes
+    for theirs in KINDS:
+        form = page_format(pages_of(theirs))
+        assert ConvertedPages(pages, form).record_bytes == page_format(wide).record_bytes
+
+
 def tolerance(source: KVPages, target: KVPages) -> float:
     """What the receiver's form loses of the sender's."""
     if page_format(source) == page_format(target):
