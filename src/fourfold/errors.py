@@ -58,9 +58,10 @@ class DeadlineError(RequestFailedError):
     """An accepted request that outlived its time limit (HTTP 504 before the first byte)."""
 
 
-def meant(word: str, known: Iterable[str]) -> str:
-    """The end of a sentence about a word that is not known: the one that is most like it, or all
-    that are known."""
+def meant(word: str, known: Iterable[str], otherwise: str | None = None) -> str:
+    """The end of a sentence about a word that is not known: the one that it nearly is, or else
+    `otherwise`, or all that are known."""
     names = list(known)
-    near = difflib.get_close_matches(word[:64], names, n=1)
-    return f"did you mean {near[0]}?" if near else f"known are {', '.join(names)}"
+    for near in difflib.get_close_matches(word[:64], names, n=1, cutoff=0.8):
+        return f"did you mean '{near}'?"
+    return f"known are {', '.join(names)}" if otherwise is None else otherwise

@@ -313,9 +313,9 @@ def test_wrong_options_are_known_before_the_model_is_looked_for() -> None:
         LLM("/no/such/model", max_running=0)
     with pytest.raises(ConfigError, match="precision"):
         LLM("/no/such/model", precision="int3")
-    with pytest.raises(ConfigError, match=r"precison .*; did you mean precision\?"):
+    with pytest.raises(ConfigError, match=r"precison .*; did you mean 'precision'\?"):
         LLM("/no/such/model", precison="w8a8")
-    with pytest.raises(ConfigError, match=r"max_runing .*; did you mean max_running\?"):
+    with pytest.raises(ConfigError, match=r"max_runing .*; did you mean 'max_running'\?"):
         LLM("/no/such/model", max_runing=1)
 
 

@@ -7,15 +7,13 @@ fault has a sentence for the person who wrote the request, and a stable code for
 from __future__ import annotations
 
 import collections
-import difflib
 import json
-from collections.abc import Iterable
 from typing import Any, LiteralString, TypeVar
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import PydanticCustomError
 
-from fourfold.errors import RequestError
+from fourfold.errors import RequestError, meant
 
 _MAX_FAULTS = 256
 """pydantic collects every fault of a body; past this many, spelling them out costs too much."""
@@ -120,10 +118,8 @@ def _constraint(kind: str, ctx: dict[str, Any]) -> str:
 
 
 def _spelling(schema: type[BaseModel], loc: tuple[int | str, ...]) -> str:
-    near: Iterable[str] = ()
-    if len(loc) == 1:
-        near = difflib.get_close_matches(str(loc[0])[:64], schema.model_fields, n=1, cutoff=0.8)
-    return next((f"did you mean '{name}'?" for name in near), "remove it or check its spelling")
+    known = schema.model_fields if len(loc) == 1 else ()
+    return meant(str(loc[0]), known, otherwise="remove it or check its spelling")
 
 
 def _param(loc: tuple[int | str, ...]) -> str | None:

@@ -30,7 +30,7 @@ def assert_one_line(result: tuple[int, str, str], *fragments: str) -> None:
 @pytest.mark.parametrize(
     ("line", "fragments"),
     [
-        ("serv", ["no command 'serv'", "did you mean serve?"]),
+        ("serv", ["no command 'serv'", "did you mean 'serve'?"]),
         ("xyz", ["no command 'xyz'", "known are serve, worker, "]),
         ("bench", ["bench", "bench serve"]),
         ("bench nothing", ["bench serve"]),
@@ -228,7 +228,7 @@ def test_an_address_of_another_machine(served: Path, command: Command) -> None:
         ("not json", "JSON"),
         ('{"prompt": "x"', "truncated"),
         ('{"prompt": 3}', "prompt"),
-        ('{"promt": "x"}', "`promt`; did you mean prompt?"),
+        ('{"promt": "x"}', "`promt`; did you mean 'prompt'?"),
         ('{"prompt": "x", "xyz": 1}', "`xyz`; known are id, prompt, messages, "),
         ("{}", "prompt or messages"),
         ('{"prompt": "x", "messages": []}', "prompt or messages"),
