@@ -272,7 +272,7 @@ def test_rates_that_share_a_file_say_so(
     ("line", "endpoint", "message"),
     [
         ('{"prompt": "a"', "chat", "line 2: .*truncated"),
-        ('{"prompt": "\udcff"}', "chat", "line 2: .*utf-8"),
+        ('{"prompt": "\udcff"}', "chat", "line 2: .*(utf|UTF)-8"),
         ('{"prompt": "a", "n": 3}', "chat", "line 2: .*unknown field `n`"),
         ("{}", "chat", "line 2: give either"),
         ('{"prompt": "a", "messages": []}', "chat", "line 2: give either"),
