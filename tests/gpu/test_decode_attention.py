@@ -80,7 +80,7 @@ def test_wide_tiles(
     wanted = step.reference()
     plans = list(candidate_plans(step.sequences, shape, COST))
     # One sequence fills a tile of 64 rows, or several share one.
-    assert {plan.choice.sharing for plan in plans} == {False, shared * rows < TILES[-1]}
+    assert {bool(p.choice.sharing) for p in plans} == {False, shared * rows < TILES[-1]}
     for plan in plans:
         assert [tile for tile, _ in plan.tiles] == [TILES[-1]]
         buffers = PlanBuffers.holding(plan, GPU)
@@ -229,7 +229,7 @@ def test_a_layer_in_a_graph_follows_plans_of_a_covering_capacity() -> None:
         q[:count] = step.q_RHC.to(GPU)
         for sharing in (False, True):
             for candidate in candidate_plans(step.sequences, shape, COST):
-                if candidate.choice.sharing is sharing and buffers.fits(candidate):
+                if bool(candidate.choice.sharing) is sharing and buffers.fits(candidate):
                     buffers.load(candidate)
                     buffers.partial_o.fill_(math.nan)
                     graph.replay()

@@ -194,7 +194,7 @@ def test_kernels_against_the_reference(
     step = Step(lengths, shape, sharing)
     wanted = step.reference()
     plans = list(candidate_plans(step.sequences, shape, COST))
-    finest = [[p for p in plans if p.choice.sharing is s][:1] for s in (False, True)]
+    finest = [[p for p in plans if bool(p.choice.sharing) is s][:1] for s in (False, True)]
     for plan in [*finest[0], *finest[1], plans[-1]]:
         buffers = PlanBuffers.holding(plan, CPU)
         buffers.partial_o.fill_(math.nan)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -22,6 +23,7 @@ from fourfold.kernels.decode_attention import (
     plan_decode,
 )
 from fourfold.kernels.decode_attention.cost import DecodeCost, Measurement, Work, fit
+from fourfold.kernels.decode_attention.plan import Sharing
 from fourfold.quadrants.costs import shipped_costs
 
 COST = next(shipped_costs()).decode_attention
@@ -136,7 +138,7 @@ def test_plans_that_share_are_timed_even_where_the_model_sees_no_gain_in_sharing
     cost = dataclasses.replace(COST, reread=0.0)
     assert not plan_decode(sequences, shape, cost).choice.sharing
     plans = list(candidate_plans(sequences, shape, cost))
-    assert {plan.choice.sharing for plan in plans} == {False, True}
+    assert {plan.choice.sharing for plan in plans} == {Sharing.NONE, Sharing.ALL}
     for plan in plans:
         check(plan, sequences, shape)
 
@@ -223,6 +225,19 @@ def test_a_short_prefix_is_not_worth_a_merge() -> None:
     sequences = make([64 + 9] * 2, [[0], [0]])
     shape = DecodeShape(heads=32, kv_heads=4, head_width=128)
     assert not plan_decode(sequences, shape, COST).choice.sharing
+
+
+def test_a_prefix_that_spares_a_wave_of_tasks_is_shared() -> None:
+    """Its only page would not pay for the partials."""
+    fresh = itertools.count()
+    tables = [[next(fresh) for _ in range(sealed)] for sealed in (7, 0, 1, 1, 7, 7, 70)]
+    tables[2] = tables[0][:1]
+    sequences = make([64 * len(table) + 2 for table in tables], tables)
+    shape = DecodeShape(heads=4, kv_heads=4, head_width=64, rows=2)
+    plan = plan_decode(sequences, shape, COST)
+    assert plan.choice.sharing is Sharing.ALL
+    check(plan, sequences, shape)
+    assert plan.tasks_J7[:, 3].sum() == sum(map(len, tables)) - 1
 
 
 def test_groups_within_groups_are_shared_at_every_level() -> None:

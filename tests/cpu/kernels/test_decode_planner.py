@@ -20,6 +20,7 @@ from fourfold.kernels.decode_attention import (
     planner,
     search,
 )
+from fourfold.kernels.decode_attention.plan import Sharing
 from tests.cpu.kernels.test_decode_plan import COST, EAGER, check
 
 
@@ -108,7 +109,7 @@ def test_every_step_is_planned_as_if_it_were_the_first(data: st.DataObject) -> N
         if not plan.choice.sharing:
             step = search._step_of(sequences, shape)
             candidate = search.cheapest(step, cost)._replace(
-                choice=plan.choice, runs=step.runs([], None)
+                choice=plan.choice, runs=step.runs(step.shared(Sharing.NONE, cost))
             )
             assert_same(plan, candidate.build())
 

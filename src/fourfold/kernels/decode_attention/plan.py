@@ -14,6 +14,7 @@ heads that share one, J tasks.
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -73,13 +74,22 @@ class DecodeShape:
         return next((tile for tile in TILES if tile >= needed), TILES[-1])
 
 
+class Sharing(enum.IntEnum):
+    """Which pages are read once for several sequences; true where any are."""
+
+    NONE = 0
+    PAYING = 1
+    """Those where reads that are saved cost more than the partials that are added."""
+    ALL = 2
+    """All that several sequences hold: fewer tasks, which can spare a wave of them."""
+
+
 class Choice(NamedTuple):
     """One way to cut a step into tasks."""
 
     chunk: int
     """Pages of a task at most."""
-    sharing: bool
-    """Whether pages are read once for several sequences, wherever that pays by itself."""
+    sharing: Sharing
 
 
 @dataclasses.dataclass(frozen=True)

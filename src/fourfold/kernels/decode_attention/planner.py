@@ -26,8 +26,7 @@ from fourfold.kernels.decode_attention.plan import (
     DecodeShape,
     Ints,
 )
-from fourfold.kernels.decode_attention.search import Candidate, Step, Tree, cheapest
-from fourfold.kernels.decode_attention.siblings import SharedRun
+from fourfold.kernels.decode_attention.search import Candidate, Shared, Step, Tree, cheapest
 from fourfold.kernels.pages.layout import PAGE_TOKENS
 
 _STEPS_BETWEEN_SEARCHES = 64
@@ -109,21 +108,15 @@ class _PageTables:
             self.pages[start : start + sealed] = table[:sealed]
 
 
-class _Sharing(NamedTuple):
-    """What the sequences of a batch share, as long as it is the same batch."""
-
-    tree: Tree
-    nodes: list[SharedRun]
-    covered_B: Ints
-
-
 class _Last(NamedTuple):
     """The step before."""
 
     sequences: DecodeSequences
     sealed_B: Ints
     starts_B: Ints
-    sharing: _Sharing
+    tree: Tree
+    """What the sequences share, as long as it is the same batch."""
+    shared: Shared
     made: Cut
     plan: DecodePlan
 
@@ -153,17 +146,15 @@ class DecodePlanner:
         self._steps_left -= 1
         starts_B = tables.update(sequences.pages, sequences.open_slots_B, sealed_B, same=same)
         if last is not None and same:
-            load = (len(sealed_B), int(sealed_B.sum()), last.sharing.tree.again)
+            load = (len(sealed_B), int(sealed_B.sum()), last.tree.again)
             if not self._has_to_search(load):
                 plan = self._grown(sequences, sealed_B, starts_B, last)
                 if plan is not None:
                     return plan
         pages = tables.pages[: tables.end].copy()
-        sharing = last.sharing if last is not None and same else None
-        step = Step(sequences, self._shape, pages, starts_B, sharing and sharing.tree)
-        if sharing is None:
-            sharing = _Sharing(step.tree, *step.accept(self._cost))
-        return self._cut(sequences, step, sharing)
+        before = last if same else None
+        step = Step(sequences, self._shape, pages, starts_B, before and before.tree)
+        return self._cut(sequences, step, before and before.shared)
 
     def _has_to_search(self, load: tuple[int, int, int]) -> bool:
         """Whether the choice is old, or was made for another kind of step: other numbers of
@@ -181,7 +172,7 @@ class DecodePlanner:
             return None  # a sequence's rows are several tiles
         visible_B = sequences.lengths_B - rows + 1 - PAGE_TOKENS * sealed_B
         assert int(visible_B.min()) >= 1, "the new rows of a sequence cross a page"
-        order_B, covered_B = last.sharing.tree.order_B, last.sharing.covered_B
+        order_B, covered_B = last.tree.order_B, last.shared.covered_B
         moved = starts_B != last.starts_B
         changed_B = moved | (sealed_B != last.sealed_B)
         others: list[tuple[int, int, int]] = []
@@ -202,22 +193,24 @@ class DecodePlanner:
         pages = self._tables.pages[: self._tables.end].copy()
         plan = dataclasses.replace(before, tasks_J7=tasks_J7, pages=pages)
         made = made._replace(tasks_J7=tasks_J7)
-        self._last = _Last(sequences, sealed_B, starts_B, last.sharing, made, plan)
+        self._last = _Last(sequences, sealed_B, starts_B, last.tree, last.shared, made, plan)
         return plan
 
-    def _cut(self, sequences: DecodeSequences, step: Step, sharing: _Sharing) -> DecodePlan:
-        load = (len(step.sealed_B), int(step.sealed_B.sum()), sharing.tree.again)
+    def _cut(self, sequences: DecodeSequences, step: Step, shared: Shared | None) -> DecodePlan:
+        """Cuts a step by the choice that was made, or by a new one. `shared` is what this batch
+        shared before."""
+        load = (len(step.sealed_B), int(step.sealed_B.sum()), step.tree.again)
         if self._chosen is None or self._has_to_search(load):
             self._chosen, self._load = cheapest(step, self._cost), load
             self._steps_left = _STEPS_BETWEEN_SEARCHES
         choice = self._chosen.choice
-        share = choice.sharing and bool(sharing.nodes)
-        runs = step.runs(*(sharing[1:] if share else ([], None)))
-        rows_R = step.rows_in_order(sharing=share)
-        made = cut(runs, choice.chunk, self._shape, rows_R)
-        candidate = self._chosen._replace(step=step, choice=choice._replace(sharing=share))
-        plan = candidate.plan_of(made, rows_R)
-        self._last = _Last(sequences, step.sealed_B, step.starts_B, sharing, made, plan)
+        if shared is None or shared.sharing is not choice.sharing:
+            shared = step.shared(choice.sharing, self._cost)
+        choice = choice._replace(sharing=shared.sharing)
+        rows_R = step.rows_in_order(shared.sharing)
+        made = cut(step.runs(shared), choice.chunk, self._shape, rows_R)
+        plan = self._chosen._replace(step=step, choice=choice).plan_of(made, rows_R)
+        self._last = _Last(sequences, step.sealed_B, step.starts_B, step.tree, shared, made, plan)
         return plan
 
 

@@ -5,7 +5,6 @@ Shapes: B sequences, Q new rows of each, R = B * Q rows, N runs of pages, K cand
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,6 +22,7 @@ from fourfold.kernels.decode_attention.plan import (
     DecodeSequences,
     DecodeShape,
     Ints,
+    Sharing,
     class_of,
 )
 from fourfold.kernels.decode_attention.siblings import SharedRun, find_shared_runs
@@ -46,18 +46,15 @@ def plan_decode(sequences: DecodeSequences, shape: DecodeShape, cost: DecodeCost
 def candidate_plans(
     sequences: DecodeSequences, shape: DecodeShape, cost: DecodeCost
 ) -> Iterator[DecodePlan]:
-    """Also what `plan_decode` does not look at, because tasks would be too small or because sharing
-    is not worth it by the model: to measure what its choice loses, and to fit another model."""
-    step = _step_of(sequences, shape)
-    shared = step.accept(dataclasses.replace(cost, partial=0.0, reread=1.0))
-    for candidate in _candidates(step, cost, shared, most_tasks=None):
+    """Also what `plan_decode` does not look at because tasks would be too small: to measure what
+    its choice loses, and to fit another model."""
+    for candidate in _candidates(_step_of(sequences, shape), cost, most_tasks=None):
         yield candidate.build()
 
 
 def cheapest(step: Step, cost: DecodeCost) -> Candidate:
     """The candidate with the lowest price."""
-    shared = step.accept(cost)
-    candidates = _candidates(step, cost, shared, most_tasks=_TASKS_PER_SM * cost.sms)
+    candidates = _candidates(step, cost, most_tasks=_TASKS_PER_SM * cost.sms)
     return min(candidates, key=lambda candidate: candidate.price)
 
 
@@ -72,6 +69,16 @@ class Tree(NamedTuple):
     def again(self) -> int:
         """Pages that would be read more than once without sharing, each time counted."""
         return sum((n.end - n.first - 1) * (n.stop - n.start) for n in self.nodes)
+
+
+class Shared(NamedTuple):
+    """The runs of a step that are read once for several sequences."""
+
+    sharing: Sharing
+    """By which they were chosen; NONE where there are none."""
+    nodes: Sequence[SharedRun]
+    covered_B: Ints
+    """How many pages they cover of the sequence at each place of the order."""
 
 
 class Step:
@@ -97,54 +104,54 @@ class Step:
         assert shape.shared * shape.kv_heads == shape.heads
         self.tree = tree or Tree(*find_shared_runs(pages, starts_B, self.sealed_B))
 
-    def runs(self, nodes: Sequence[SharedRun], covered_B: Ints | None) -> Runs:
-        """The nodes, and what each sequence, in order, reads besides."""
-        shape, b = self.shape, self.order(sharing=bool(nodes))
-        covered_B = np.zeros(len(b), np.int64) if covered_B is None else covered_B
+    def runs(self, shared: Shared) -> Runs:
+        """The shared ones, and what each sequence, in order, reads besides."""
+        shape, b = self.shape, self.order(shared.sharing)
         own = Runs(
             first_row=np.arange(0, len(b) * shape.rows, shape.rows),
             rows=np.full(len(b), shape.rows, np.int64),
-            first_page=self.starts_B[b] + covered_B,
-            pages=self.sealed_B[b] - covered_B,
+            first_page=self.starts_B[b] + shared.covered_B,
+            pages=self.sealed_B[b] - shared.covered_B,
             slot=self.slots_B[b],
             visible=self.visible_B[b],
             tile=np.full(len(b), shape.tile, np.int64),
         )
-        if not nodes:
+        if not shared.nodes:
             return own
         return self._together(
-            Runs(*map(np.concatenate, zip(self._shared_runs(nodes), own, strict=True)))
+            Runs(*map(np.concatenate, zip(self._shared_runs(shared.nodes), own, strict=True)))
         )
 
-    def accept(self, cost: DecodeCost) -> tuple[list[SharedRun], Ints]:
-        """Nodes that save more than another partial of each sharer costs, and how many pages they
-        cover of the sequence at each place of the order. What a node that is left out would have
-        covered stays with the nodes below it."""
-        covered_B = np.zeros(len(self.tree.order_B), np.int64)
-        accepted = []
+    def shared(self, sharing: Sharing, cost: DecodeCost) -> Shared:
+        """The nodes that are shared. What one that is left out would have covered stays with the
+        nodes below it."""
+        covered_B = np.zeros(len(self.sealed_B), np.int64)
+        chosen: list[SharedRun] = []
         per_tile = TILES[-1] // self.shape.shared
         tiles_of_one = -(-self.shape.rows * self.shape.shared // self.shape.tile)
-        extra = cost.partial * self.shape.shared * self.shape.rows
-        for node in self.tree.nodes:
+        partials = cost.partial * self.shape.shared * self.shape.rows
+        for node in self.tree.nodes if sharing else ():
             sharers = node.end - node.first
             start = int(covered_B[node.first])
             reads = sharers * tiles_of_one - -(-sharers * self.shape.rows // per_tile)
-            if reads * (node.stop - start) * cost.reread > sharers * extra:
-                accepted.append(node._replace(start=start))
+            saved = reads * (node.stop - start)
+            pays = saved * cost.reread > sharers * partials
+            if pays or (sharing is Sharing.ALL and saved > 0):
+                chosen.append(node._replace(start=start))
                 covered_B[node.first : node.end] = node.stop
-        return accepted, covered_B
+        return Shared(sharing if chosen else Sharing.NONE, chosen, covered_B)
 
-    def order(self, *, sharing: bool) -> Ints:
+    def order(self, sharing: Sharing) -> Ints:
         """The sequences as runs count them, [B]."""
         return self.tree.order_B if sharing else np.arange(len(self.sealed_B))
 
-    def rows_in_order(self, *, sharing: bool) -> NDArray[np.int32]:
+    def rows_in_order(self, sharing: Sharing) -> NDArray[np.int32]:
         """The query row at each place of the row order, [R]."""
         rows = self.shape.rows
-        rows_BQ = self.order(sharing=sharing)[:, None] * rows + np.arange(rows)
+        rows_BQ = self.order(sharing)[:, None] * rows + np.arange(rows)
         return rows_BQ.ravel().astype(np.int32)
 
-    def work(self, runs: Runs, chunk_K: Ints, sharing: bool, sms: int) -> Work:
+    def work(self, runs: Runs, chunk_K: Ints, sharing: Sharing, sms: int) -> Work:
         """What each chunk size makes of the runs."""
         shape = self.shape
         pieces_KN = pieces_of(runs.units, chunk_K[:, None])
@@ -241,7 +248,7 @@ class Candidate(NamedTuple):
 
     def build(self) -> DecodePlan:
         """The plan."""
-        rows_R = self.step.rows_in_order(sharing=self.choice.sharing)
+        rows_R = self.step.rows_in_order(self.choice.sharing)
         return self.plan_of(cut(self.runs, self.choice.chunk, self.step.shape, rows_R), rows_R)
 
     def plan_of(self, made: Cut, rows_R: NDArray[np.int32]) -> DecodePlan:
@@ -274,19 +281,15 @@ def _step_of(sequences: DecodeSequences, shape: DecodeShape) -> Step:
     return Step(sequences, shape, pages, sealed_B.cumsum() - sealed_B)
 
 
-def _candidates(
-    step: Step,
-    cost: DecodeCost,
-    shared: tuple[list[SharedRun], Ints],
-    most_tasks: int | None,
-) -> Iterator[Candidate]:
-    """All chunk sizes that differ, without sharing and with the runs that are shared, as `accept`
-    gives them."""
-    for sharing in (False, True):
-        nodes, covered_B = shared if sharing else ([], None)
-        if sharing and not nodes:
-            return
-        runs = step.runs(nodes, covered_B)
+def _candidates(step: Step, cost: DecodeCost, most_tasks: int | None) -> Iterator[Candidate]:
+    """All chunk sizes that differ, with nothing shared, with what pays, and with all."""
+    tried: list[Sequence[SharedRun]] = []
+    for sharing in Sharing:
+        shared = step.shared(sharing, cost)
+        if shared.nodes in tried:
+            continue
+        tried.append(shared.nodes)
+        runs = step.runs(shared)
         longest = int(runs.units.max())
         small = (
             0 if most_tasks is None else int(runs.pages.sum()) * step.shape.kv_heads / most_tasks
