@@ -22,6 +22,7 @@ from fourfold.models.checkpoint.source import find_source
 from fourfold.models.loading import LoadOptions, load_model, pages_of
 from fourfold.models.precision import PageFormat, Precision
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, PageShape, make_pages
+from fourfold.transport.pieces import Part
 from fourfold.transport.stats import DEVICE_MEMORY
 from tests.cpu import tiny
 from tests.cpu.driving import run, submit
@@ -179,6 +180,28 @@ def test_a_long_prompt_takes_little_memory_beside_its_pages() -> None:
     assert torch.equal(target.records[:, there], source.records[:, here])
     row = PAGE_TOKENS  # of the second slot
     assert torch.equal(target.open[:, :, row : row + 5], source.open[:, :, :5])
+
+
+def test_landed_memory_may_be_let_go_of_amid_a_recording() -> None:
+    """As a thread of the transport does that comes late; there is pinned memory for all then."""
+    shape = PageShape(
+        layers=2, kv_heads=2, head_width=128, dtype=torch.bfloat16, codes=PageCodes.INT8
+    )
+    pages, engine = make_pages(shape, 8, 2, GPU), torch.cuda.Stream()
+    x, graph = torch.zeros(8, device=GPU), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(engine):
+        landing = StagedLanding(StagedPages(pages), Prompt([3, 4], 0, 2 * PAGE_TOKENS), 0)
+        landing.views(Part.PAGES, 0, 0, 2)
+        landing.land()
+        graph.capture_begin(capture_error_mode="relaxed")
+        del landing
+        x += 1
+        graph.capture_end()
+        for _ in range(3):
+            torch.empty(1 << 16, pin_memory=True)
+        graph.replay()
+    torch.cuda.synchronize()
+    assert x.tolist() == [1.0] * 8
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -1,15 +1,16 @@
 """Pages in the memory of a GPU: copies on their way, in pinned memory of the host.
 
-What is read must be complete; what has landed is enqueued on the current stream.
+What is read must be complete; steps enqueued on the current stream wait for what has landed.
 
 Shapes: L layers, P pages, W words of a record, R rows, G KV heads, C head width.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -59,6 +60,19 @@ class StagedPages:
             found = [self.open_L2RGC[layer, :, first:end] for layer in layers]
             return [[view(rows) for rows in copy_2] for copy_2 in self._fetch(torch.stack(found))]
 
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """What is enqueued meanwhile runs on the side stream, after all that is on the current one
+        and before all that follows there."""
+        if self._stream is None:
+            yield
+            return
+        current = torch.cuda.current_stream(self.records_LPW.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
     def _fetch(self, found: Tensor) -> Tensor:
         """A copy on the host, which is waited for."""
         if self._stream is None:
@@ -81,6 +95,13 @@ class StagedLanding(PromptLanding):
         self._lock = threading.Lock()
 
     def land(self) -> None:
+        # On the side stream, on which nothing is recorded: when pinned memory is let go of, by any
+        # thread, PyTorch marks the streams that read it, and marks that become part of a graph fail
+        # whoever asks for pinned memory next (pytorch/pytorch#193982).
+        with self._memory.aside():
+            self._enqueue()
+
+    def _enqueue(self) -> None:
         records_LPW = self._memory.records_LPW
         device = records_LPW.device
         ids = torch.tensor(self._ids, device=device)
