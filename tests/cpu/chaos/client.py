@@ -1,13 +1,15 @@
-"""One request as a client sees it, held against the answer that is known."""
+"""One request as a client sees it."""
 
 from __future__ import annotations
 
+import math
 import time
 
 from fourfold.errors import DeadlineError, DrainingError, FourfoldError, OverloadedError
 from fourfold.gateway.gateway import Gateway
 from fourfold.gateway.generation import Delta, Generation, GenerationOptions
-from tests.cpu.chaos.oracle import Question
+from tests.cpu.chaos.oracle import Answer, Heard
+from tests.cpu.chaos.questions import Question
 from tests.cpu.chaos.story import Story
 
 
@@ -19,9 +21,7 @@ class Client:
         self._name = f"request {number}"
         self._generation: Generation | None = None
         self._left = False
-        self._texts = [""] * question.n
-        self._tokens: list[list[int]] = [[] for _ in range(question.n)]
-        self._finished = [0] * question.n
+        self._samples = [Heard() for _ in range(question.n)]
 
     def leave(self) -> None:
         """Goes away without the rest of the answer."""
@@ -29,8 +29,8 @@ class Client:
             self._left = True
             self._generation.cancel()
 
-    async def ask(self) -> None:
-        """Returns when the request has ended, and has said in the story how."""
+    async def ask(self) -> Answer:
+        """Returns when the request has ended, and has said in the story how; what came of it."""
         question = self._question
         options = GenerationOptions(
             sampling=question.sampling,
@@ -46,17 +46,19 @@ class Client:
                 longest, heard = max(longest, now - heard), now
                 self._take(delta)
         except FourfoldError as error:
-            self._check(whole=False)
             self._end_with(error)
-        else:
-            self._check(whole=True)
-            self._story.requests["answered"] += 1
-            self._story.recoveries.append((longest, f" ({self._name})"))
+            return Answer(self._name, question, self._samples, whole=False)
+        self._story.requests["answered"] += 1
+        self._story.recoveries.append((longest, f" ({self._name})"))
+        self._check_ends()
+        return Answer(self._name, question, self._samples, whole=True)
 
     def _take(self, delta: Delta) -> None:
-        self._texts[delta.index] += delta.text
-        self._tokens[delta.index] += [token.token for token in delta.tokens]
-        self._finished[delta.index] += delta.finish is not None
+        heard = self._samples[delta.index]
+        heard.text += delta.text
+        heard.tokens += [token.token for token in delta.tokens]
+        heard.logprobs += [math.nan if t.logprob is None else t.logprob for t in delta.tokens]
+        heard.finished += delta.finish is not None
 
     def _end_with(self, error: FourfoldError) -> None:
         story = self._story
@@ -73,21 +75,11 @@ class Client:
                 story.causes[f"{type(error).__name__}: {error}"] += 1
                 story.tell(f"{self._name} failed: {error}")
 
-    def _check(self, *, whole: bool) -> None:
-        """Nothing that came is wrong, and everything came where the request was answered."""
-        question = self._question
-        for index in range(question.n):
-            # What ended early may end in half a character, or before a token whose text was held.
-            tokens, text = question.tokens[index], question.texts[index]
-            if not whole:
-                tokens, text = tokens[: len(self._tokens[index])], text[: len(self._texts[index])]
-            if tuple(self._tokens[index]) != tokens or self._texts[index] != text:
+    def _check_ends(self) -> None:
+        for index, heard in enumerate(self._samples):
+            if heard.finished != 1:
                 self._story.violate(
                     "wrong",
-                    f"{self._name}, sample {index} of {question.n}: {self._tokens[index]} came, "
-                    f"{list(tokens)} is right",
-                )
-            if whole and self._finished[index] != 1:
-                self._story.violate(
-                    "wrong", f"{self._name}, sample {index} ended {self._finished[index]} times"
+                    f"{self._name}, sample {index} of {len(self._samples)} ended "
+                    f"{heard.finished} times",
                 )

@@ -21,6 +21,7 @@ from fourfold.engine.messages import Role
 from fourfold.transport.config import TransportPath
 from tests.cpu.chaos.nursery import Birth, Born, Holdings
 from tests.cpu.chaos.relay import Network, Relay, Trouble
+from tests.cpu.chaos.served import Served
 from tests.cpu.chaos.story import Story
 
 _SEEN_AS = "127.0.0.2"
@@ -54,7 +55,7 @@ class Crew:
         network: Network,
         folder: Path,
         key_file: Path,
-        device: str,
+        served: Served,
         story: Story,
         rng: random.Random,
         on_frame: Callable[[str, Trouble | None], None],
@@ -63,7 +64,7 @@ class Crew:
         pages that comes to it and what happens to it."""
         self.joiners: dict[str, Joiner] = {}
         self._network, self._folder, self._story, self._rng = network, folder, story, rng
-        self._on_frame, self._key_file, self._device = on_frame, key_file, device
+        self._on_frame, self._key_file, self._served = on_frame, key_file, served
         self._gateway = ("127.0.0.1", 1)
         self._ending = False
         self._nursery = subprocess.Popen(
@@ -148,7 +149,8 @@ class Crew:
             advertise=_SEEN_AS,
             path=joiner.path,
             key_file=self._key_file,
-            device=self._device,
+            device=self._served.device,
+            engine=self._served.engine,
         )
         assert self._nursery.stdin is not None
         self._nursery.stdin.write(msgspec.json.encode(birth, enc_hook=str) + b"\n")

@@ -28,9 +28,9 @@ import fourfold.models.loading  # noqa: F401
 from fourfold.cli.worker import Options, run
 from fourfold.cluster.config import LinkConfig
 from fourfold.engine import worker
+from fourfold.engine.config import EngineConfig
 from fourfold.engine.messages import Role
 from fourfold.transport.config import TransportPath
-from tests.cpu.chaos.oracle import ENGINE
 
 WHERE = signal.SIGUSR2
 """The signal upon which a worker writes into its log where each of its threads is."""
@@ -50,6 +50,7 @@ class Birth(msgspec.Struct, frozen=True, kw_only=True):
     path: TransportPath
     key_file: Path
     device: str
+    engine: EngineConfig
 
 
 class Born(msgspec.Struct, frozen=True, kw_only=True):
@@ -154,7 +155,7 @@ def _serve(birth: Birth, folder: Path) -> None:
             role=birth.role,
             name=birth.name,
             device=birth.device,
-            engine=ENGINE,
+            engine=birth.engine,
             port=birth.port,
             links=LinkConfig(
                 key_file=birth.key_file, transport=birth.path, advertise=birth.advertise

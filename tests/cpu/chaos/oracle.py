@@ -1,29 +1,29 @@
-"""Questions whose answers are known: those of one engine alone, in this process."""
+"""What answers have to be, by engines that nobody else asks.
+
+In floating point an answer is known beforehand, token for token. Over 8-bit pages it depends on
+what shares its steps and on where it was cut in two; there each token has to be as likely as the
+worker said, after the prompt and the tokens before it.
+"""
 
 from __future__ import annotations
 
-import random
+import dataclasses
+import multiprocessing
 from collections.abc import Sequence
-from pathlib import Path
+from concurrent.futures import ProcessPoolExecutor
+from typing import Protocol
 
 import msgspec
 import torch
 
-from fourfold.engine.config import EngineConfig
-from fourfold.engine.messages import SamplingParams, Submit
+from fourfold.engine.engine import Engine
+from fourfold.engine.messages import SamplingParams, Submit, TokenLogprob
 from fourfold.gateway.detokenizer import Detokenizer
 from fourfold.gateway.tokenizer import Tokenizer
 from tests.cpu import driving
+from tests.cpu.chaos.questions import Question
+from tests.cpu.chaos.served import Served
 
-PAGES = 96
-"""Of every engine, the oracle's included: few, so that they are evicted and fought for."""
-ENGINE = EngineConfig(
-    kv_memory_gib=PAGES * 2 * 3 * 2 * 64 * 16 * 4 / 2**30,
-    max_running=8,
-    step_tokens=128,
-    decode_threads=1,
-)
-"""Of every worker. A page is keys and values of 3 layers, 2 heads and 64 tokens, 16 wide."""
 _CLEAR = 2e-3
 """By which the likeliest token leads, in logprob; closer, its lead could be one of rounding."""
 _OTHERWISE = (1.0005, 1 / 1.0005)
@@ -33,26 +33,153 @@ _NUDGE = 1e-5
 """By which weights are changed, up for one temperature and down for the other: of two tokens as
 good as equal at the edge of a nucleus, or two experts, one of both takes the other."""
 _AT_ONCE = 64
+_ROUNDING, _ROUNDING_OF_A_TOKEN = 0.5, 0.05
+"""What log-probabilities of an answer over 8-bit pages may be off by in all: once, and for each of
+its tokens. Without faults answers were off by 0.02 a token at most; with another page of 64 tokens
+in a prompt, by 0.8 in the median."""
 
 
-class Question(msgspec.Struct, frozen=True, kw_only=True):
-    """A prompt, how it is continued, and what every sample of the answer must be."""
+@dataclasses.dataclass
+class Heard:
+    """One sample as its client heard it."""
 
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    n: int
-    tokens: tuple[tuple[int, ...], ...] = ()
-    texts: tuple[str, ...] = ()
+    text: str = ""
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[float] = dataclasses.field(default_factory=list)
+    finished: int = 0
+    """How often its end was said."""
 
 
-def make_questions(
-    checkpoint: Path, tokenizer: Tokenizer, rng: random.Random, count: int, device: str
-) -> list[Question]:
-    """About so many questions. Those whose answer hangs on the last bit are left out."""
-    engine, *nudged = (_engine(checkpoint, device, nudge) for nudge in (0.0, _NUDGE, -_NUDGE))
-    beginnings = [_words(rng, rng.choice((64, 100, 192))) for _ in range(8)]
-    drawn = [_draw(rng, beginnings) for _ in range(count)]
-    questions = []
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """All that a client heard of one question; `whole` where its request was answered."""
+
+    name: str
+    question: Question
+    samples: list[Heard]
+    whole: bool
+
+
+class Judge(Protocol):
+    """Knows what answers have to be."""
+
+    questions: list[Question]
+    """Those that may be asked."""
+
+    def complaints(self, answers: Sequence[Answer]) -> list[str]:
+        """What is wrong with them."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class ExactJudge:
+    """Knows every token. Questions whose answer hangs on the last bit are left out."""
+
+    def __init__(self, served: Served, tokenizer: Tokenizer, drawn: Sequence[Question]) -> None:
+        known = _known_answers(served, drawn)
+        assert len(known) > len(drawn) // 2, "too many answers hang on the last bit"
+        self._tokenizer, self._known = tokenizer, known
+        self.questions = [question for question in drawn if question.number in known]
+
+    def complaints(self, answers: Sequence[Answer]) -> list[str]:
+        wrong = []
+        for answer in answers:
+            for index, heard in enumerate(answer.samples):
+                tokens = self._known[answer.question.number][index]
+                text = _text(self._tokenizer, tokens)
+                if not answer.whole:
+                    # What ended early may end in half a character, or before a token whose text
+                    # was held.
+                    tokens, text = tokens[: len(heard.tokens)], text[: len(heard.text)]
+                if tuple(heard.tokens) != tokens or heard.text != text:
+                    wrong.append(
+                        f"{_where(answer, index)}: {heard.tokens} came, {list(tokens)} is right"
+                    )
+        return wrong
+
+    def close(self) -> None:
+        pass
+
+
+class LikelyJudge:
+    """Knows how likely every token is, once it has come."""
+
+    def __init__(self, served: Served, tokenizer: Tokenizer, drawn: Sequence[Question]) -> None:
+        self.questions, self._tokenizer = list(drawn), tokenizer
+        # In a process of its own: what it grows by is not the gateway's.
+        self._pool = ProcessPoolExecutor(
+            1, multiprocessing.get_context("spawn"), _begin_scoring, (served,)
+        )
+        self._pool.submit(_score, []).result()
+
+    def complaints(self, answers: Sequence[Answer]) -> list[str]:
+        said = [
+            (answer, index, heard)
+            for answer in answers
+            for index, heard in enumerate(answer.samples)
+            if heard.tokens
+        ]
+        texts = [(*answer.question.prompt, *heard.tokens) for answer, _, heard in said]
+        wrong = []
+        scores = self._pool.submit(_score, texts).result()
+        for (answer, index, heard), likely in zip(said, scores, strict=True):
+            complaint = self._complaint(answer, heard, likely[-len(heard.tokens) :])
+            if complaint is not None:
+                wrong.append(f"{_where(answer, index)}: {heard.tokens} came, {complaint}")
+        return wrong
+
+    def close(self) -> None:
+        self._pool.shutdown()
+
+    def _complaint(
+        self, answer: Answer, heard: Heard, likely: Sequence[TokenLogprob]
+    ) -> str | None:
+        sampling, count = answer.question.sampling, len(heard.tokens)
+        text = _text(self._tokenizer, heard.tokens)
+        if answer.whole and count != sampling.max_tokens:
+            return f"{count} instead of {sampling.max_tokens}"
+        if heard.text != (text if answer.whole else text[: len(heard.text)]):
+            return f"with the text {heard.text!r} instead of {text!r}"
+        most = _ROUNDING + _ROUNDING_OF_A_TOKEN * count
+        off = [said - right.logprob for said, right in zip(heard.logprobs, likely, strict=True)]
+        if not sum(map(abs, off)) <= most:
+            return f"with log-probabilities that are off by {[round(each, 3) for each in off]}"
+        behind = [right.top[0][1] - right.logprob for right in likely]
+        if sampling.temperature == 0 and sum(behind) > most:
+            return f"less likely than others by {[round(each, 3) for each in behind]}"
+        return None
+
+
+_scoring: Engine | None = None
+"""Of the process that scores."""
+
+
+def _begin_scoring(served: Served) -> None:
+    global _scoring
+    torch.set_num_threads(1)
+    _scoring = served.make_engine(served.load(), running=8, prefix_cache=False)
+
+
+def _score(texts: Sequence[tuple[int, ...]]) -> list[tuple[TokenLogprob, ...]]:
+    """Log-probabilities of every token of a text but the first."""
+    assert _scoring is not None
+    asking = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1, prompt_logprobs=True)
+    asked = [driving.submit(i, text, asking) for i, text in enumerate(texts)]
+    news = driving.run(_scoring, asked)
+    return [news[i, 0][0].prompt_logprobs or () for i in range(len(texts))]
+
+
+def _where(answer: Answer, index: int) -> str:
+    return f"{answer.name}, sample {index} of {answer.question.n}"
+
+
+def _known_answers(
+    served: Served, drawn: Sequence[Question]
+) -> dict[int, tuple[tuple[int, ...], ...]]:
+    """The tokens of every sample, by the numbers of those questions for which they are certain."""
+    engine, *nudged = (_engine(served, nudge) for nudge in (0.0, _NUDGE, -_NUDGE))
+    known = {}
     for start in range(0, len(drawn), _AT_ONCE):
         some = drawn[start : start + _AT_ONCE]
         answers = _answers(engine, some)
@@ -62,44 +189,19 @@ def make_questions(
         ]
         for question, tokens, *again in zip(some, answers, *others, strict=True):
             if tokens is not None and all(tokens == each for each in again):
-                texts = tuple(_text(tokenizer, each) for each in tokens)
-                questions.append(msgspec.structs.replace(question, tokens=tokens, texts=texts))
-    assert len(questions) > count // 2, "too many answers hang on the last bit"
-    return questions
+                known[question.number] = tokens
+    return known
 
 
-def _engine(checkpoint: Path, device: str, nudge: float) -> driving.Engine:
+def _engine(served: Served, nudge: float) -> Engine:
     """An engine whose weights are larger or smaller by about this share, each by its own."""
-    model = driving.load_tiny(checkpoint, device)
+    model = served.load()
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         for weight in model.parameters():
             noise = torch.randn(weight.shape, generator=generator).to(weight.device)
             weight.mul_(1 + nudge * noise)
-    return driving.make_engine(model, pages=2 * PAGES, max_running=32)
-
-
-def _draw(rng: random.Random, beginnings: Sequence[tuple[int, ...]]) -> Question:
-    length = rng.choice((rng.randint(2, 60), rng.randint(65, 200), rng.randint(200, 500)))
-    prompt = _words(rng, length)
-    if rng.random() < 0.3:
-        prompt = rng.choice(beginnings) + prompt[: rng.randint(1, 150)]
-    greedy = rng.random() < 0.5
-    return Question(
-        prompt=prompt,
-        n=1 if rng.random() < 0.75 else rng.randint(2, 4),
-        sampling=SamplingParams(
-            temperature=0.0 if greedy else rng.choice((0.6, 1.0, 1.4)),
-            top_p=1.0 if greedy else rng.choice((0.9, 1.0)),
-            seed=rng.getrandbits(40),
-            logprobs=2,
-            max_tokens=rng.choice((1, 2, 8, 20, 40, 40, 120)),
-        ),
-    )
-
-
-def _words(rng: random.Random, length: int) -> tuple[int, ...]:
-    return tuple(rng.randint(3, 319) for _ in range(length))
+    return served.make_engine(model, running=32)
 
 
 def _at(question: Question, factor: float) -> Question:
@@ -110,7 +212,7 @@ def _at(question: Question, factor: float) -> Question:
 
 
 def _answers(
-    engine: driving.Engine, questions: Sequence[Question]
+    engine: Engine, questions: Sequence[Question]
 ) -> list[tuple[tuple[int, ...], ...] | None]:
     """Every sample's tokens; None where a greedy one was not clear."""
     news = driving.run(

@@ -17,7 +17,6 @@ import msgspec
 
 from fourfold.cluster.cluster import Cluster, make_cluster
 from fourfold.cluster.config import ClusterConfig, LinkConfig
-from fourfold.engine.building import EngineSetup
 from fourfold.engine.channel import ALIVE_SECONDS
 from fourfold.engine.messages import Role
 from fourfold.gateway.config import GatewayLimits
@@ -32,8 +31,10 @@ from tests.cpu.chaos.client import Client
 from tests.cpu.chaos.crew import Crew, until
 from tests.cpu.chaos.faults import Faults, longest_stall
 from tests.cpu.chaos.nursery import WHERE, Holdings
-from tests.cpu.chaos.oracle import ENGINE, Question, make_questions
+from tests.cpu.chaos.oracle import Answer, ExactJudge, Judge, LikelyJudge
+from tests.cpu.chaos.questions import Question, draw_questions
 from tests.cpu.chaos.relay import Network, Trouble
+from tests.cpu.chaos.served import Served
 from tests.cpu.chaos.sizes import Size, size_of
 from tests.cpu.chaos.spy import Spy
 from tests.cpu.chaos.story import Story
@@ -52,10 +53,12 @@ _END_SECONDS = 60.0
 _STUCK_SECONDS = 15.0
 """After which it is told who holds what."""
 _MOST = {
-    "cpu": Size(resident_mib=150.0, descriptors=100, threads=100),
-    "cuda": Size(resident_mib=600.0, descriptors=300, threads=200),
+    Precision.FLOAT32: Size(resident_mib=150.0, descriptors=100, threads=100),
+    Precision.W4A8: Size(resident_mib=700.0, descriptors=100, threads=100),
 }
-"""What a process may grow by. A GPU's driver takes more as it is used."""
+_MOST_ON_GPU = Size(resident_mib=600.0, descriptors=300, threads=200)
+"""What a process may grow by. A GPU's driver takes more as it is used; for a CPU's 8-bit products
+oneDNN keeps what it compiled for each number of rows, a thousand at most: 550 MiB after a while."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,8 +83,6 @@ class Plan:
     )
     restarts: int = 1
     """Of the gateway."""
-    device: str = "cpu"
-    """Of every worker, and of the oracle."""
     starts_again: bool = False
     """Whether a gateway that restarts starts workers too, which takes seconds."""
     timeout: float = 1.5
@@ -94,12 +95,16 @@ class Plan:
 class Run:
     """One run of chaos, from a seed."""
 
-    def __init__(self, plan: Plan, checkpoint: Path, tokenizer: Path, folder: Path) -> None:
-        self.plan, self.timeout = plan, plan.timeout
+    def __init__(self, plan: Plan, served: Served, tokenizer: Path, folder: Path) -> None:
+        self.plan, self.timeout, self._served = plan, plan.timeout, served
         self.story = Story()
         self.clients: set[Client] = set()
         self._rng = random.Random(plan.seed)
-        self._setup = _setup(checkpoint, tokenizer, plan.device)
+        self._setup = GatewaySetup(
+            engine=served.setup,
+            tokenizer=find_source(str(tokenizer), weights=False),
+            limits=GatewayLimits(request_timeout=_END_SECONDS),
+        )
         self.key = random.Random(plan.seed).randbytes(16).hex().encode()
         self._key_file = folder / "key"
         self._key_file.write_bytes(self.key)
@@ -108,19 +113,15 @@ class Run:
             self._network,
             folder,
             self._key_file,
-            plan.device,
+            served,
             self.story,
             random.Random(plan.seed),
             self._on_frame,
         )
         self.faults = Faults(self, random.Random(plan.seed))
-        self.questions: list[Question] = make_questions(
-            checkpoint,
-            load_tokenizer(self._setup.tokenizer),
-            self._rng,
-            plan.questions,
-            plan.device,
-        )
+        judge: type[ExactJudge | LikelyJudge] = ExactJudge if served.exact else LikelyJudge
+        drawn = draw_questions(self._rng, plan.questions)
+        self._judge: Judge = judge(served, load_tokenizer(self._setup.tokenizer), drawn)
         self._port = 0
         self._cluster: Cluster | None = None
         self._spy: Spy | None = None
@@ -273,7 +274,7 @@ class Run:
             self.faults.arm(self.faults.draw())
         asking = []
         for _ in range(self.plan.requests):
-            asking.append(asyncio.create_task(self._ask(rng.choice(self.questions))))
+            asking.append(asyncio.create_task(self._ask(rng.choice(self._judge.questions))))
             if rng.random() < 0.3:
                 await asyncio.sleep(rng.random() * 0.05)
         half = asyncio.get_running_loop().call_later(1.0, self.faults.expire)
@@ -281,31 +282,39 @@ class Run:
         half.cancel()
         self.faults.expire()
         await self._quiet()
+        await self._judged(asking)
 
     async def _last_round(self) -> None:
         """After all faults: everybody is back, and every question of many is answered."""
         self.faults.disarm()
         await self._all_back()
-        before = self.story.requests["answered"]
+        before, questions = self.story.requests["answered"], self._judge.questions
         asking = [
             asyncio.create_task(self._ask(question))
-            for question in self._rng.sample(self.questions, min(20, len(self.questions)))
+            for question in self._rng.sample(questions, min(20, len(questions)))
         ]
         await self._end_of(asking)
         await self._quiet()
+        await self._judged(asking)
         if self.story.requests["answered"] != before + len(asking):
             self.story.violate("lost", "requests failed after all faults were over")
 
-    async def _ask(self, question: Question) -> None:
+    async def _ask(self, question: Question) -> Answer:
         self._asked += 1
         client = Client(self.cluster.gateway, question, self.story, self._asked)
         self.clients.add(client)
         try:
-            await client.ask()
+            return await client.ask()
         finally:
             self.clients.discard(client)
 
-    async def _end_of(self, asking: list[asyncio.Task[None]]) -> None:
+    async def _judged(self, asking: list[asyncio.Task[Answer]]) -> None:
+        """Nothing that came is wrong, and everything came where the request was answered."""
+        answers = [task.result() for task in asking if task.done() and not task.cancelled()]
+        for complaint in await asyncio.to_thread(self._judge.complaints, answers):
+            self.story.violate("wrong", complaint)
+
+    async def _end_of(self, asking: list[asyncio.Task[Answer]]) -> None:
         done, left = await asyncio.wait(asking, timeout=_STUCK_SECONDS)
         if left:
             await self._tell_state()
@@ -391,7 +400,8 @@ class Run:
 
     def _measure(self) -> None:
         """Nobody grows."""
-        most = _MOST[self.plan.device]
+        served = self._served
+        most = _MOST[served.precision] if served.device == "cpu" else _MOST_ON_GPU
         pids = {member.hello.pid: member.name for member in self.fleet.members if member.ready}
         for pid, name in {**pids, os.getpid(): "the gateway"}.items():
             size = size_of(pid)
@@ -415,16 +425,4 @@ class Run:
             await self._cluster.stop()
         self.crew.close()
         self._network.close()
-
-
-def _setup(checkpoint: Path, tokenizer: Path, device: str) -> GatewaySetup:
-    return GatewaySetup(
-        engine=EngineSetup(
-            source=find_source(str(checkpoint)),
-            device=device,
-            precision=Precision.FLOAT32,
-            config=ENGINE,
-        ),
-        tokenizer=find_source(str(tokenizer), weights=False),
-        limits=GatewayLimits(request_timeout=_END_SECONDS),
-    )
+        self._judge.close()
