@@ -42,10 +42,10 @@ def test_routes(rule: Rule, biased: bool, spread: bool, tokens: int) -> None:
         spread=Spread(7 << 20, steps[1]) if spread else None,
     )
     assert torch.equal(*steps)
-    # Neighbours in float32's last digits may change places.
-    differ_TK = experts_TK != experts
-    assert differ_TK.float().mean() < 1e-3
-    torch.testing.assert_close(gates_TK, gates.float(), rtol=3e-5, atol=1e-7)
+    # Neighbours in the last digits may change places, and have gates of their own under a bias.
+    differ_T = (experts_TK != experts).any(1)
+    assert differ_T.float().mean() < 2e-3
+    torch.testing.assert_close(gates_TK[~differ_T], gates.float()[~differ_T], rtol=3e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("experts", [60, 128, 256])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from random import Random
 
 import msgspec
@@ -132,6 +133,38 @@ def test_a_graph_that_holds_more_gives_the_same_answers(model: Decoder) -> None:
     assert serving() is graph
 
 
+@pytest.fixture(params=["usual", "one form"])
+def forms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Whether steps attend by kernels of several forms, which cut sums otherwise: by how many
+    programs there are, and beside prompts by how many there may be."""
+    if request.param == "one form":
+        covering = PlanCapacity.covering
+        monkeypatch.setattr(PlanCapacity, "are_few", lambda capacity, kv_heads: False)
+        monkeypatch.setattr(
+            PlanCapacity, "covering", lambda plan, rows, beside_prompts=False: covering(plan, rows)
+        )
+    return str(request.param)
+
+
+def assert_alike(one: News, other: News, *, same: float) -> None:
+    """Log-probabilities are those of rounding as far as the tokens are the same, which they are to
+    the end for at least so many samples."""
+    assert one.keys() == other.keys()
+    differences, equal = [], 0
+    for sample, outputs in one.items():
+        equal += tokens(outputs) == tokens(other[sample])
+        for first, second in zip(outputs, other[sample], strict=False):
+            if first.token != second.token:
+                break
+            if first.logprob is not None and second.logprob is not None:
+                differences.append(abs(first.logprob.logprob - second.logprob.logprob))
+                assert len(first.logprob.top) == len(second.logprob.top)
+    assert len(differences) > 100
+    assert statistics.median(differences) < 0.01
+    assert max(differences) < 0.6
+    assert equal >= same * len(one)
+
+
 def test_overlap_changes_nothing(model: Decoder) -> None:
     """Where no stop is noticed late, so that the same samples share each step: the same bits."""
     plain, _ = answers(model, unstopped(), graphs=True, overlap=False)
@@ -140,29 +173,21 @@ def test_overlap_changes_nothing(model: Decoder) -> None:
     assert overlapped == plain
 
 
-def test_stops_noticed_late(model: Decoder) -> None:
+def test_stops_noticed_late(model: Decoder, forms: str) -> None:
+    """Other samples share the steps, so not all are the same."""
     plain, _ = answers(model, requests(), graphs=True, overlap=False)
     overlapped, engine = answers(model, requests(), graphs=True, overlap=True)
-    assert overlapped.keys() == plain.keys()
     assert all(outputs[-1].finish for outputs in overlapped.values())
     assert engine.scheduler.pool.in_use == 0
-    # Other samples share the steps, which changes how 16-bit sums are cut: not all are the same.
-    same = [tokens(overlapped[sample]) == tokens(plain[sample]) for sample in plain]
-    assert sum(same) >= 0.5 * len(same)
+    assert_alike(plain, overlapped, same=0.5 if forms == "one form" else 0.2)
 
 
-def test_graphs_change_nothing(model: Decoder) -> None:
+def test_graphs_change_nothing(model: Decoder, forms: str) -> None:
     eager, engine = answers(model, requests(), graphs=False, overlap=False)
     assert engine.stats.graphs == 0
     recorded, engine = answers(model, requests(), graphs=True, overlap=False)
     assert engine.stats.graphs > 0
-    for sample, outputs in eager.items():
-        first, second = outputs[0].logprob, recorded[sample][0].logprob
-        if first is not None and second is not None:
-            assert first.logprob == pytest.approx(second.logprob, abs=0.1)
-            assert len(first.top) == len(second.top)
-    same = [tokens(recorded[sample]) == tokens(eager[sample]) for sample in eager]
-    assert sum(same) >= 0.6 * len(same)
+    assert_alike(eager, recorded, same=0.8 if forms == "one form" else 0.2)
 
 
 def test_after_memory_ran_out_steps_are_recorded_again(model: Decoder) -> None:
