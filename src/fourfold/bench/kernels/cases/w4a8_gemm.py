@@ -30,9 +30,16 @@ _EXPERT_CASES = (
     (W4A8Recipe.INT8_CHANNEL, ("uniform", "zipf"), (1, 8, 64)),
     (W4A8Recipe.INT8_G64, ("uniform",), (1, 8, 32, 128, 256)),
     (W4A8Recipe.INT8_G128, ("uniform",), (64,)),
+    (W4A8Recipe.FP8_CHANNEL, ("uniform",), (1, 64)),
+    (W4A8Recipe.FP8_G128, ("uniform",), (1, 64)),
 )
 """Recipes, the routings of many tokens, and how few tokens."""
-_MARKS = {W4A8Recipe.INT8_CHANNEL: 0.90, W4A8Recipe.INT8_G128: 0.80}
+_MARKS = {
+    W4A8Recipe.INT8_CHANNEL: 0.90,
+    W4A8Recipe.INT8_G128: 0.80,
+    W4A8Recipe.FP8_CHANNEL: 0.90,
+    W4A8Recipe.FP8_G128: 0.80,
+}
 _FFN_MARK, _DECODE_MARK = 0.75, 0.80
 """Shares of cuBLAS FP8 with many tokens, of a copy with few."""
 
