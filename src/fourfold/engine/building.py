@@ -84,7 +84,7 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
         dummy=setup.dummy,
         uniform_routing=setup.uniform_routing,
     )
-    with _compiler(device, setup.config, phases) as first_layers, phases("weights"):
+    with _compiler(device, setup, phases) as first_layers, phases("weights"):
         model = load_model(setup.source, options, progress, first_layers)
     with phases("pages"):
         shape = pages_of(model, setup.config.kv_pages)
@@ -142,13 +142,13 @@ def _tell_of_biased_keys(model: Decoder) -> None:
 
 @contextlib.contextmanager
 def _compiler(
-    device: torch.device, config: EngineConfig, phases: Phases
+    device: torch.device, setup: EngineSetup, phases: Phases
 ) -> Iterator[Callable[[Decoder], None]]:
     """What is to be told of a model's first layers; kernels are compiled at the end of it."""
     if device.type != "cuda":
         yield lambda part: None
         return
-    from fourfold.engine.warming import walk_steps
+    from fourfold.engine.warming import walk_moves, walk_steps
     from fourfold.kernels.compiling import KernelCompiler
     from fourfold.models.loading import pages_of
 
@@ -157,10 +157,18 @@ def _compiler(
 
         def first_layers(part: Decoder) -> None:
             nonlocal started
+            config = setup.config
             shape = pages_of(part, config.kv_pages)
-            if shape.codes is not None:
-                compiler.start(lambda: walk_steps(part, config, shape), device)
-                started = True
+
+            def walk() -> None:
+                if shape.codes is not None:
+                    walk_steps(part, config, shape)
+                if setup.share_pages:
+                    walk_moves(shape, device)
+
+            started = shape.codes is not None or setup.share_pages
+            if started:
+                compiler.start(walk, device)
 
         yield first_layers
         if started:

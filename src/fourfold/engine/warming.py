@@ -15,12 +15,14 @@ from fourfold.engine.graphs import (
     sampled_rows,
     usual_decode_rows,
 )
+from fourfold.engine.handover.pulling import PagedMemory
 from fourfold.engine.mixing import mixed_sizes
 from fourfold.engine.program import input_sizes, run_step
 from fourfold.engine.sampler import Adjustment, Samples
 from fourfold.kernels.decode_attention import DecodePlanner, DecodeShape, PlanCapacity
 from fourfold.kernels.decode_attention.choose import FEW_ROWS, MANY_PARTIALS
 from fourfold.kernels.decode_attention.plan import TILES
+from fourfold.kernels.pages import hash_pages, move_pages
 from fourfold.models.decoder import Decoder
 from fourfold.quadrants.decode_attention import decode_planner, decode_shape
 from fourfold.quadrants.kv_pages import PAGE_TOKENS, CodedPages, PageShape, Span, make_pages
@@ -142,6 +144,16 @@ def walk_steps(model: Decoder, config: EngineConfig, shape: PageShape) -> None:
         decode_planner(pages, heads),
     )
     walk_rooms(model, pages, rooms)
+
+
+def walk_moves(shape: PageShape, device: torch.device) -> None:
+    """Enqueues what takes pages from one worker to another; as `walk_steps`."""
+    memory = PagedMemory.of(make_pages(shape, 1, 1, device))
+    page = torch.zeros(1, dtype=torch.int64, device=device)
+    for part in memory.parts:
+        records_LPR = memory.part(part)
+        hash_pages(records_LPR, page)
+        move_pages(records_LPR, page, records_LPR, page)
 
 
 def walk_rooms(model: Decoder, pages: CodedPages, rooms: Iterable[StepRoom]) -> None:

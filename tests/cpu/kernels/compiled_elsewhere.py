@@ -20,6 +20,7 @@ from fourfold.kernels import compiling
 from fourfold.kernels.decode_attention import DecodeShape, PlanBuffers, PlanCapacity
 from fourfold.kernels.decode_attention import launch as attention
 from fourfold.kernels.pages.layout import PageLayout
+from fourfold.kernels.pages.triton_move import launch_move
 from fourfold.kernels.rows.triton_rows import launch_quantize
 from fourfold.kernels.sample import SampleParams, SampleRow, triton_newest, triton_sample
 from fourfold.kernels.sample.choose import choose
@@ -52,6 +53,7 @@ def walk() -> None:
     for dtype in (torch.bfloat16, torch.float16):
         launch_quantize(torch.empty(4, 256, dtype=dtype), torch.int8, 256, None)
     attend()
+    move()
     # The interpreter takes what the compiler does not: names that change their types.
     params = SampleParams.pack([SampleRow(key=1, position=1)], torch.device("cpu"))
     last_N = torch.zeros(2, dtype=torch.int64)
@@ -73,6 +75,16 @@ def attend() -> None:
     q = torch.zeros(16, 32, 128, dtype=torch.bfloat16)
     buffers = PlanBuffers(shape, capacity, q.device)
     attention.launch_tasks(q, records, open_k, open_v, layout, buffers, 1.0)
+
+
+def move() -> None:
+    """Pages of one size, few and many of them, of all layers and of some."""
+    for pages, jobs in ((1, 1), (7, 3), (64, 16), (48, 32)):
+        source, target = (torch.empty(4, n, 16384, dtype=torch.uint8) for n in (pages, 33))
+        ids = torch.zeros(jobs, dtype=torch.int64)
+        for of in (slice(0, 4), slice(1, 2)):
+            launch_move(None, None, source[of], ids)
+            launch_move(target[of], ids, source[of], ids)
 
 
 def walk_wrongly() -> None:

@@ -26,7 +26,7 @@ def elsewhere(tmp_path: Path, *arguments: str) -> Any:
 
 def test_noted_launches_are_what_is_compiled_and_nothing_runs(tmp_path: Path) -> None:
     """Constants that are called like types, and sizes that compile to forms of their own."""
-    twice = ["_draw", "_quantize_kernel"]
+    twice = ["_draw", "_move_kernel", "_quantize_kernel"]
     noted = ["_newest", "_scan", "decode_kernel", "wide_kernel", *["scale"] * 3, *twice * 2]
     assert elsewhere(tmp_path) == {
         "first": sorted(noted),

@@ -70,6 +70,11 @@ class PagedMemory:
         opened = None if theirs.open is None else _open_pages(form, pages, attach(theirs.open))
         return cls(form, records, opened)
 
+    @property
+    def parts(self) -> list[Part]:
+        """Those that there are."""
+        return [Part.PAGES] if self.open_LPR is None else [Part.PAGES, Part.OPEN]
+
     def part(self, part: Part) -> Tensor:
         """Finished pages, or open ones."""
         if part is Part.PAGES:
@@ -104,10 +109,9 @@ class Tickets:
     @property
     def pulled(self) -> dict[Part, int]:
         """Bytes that the ticket of a page, and those of the open pages, are for."""
-        sizes = {Part.PAGES: self._memory.page_bytes(Part.PAGES)}
-        if self._memory.open_LPR is not None:
-            sizes[Part.OPEN] = 2 * self._memory.page_bytes(Part.OPEN)
-        return sizes
+        pages_of = {Part.PAGES: 1, Part.OPEN: 2}
+        memory = self._memory
+        return {part: pages_of[part] * memory.page_bytes(part) for part in memory.parts}
 
     def records(
         self, layers: Sequence[int], prompt: Prompt, first: int, count: int

@@ -59,5 +59,6 @@ def _check(records_LPR: Tensor, pages_J: Tensor) -> None:
     assert records_LPR.dtype == torch.uint8
     assert records_LPR.shape[2] % _ALIGNMENT == 0, "records must be multiples of 128 bytes"
     assert records_LPR.stride()[1:] == (records_LPR.shape[2], 1), "records must be contiguous"
+    assert records_LPR.stride(0) % records_LPR.shape[2] == 0, "layers must be whole pages apart"
     assert pages_J.dtype == torch.int64
     assert pages_J.is_contiguous()

@@ -17,30 +17,31 @@ _HASH, _MOVE = (2048, 4), (8192, 8)
 H200, for pages of 64 KiB."""
 
 
-@triton.jit
+# Not made for one page or multiples of 16: what a model needs is compiled before it serves.
+@triton.jit(do_not_specialize=["jobs", "target_pages", "source_pages"])
 def _move_kernel(
     target_ptr,
     to_ptr,
     source_ptr,
     from_ptr,
     hash_ptr,
-    words,
     jobs,
-    target_layer,
-    source_layer,
+    target_pages,
+    source_pages,
+    WORDS: tl.constexpr,
     MOVE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sizes and strides are in words."""
+    """`target_pages` and `source_pages` are those from one layer to the next, of `WORDS` each."""
     job, layer = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    source = source_ptr + layer * source_layer + tl.load(from_ptr + job) * words
+    source = source_ptr + (layer * source_pages + tl.load(from_ptr + job)) * WORDS
     if MOVE:
-        target = target_ptr + layer * target_layer + tl.load(to_ptr + job) * words
+        target = target_ptr + (layer * target_pages + tl.load(to_ptr + job)) * WORDS
     plain = tl.zeros((BLOCK,), tl.int32)
     weighed = tl.zeros((BLOCK,), tl.int32)
-    for first in range(0, words, BLOCK):
+    for first in range(0, WORDS, BLOCK):
         place = first + tl.arange(0, BLOCK)
-        within = place < words
+        within = place < WORDS
         word = tl.load(source + place, mask=within, other=0)
         if MOVE:
             tl.store(target + place, word, mask=within)
@@ -62,6 +63,7 @@ def launch_move(
     target = target_LPR.view(torch.int32) if moves else source
     hashes_LJ2 = torch.empty((layers, jobs, 2), dtype=torch.int32, device=target.device)
     block, warps = _MOVE if moves else _HASH
+    words = source.shape[2]
     if jobs:
         _move_kernel[(jobs, layers)](
             target,
@@ -69,12 +71,12 @@ def launch_move(
             source,
             from_J,
             hashes_LJ2,
-            source.shape[2],
             jobs,
-            target.stride(0),
-            source.stride(0),
+            target.stride(0) // words,
+            source.stride(0) // words,
+            WORDS=words,
             MOVE=moves,
-            BLOCK=min(block, triton.next_power_of_2(source.shape[2])),
+            BLOCK=min(block, triton.next_power_of_2(words)),
             num_warps=warps,
         )
     return hashes_LJ2
