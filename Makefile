@@ -24,6 +24,7 @@ test: $(VENV)/.tested-with
 
 types: $(VENV)/.tested-with
 	$(BIN)/mypy
+	$(BIN)/mypy tests/gpu
 
 # Whole files side by side: fixtures are made once a file. In their order: by numbers of tests, files
 # of one long test would come last and run alone.

@@ -33,7 +33,7 @@ def page_gib(model: Decoder, pages: int) -> float:
 
 
 def make_engine(model: Decoder, *, pages: int = 64, **options: object) -> Engine:
-    config = EngineConfig(kv_memory_gib=page_gib(model, pages), **options)  # type: ignore[arg-type]
+    config = EngineConfig(kv_memory_gib=page_gib(model, pages), **options)
     return Engine(Runner(model, config, pages_of(model, config.kv_pages)), config)
 
 

@@ -167,7 +167,7 @@ def test_a_long_prompt_takes_little_memory_beside_its_pages() -> None:
     assert 1200 * form.record_bytes > STEP_BYTES
     wire = Wire(StagedLanding(StagedPages(target), Prompt(there, 1, tokens), 0))
     sent = Sending(Prompt(here, 0, tokens), form.layers, pytest.fail)
-    sent.begin(Route(wire, StagedPages(source), form, 0))  # type: ignore[arg-type]
+    sent.begin(Route(wire, StagedPages(source), form, 0))
     sent.stored(range(form.layers), tokens)
     torch.cuda.synchronize()
     for move in (sent.advance, wire.landing.land):

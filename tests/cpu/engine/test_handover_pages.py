@@ -99,7 +99,7 @@ def send(
             sending.stored([layer], end)
             sending.advance()
         if place == 0:
-            sending.begin(Route(wire, outlet, theirs, found))  # type: ignore[arg-type]
+            sending.begin(Route(wire, outlet, theirs, found))
             sending.advance()
 
 
@@ -158,7 +158,7 @@ def test_what_is_copied_in_steps_lands(
     fill(source, here, torch.randn(LAYERS, 2, 200, HEADS, WIDTH))
     wire = Wire(device(target, there, 0))
     sending = Sending(here, LAYERS, pytest.fail)
-    sending.begin(Route(wire, outlet, form, 0))  # type: ignore[arg-type]
+    sending.begin(Route(wire, outlet, form, 0))
     sending.stored([1], 130)
     sending.advance()
     sending.stored(range(LAYERS), 200)
@@ -208,7 +208,7 @@ def test_a_short_prompt_is_sent_as_one() -> None:
     prompt = Prompt([0, 1], 0, 100)
     wire = Wire(host(target, prompt, 0))
     sending = Sending(prompt, LAYERS, pytest.fail)
-    sending.begin(Route(wire, HostPages(source), page_format(target), 0))  # type: ignore[arg-type]
+    sending.begin(Route(wire, HostPages(source), page_format(target), 0))
     for layer in range(LAYERS):
         assert not wire.came
         sending.stored([layer], 100)
@@ -225,7 +225,7 @@ def test_a_cancelled_sending_sends_nothing_more() -> None:
     pages, prompt = pages_of("int8"), Prompt([0, 1], 0, 100)
     wire = Cancelled(host(pages, prompt, 0))
     sending = Sending(prompt, LAYERS, pytest.fail)
-    sending.begin(Route(wire, HostPages(pages), page_format(pages), 0))  # type: ignore[arg-type]
+    sending.begin(Route(wire, HostPages(pages), page_format(pages), 0))
     sending.stored(range(LAYERS), 64)
     assert sending.cancel(pytest.fail)
     sending.stored(range(LAYERS), 100)
