@@ -40,7 +40,8 @@ class EngineConfig:
     max_context: int | None = None
     """Prompt plus answer at most, in tokens. Default: what the model and the KV pages allow."""
     prefix_cache: bool = True
-    """Keep finished pages and reuse them for prompts that begin alike."""
+    """Keep finished pages and reuse them for prompts that begin alike. Samples of one request share
+    those of their prompt in any case."""
     overlap: bool | None = None
     """Schedule and launch a step while the one before it still runs. The answers are the same.
     Default: on a GPU."""

@@ -33,7 +33,7 @@ from fourfold.engine.messages import (
     TokenOutput,
 )
 from fourfold.engine.mixing import mixed_budget, mixed_sizes
-from fourfold.engine.page_pool import PagePool
+from fourfold.engine.page_pool import ROOT_KEY, PageKey, PagePool
 from fourfold.engine.sequence import Sequence
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 
@@ -155,9 +155,10 @@ class Scheduler:
                 for index in indices
             ]
         leader: Sequence | None = None
+        root = self._root(samples=here)
         for index in indices:
             longest = min(length + request.sampling.max_tokens, self.max_context)
-            sequence = Sequence(request, index, self._arrivals, leader, longest)
+            sequence = Sequence(request, index, self._arrivals, leader, longest, root)
             if leader is None:
                 sequence.found = PAGE_TOKENS * len(self._known_pages(sequence))
             self._arrivals += 1
@@ -375,9 +376,16 @@ class Scheduler:
             self._run(sequence)
         return True
 
+    def _root(self, *, samples: int) -> PageKey | None:
+        """Of a request of so many samples that comes now: without a prefix cache, these alone find
+        each other's pages."""
+        if self._config.prefix_cache:
+            return ROOT_KEY
+        return self._arrivals.to_bytes(8) if samples > 1 else None
+
     def _known_pages(self, sequence: Sequence) -> list[int]:
-        """Pages of the prefix cache that a sample can begin with."""
-        if not self._config.prefix_cache or sequence.wants_prompt_logprobs:
+        """Pages that a sample can begin with."""
+        if sequence.root is None or sequence.wants_prompt_logprobs:
             return []
         # The last token is always computed: its hidden state gives the next one.
         return self.pool.find(sequence.keys(sequence.length - 1))
@@ -454,7 +462,7 @@ class Scheduler:
         )
 
     def _publish(self, sequence: Sequence) -> None:
-        if self._config.prefix_cache:
+        if sequence.root is not None:
             for page, key in sequence.newly_sealed():
                 self.pool.publish(page, key)
 

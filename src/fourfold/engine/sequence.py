@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fourfold.engine.messages import Continue, FinishReason, Stage, Submit, TokenLogprob
-from fourfold.engine.page_pool import ROOT_KEY, PageKey, page_key
+from fourfold.engine.page_pool import PageKey, page_key
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 
 
@@ -15,7 +15,8 @@ class Sequence:
     counts sampled tokens that have not yet come back from the device. `longest` is the length at
     which it ends if nothing else ends it. `slot` is its place in the runner's per-sample state
     while it runs, `admissions` how often it began to (once more after every preemption). `found` is
-    how many of its first tokens the prefix cache had when it came; of a leader.
+    how many of its first tokens the prefix cache had when it came; of a leader. `root` begins the
+    keys of its pages, by which others of the same root find them; None where nobody is to.
 
     `stage` is what of it is computed here: of a request's samples the first may be cut in two, the
     others share its prompt's pages. `proceeds` is the next token of a prompt computed elsewhere,
@@ -29,12 +30,14 @@ class Sequence:
         arrival: int,
         leader: Sequence | None,
         longest: int,
+        root: PageKey | None,
     ) -> None:
         self.request = request
         self.index = index
         self.arrival = arrival
         self.leader = leader
         self.longest = longest
+        self.root = root
         self.stage = request.stage if leader is None else Stage.WHOLE
         self.stop_token_ids = frozenset(request.sampling.stop_token_ids)
         self.tokens = [*request.prompt_ids, *request.generated]
@@ -85,11 +88,13 @@ class Sequence:
         return max(0, -(-tokens // PAGE_TOKENS) - len(self.pages))
 
     def keys(self, tokens: int) -> list[PageKey]:
-        """The hash chain of the pages filled by the first `tokens` known tokens."""
+        """The hash chain of the pages filled by the first `tokens` known tokens; of a sample with a
+        root."""
+        assert self.root is not None
         full = tokens // PAGE_TOKENS
         while len(self._keys) < full:
             start = len(self._keys) * PAGE_TOKENS
-            previous = self._keys[-1] if self._keys else ROOT_KEY
+            previous = self._keys[-1] if self._keys else self.root
             self._keys.append(page_key(previous, self.tokens[start : start + PAGE_TOKENS]))
         return self._keys[:full]
 

@@ -500,7 +500,7 @@ def test_a_receiver_on_the_same_gpu_gets_pages_at_the_end_of_a_step(model: Decod
             peer = msgspec.structs.replace(pair.second_node.peer, device=device, **changes)
             request = submit(1, [5], GREEDY)
             request = msgspec.structs.replace(request, stage=Stage.PREFILL, peer=peer)
-            return handover._shares_gpu(Sample(request, 0, 0, None, 10))
+            return handover._shares_gpu(Sample(request, 0, 0, None, 10, None))
 
         assert shares(here)
         assert not shares(there)

@@ -102,11 +102,12 @@ def test_a_context_that_cannot_be_held_is_refused(
         make_engine(model, pages=pages, max_context=max_context)
 
 
-@pytest.mark.parametrize(("prefix_cache", "cached"), [(True, 128), (False, 0)])
+@pytest.mark.parametrize("prefix_cache", [True, False])
 def test_samples_share_the_pages_of_their_prompt(
-    model: Decoder, hf: Reference, prefix_cache: bool, cached: int
+    model: Decoder, hf: Reference, prefix_cache: bool
 ) -> None:
-    prompt = prompt_of(150)
+    """Without a prefix cache, too; then another request does not find them."""
+    prompt, cached = prompt_of(150), 128
     engine = make_engine(model, prefix_cache=prefix_cache)
     news = run(engine, [submit(0, prompt, GREEDY, n=3)])
     assert len(news) == 3
@@ -117,6 +118,9 @@ def test_samples_share_the_pages_of_their_prompt(
     assert all(output.cached_tokens == 0 for outputs in news.values() for output in outputs[1:])
     assert engine.stats.cached_tokens == 2 * cached
     assert engine.stats.prompt_tokens == 150 * 3 - 2 * cached
+    again = run(engine, [submit(1, prompt, GREEDY, n=2)])
+    assert again[1, 0][0].cached_tokens == cached * prefix_cache
+    assert again[1, 1][0].cached_tokens == cached
 
 
 def test_seeds_repeat_and_samples_differ(model: Decoder) -> None:

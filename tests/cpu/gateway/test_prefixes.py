@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fourfold.engine.messages import SamplingParams, Submit
+from fourfold.engine.page_pool import ROOT_KEY
 from fourfold.engine.sequence import Sequence
 from fourfold.gateway.fleet.prefixes import PrefixIndex, page_keys
 
@@ -13,7 +14,7 @@ from fourfold.gateway.fleet.prefixes import PrefixIndex, page_keys
 def test_pages_are_named_as_the_engine_names_them() -> None:
     tokens = tuple(range(300))
     request = Submit(request_id=1, prompt_ids=tokens, sampling=SamplingParams())
-    sequence = Sequence(request, 0, 0, None, 400)
+    sequence = Sequence(request, 0, 0, None, 400, ROOT_KEY)
     keys = page_keys(tokens, 64)
     assert keys == sequence.keys(300)
     assert len(keys) == 4
