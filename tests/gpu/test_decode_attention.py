@@ -38,8 +38,10 @@ def attend(step: Step, buffers: PlanBuffers) -> torch.Tensor:
         step.open_v[slot * 64 + open_tokens : (slot + 1) * 64] = math.nan
     buffers.partial_o.fill_(math.nan)
     buffers.partial_lse.fill_(math.nan)
-    tensors = (step.q_RHC, step.records, step.open_k, step.open_v)
-    return paged_int8_attention_decode(*(t.to(GPU) for t in tensors), step.layout, buffers)
+    q, records, open_k, open_v = (
+        tensor.to(GPU) for tensor in (step.q_RHC, step.records, step.open_k, step.open_v)
+    )
+    return paged_int8_attention_decode(q, records, open_k, open_v, step.layout, buffers)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

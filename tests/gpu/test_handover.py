@@ -182,6 +182,32 @@ def test_a_long_prompt_takes_little_memory_beside_its_pages() -> None:
     assert torch.equal(target.open[:, :, row : row + 5], source.open[:, :, :5])
 
 
+@pytest.mark.parametrize("late", ["the step before", "what lands"])
+def test_landed_pages_come_between_the_steps_around_them(late: str) -> None:
+    shape = PageShape(
+        layers=2, kv_heads=2, head_width=128, dtype=torch.bfloat16, codes=PageCodes.INT8
+    )
+    pages = make_pages(shape, 8, 2, GPU)
+    assert isinstance(pages, CodedPages)
+    memory = StagedPages(pages)
+    landing = StagedLanding(memory, Prompt([3, 4], 0, 2 * PAGE_TOKENS), 0)
+    for layer in range(2):
+        for view in landing.views(Part.PAGES, layer, 0, 2):
+            view[:] = bytes([5 + layer]) * len(view)
+    engine = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(engine if late == "the step before" else memory._landing):
+        torch.cuda._sleep(100_000_000)
+    with torch.cuda.stream(engine):
+        pages.records.fill_(9)
+        landing.land()
+        seen = pages.records.clone()
+    torch.cuda.synchronize()
+    for records in (seen, pages.records):
+        assert records[:, [3, 4]].flatten(1).float().mean(1).tolist() == [5.0, 6.0]
+        assert bool((records[:, [0, 1, 2, 5, 6, 7]] == 9).all())
+
+
 def test_landed_memory_may_be_let_go_of_amid_a_recording() -> None:
     """As a thread of the transport does that comes late; there is pinned memory for all then."""
     shape = PageShape(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from random import Random
 
 import msgspec
@@ -146,23 +145,33 @@ def forms(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
     return str(request.param)
 
 
-def assert_alike(one: News, other: News, *, same: float) -> None:
-    """Log-probabilities are those of rounding as far as the tokens are the same, which they are to
-    the end for at least so many samples."""
+def assert_likely(model: Decoder, asked: list[Submit], news: News) -> None:
+    """Each token is as likely as was said, after the prompt and the tokens before it; but for
+    rounding, which now and then chooses another expert."""
+    prompts = {request.request_id: request.prompt_ids for request in asked}
+    texts = [(*prompts[number], *tokens(outputs)) for (number, _), outputs in news.items()]
+    scoring = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1, prompt_logprobs=True)
+    config = EngineConfig(
+        kv_memory_gib=0.25, max_running=8, step_tokens=1000, cuda_graphs=False, prefix_cache=False
+    )
+    engine = Engine(Runner(model, config, pages_of(model, PageFormat.INT8)), config)
+    scores = run(engine, [submit(i, text, scoring) for i, text in enumerate(texts)])
+    for i, (sample, outputs) in enumerate(news.items()):
+        likely = scores[i, 0][0].prompt_logprobs
+        assert likely is not None
+        right = likely[len(prompts[sample[0]]) - 1 :]
+        off = [
+            abs(output.logprob.logprob - each.logprob)
+            for output, each in zip(outputs, right, strict=True)
+            if output.logprob is not None
+        ]
+        assert sum(off) <= 1.0 + 0.12 * len(off), (sample, off)
+
+
+def same_tokens(one: News, other: News) -> float:
+    """The part of all samples that are the same."""
     assert one.keys() == other.keys()
-    differences, equal = [], 0
-    for sample, outputs in one.items():
-        equal += tokens(outputs) == tokens(other[sample])
-        for first, second in zip(outputs, other[sample], strict=False):
-            if first.token != second.token:
-                break
-            if first.logprob is not None and second.logprob is not None:
-                differences.append(abs(first.logprob.logprob - second.logprob.logprob))
-                assert len(first.logprob.top) == len(second.logprob.top)
-    assert len(differences) > 100
-    assert statistics.median(differences) < 0.01
-    assert max(differences) < 0.6
-    assert equal >= same * len(one)
+    return sum(tokens(one[sample]) == tokens(other[sample]) for sample in one) / len(one)
 
 
 def test_overlap_changes_nothing(model: Decoder) -> None:
@@ -179,7 +188,8 @@ def test_stops_noticed_late(model: Decoder, forms: str) -> None:
     overlapped, engine = answers(model, requests(), graphs=True, overlap=True)
     assert all(outputs[-1].finish for outputs in overlapped.values())
     assert engine.scheduler.pool.in_use == 0
-    assert_alike(plain, overlapped, same=0.5 if forms == "one form" else 0.2)
+    assert_likely(model, requests(), overlapped)
+    assert same_tokens(plain, overlapped) >= (0.5 if forms == "one form" else 0.2)
 
 
 def test_graphs_change_nothing(model: Decoder, forms: str) -> None:
@@ -187,7 +197,8 @@ def test_graphs_change_nothing(model: Decoder, forms: str) -> None:
     assert engine.stats.graphs == 0
     recorded, engine = answers(model, requests(), graphs=True, overlap=False)
     assert engine.stats.graphs > 0
-    assert_alike(eager, recorded, same=0.8 if forms == "one form" else 0.2)
+    assert_likely(model, requests(), recorded)
+    assert same_tokens(eager, recorded) >= (0.8 if forms == "one form" else 0.2)
 
 
 def test_after_memory_ran_out_steps_are_recorded_again(model: Decoder) -> None:
@@ -209,7 +220,7 @@ def test_a_step_that_cannot_be_recorded_is_launched(
     """Where a step breaks its recording, or CUDA does; later rooms are recorded in another pool."""
     wanted, plain = answers(model, unstopped(), graphs=True, overlap=False)
     enqueue, end = StepGraph._enqueue, torch.cuda.CUDAGraph.capture_end
-    failed = []
+    failed: list[bool] = []
 
     def fail_once() -> None:
         if not failed:

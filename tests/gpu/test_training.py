@@ -137,7 +137,8 @@ def test_rows_of_one_document_need_no_beginnings(heads: int, kv_heads: int, widt
     starts = torch.arange(0, rows * length + 1, length, dtype=torch.int32, device="cuda")
     given = [random(rows * length, n, width).requires_grad_() for n in (heads, kv_heads, kv_heads)]
     upstream = random(rows * length, heads, width)
-    outs = [_by_rows(*given, documents), _varlen(*given, starts, length)]
+    q, k, v = given
+    outs = [_by_rows(q, k, v, documents), _varlen(q, k, v, starts, length)]
     close(*outs)
     for mine, theirs in zip(
         *(torch.autograd.grad(out, given, upstream) for out in outs), strict=True

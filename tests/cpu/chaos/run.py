@@ -52,13 +52,13 @@ _END_SECONDS = 60.0
 """Deadline of a request."""
 _STUCK_SECONDS = 15.0
 """After which it is told who holds what."""
-_MOST = {
-    Precision.FLOAT32: Size(resident_mib=150.0, descriptors=100, threads=100),
-    Precision.W4A8: Size(resident_mib=700.0, descriptors=100, threads=100),
-}
+_MOST = Size(resident_mib=150.0, descriptors=100, threads=100)
+"""What a process may grow by."""
+_MOST_OF_8_BITS = dataclasses.replace(_MOST, resident_mib=700.0)
+"""For a CPU's products of 8 bits oneDNN keeps what it compiled for each number of rows, a thousand
+at most: 550 MiB after a while."""
 _MOST_ON_GPU = Size(resident_mib=600.0, descriptors=300, threads=200)
-"""What a process may grow by. A GPU's driver takes more as it is used; for a CPU's 8-bit products
-oneDNN keeps what it compiled for each number of rows, a thousand at most: 550 MiB after a while."""
+"""A GPU's driver takes more as it is used."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -400,8 +400,7 @@ class Run:
 
     def _measure(self) -> None:
         """Nobody grows."""
-        served = self._served
-        most = _MOST[served.precision] if served.device == "cpu" else _MOST_ON_GPU
+        of_worker = _MOST if self._served.precision is Precision.FLOAT32 else _MOST_OF_8_BITS
         pids = {member.hello.pid: member.name for member in self.fleet.members if member.ready}
         for pid, name in {**pids, os.getpid(): "the gateway"}.items():
             size = size_of(pid)
@@ -409,6 +408,9 @@ class Run:
                 continue
             self.story.sizes.append(size)
             first = self._first_size.setdefault(pid, size)
+            most = _MOST if pid == os.getpid() else of_worker
+            if self._served.device != "cpu":
+                most = _MOST_ON_GPU
             if (
                 size.descriptors > first.descriptors + most.descriptors
                 or size.threads > first.threads + most.threads

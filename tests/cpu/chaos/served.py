@@ -25,7 +25,7 @@ from fourfold.models.precision import PageFormat, Precision
 from tests.cpu import tiny
 
 PAGES = 96
-"""Of every engine: few, so that they are evicted and fought for."""
+"""Of every worker: few, so that they are evicted and fought for."""
 _RUNNING = 8
 
 

@@ -1,4 +1,4 @@
-"""The promise, held for 20 seconds; `make chaos` holds it for ten minutes."""
+"""The promise, held for 25 seconds; `make chaos` holds it for ten minutes."""
 
 from __future__ import annotations
 

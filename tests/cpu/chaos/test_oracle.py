@@ -55,6 +55,8 @@ def test_right_answers_are_let_through(judged: tuple[LikelyJudge, list[Answer]])
         del heard.tokens[5:], heard.logprobs[5:]
         heard.text = heard.text[:3]
     assert judge.complaints([Answer("cut", cut.question, cut.samples, whole=False)]) == []
+    nothing = Answer("none", cut.question, [Heard() for _ in cut.samples], whole=True)
+    assert len(judge.complaints([nothing])) == cut.question.n
     (short, *_) = judge.complaints([Answer("cut", cut.question, cut.samples, whole=True)])
     assert "5 instead of" in short
 

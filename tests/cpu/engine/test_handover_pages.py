@@ -218,7 +218,7 @@ def test_a_short_prompt_is_sent_as_one() -> None:
 
 def test_a_cancelled_sending_sends_nothing_more() -> None:
     class Cancelled(Wire):
-        def cancel(self, left: Callable[[], None]) -> bool:
+        def cancel(self, left: Callable[[], None]) -> bool:  # type: ignore[override]
             self.finished = True
             return True
 
@@ -251,7 +251,7 @@ def test_pages_that_changed_while_they_were_pulled_are_refused() -> None:
             room[:] = ticket
         landing.landed(part, 0, LAYERS, 0, 1)
     assert torch.equal(read(target, there), read(source, here))
-    source.records[1, 7, 5] ^= 1
+    mine.records_LPR[1, 7, 5] ^= 1
     with pytest.raises(ValueError, match="changed"):
         landing.landed(Part.PAGES, 0, LAYERS, 0, 1)
     landing.landed(Part.PAGES, 0, 1, 0, 1)

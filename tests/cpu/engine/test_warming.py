@@ -55,7 +55,8 @@ def forms(rooms: Iterable[StepRoom], kv_heads: int, heads: int = 32) -> set[tupl
 
 def batch(random: Random) -> list[Span]:
     """Sequences of any length, alone or as siblings that share their first pages."""
-    rows, spans, page = random.choice((1, 2, 3, 5, 8, 20, 40, 100, 256)), [], 0
+    rows, page = random.choice((1, 2, 3, 5, 8, 20, 40, 100, 256)), 0
+    spans: list[Span] = []
     while len(spans) < rows:
         siblings = min(random.choice((1, 1, 1, 2, 4, 8, 16, 64)), rows - len(spans))
         known = int(math.exp(random.uniform(0, math.log(512)))) if siblings > 1 else 0

@@ -119,7 +119,7 @@ class Step:
 
 
 def error(out: Tensor, wanted: Tensor) -> float:
-    return ((out.double() - wanted.double()).norm() / wanted.double().norm()).item()
+    return float((out.double() - wanted.double()).norm() / wanted.double().norm())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

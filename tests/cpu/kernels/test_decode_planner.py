@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import random
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fourfold.kernels.decode_attention import (
+    DecodeCost,
     DecodePlan,
     DecodePlanner,
     DecodeSequences,
@@ -143,6 +146,45 @@ def test_batches_of_more_programs_than_are_wanted_have_a_plan(kv_heads: int, row
     sequences = DecodeSequences(np.full(rows, 500), pages, np.arange(rows))
     plan = DecodePlanner(shape, COST).plan(sequences)
     assert len(plan.rows_R) == rows
+
+
+def test_what_is_shared_is_what_was_chosen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever way of sharing the search takes next, for the same batch or another."""
+    rng, kept = random.Random(3), Counter[tuple[Sharing, Sharing]]()
+    chosen: list[Sharing] = []
+
+    def any_of(step: search.Step, cost: DecodeCost) -> search.Candidate:
+        candidates = list(search._candidates(step, cost, most_tasks=None))
+        sharing = rng.choice(sorted({each.choice.sharing for each in candidates}))
+        chosen.append(sharing)
+        return rng.choice([each for each in candidates if each.choice.sharing is sharing])
+
+    monkeypatch.setattr(planner, "cheapest", any_of)
+    monkeypatch.setattr(planner, "_STEPS_BETWEEN_SEARCHES", 3)
+    for _ in range(30):
+        shape = DecodeShape(heads=8, kv_heads=2, head_width=64, rows=rng.choice([1, 2, 16]))
+        batch, ours = Batch(shape), DecodePlanner(shape, COST)
+        for _ in range(rng.randint(1, 3)):
+            batch.come(rng.choice([1, 3, 40, 70]) * 64 + shape.rows)
+        for _ in range(rng.randint(1, 5)):
+            batch.come(rng.choice([0, 192]), parent=rng.choice(list(batch.lengths)))
+        before = Sharing.NONE
+        for _ in range(20):
+            if rng.random() < 0.1:
+                batch.come(0, parent=rng.choice(list(batch.lengths)))
+            batch.grow()
+            sequences = batch.sequences(list(batch.lengths))
+            plan = ours.plan(sequences)
+            check(plan, sequences, shape)
+            step = search._step_of(sequences, shape)
+            shared = step.shared(chosen[-1], COST)
+            assert plan.choice.sharing is shared.sharing
+            runs = step.runs(shared)
+            tiles = -(-runs.rows // (runs.tile // shape.shared))
+            assert plan.tasks_J7[:, 3].sum() == (tiles * runs.pages).sum()
+            kept[before, plan.choice.sharing] += 1
+            before = plan.choice.sharing
+    assert len(kept) == len(Sharing) ** 2
 
 
 def test_choices_are_kept_while_a_batch_stays_what_it_is(monkeypatch: pytest.MonkeyPatch) -> None:

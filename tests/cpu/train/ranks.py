@@ -135,7 +135,7 @@ def _stop(folder: Path, parallel: Parallel) -> None:
         config = toy.config(folder / name, {"schedule": {"steps": 8}, "run": {"keep": 9}})
         trainer = toy.trainer(config, parallel=parallel)
         asks = name == "stopped" and parallel.rank == 1
-        if trainer.run(asked=lambda trainer=trainer, asks=asks: asks and trainer.steps >= STOPPED):
+        if trainer.run(asked=lambda trainer=trainer, asks=asks: asks and trainer.steps >= STOPPED):  # type: ignore[misc]
             toy.trainer(config, parallel=parallel).run()
 
 

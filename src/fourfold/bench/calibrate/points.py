@@ -39,7 +39,7 @@ from fourfold.quantize.weights import Activations, CudaW4A8Weight
 RECIPE = W4A8Recipe.INT8_G128
 """Of all points; served by default are groups of 64, whose kernel is 4 % slower, and attention's
 projections in 8 bits (docs/experiments.md)."""
-_PLANS = 4
+_PLANS = 12
 """Plans timed of each step of decode attention: enough to bring out what cutting costs."""
 
 

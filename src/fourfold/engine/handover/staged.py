@@ -37,7 +37,8 @@ class StagedPages:
         memory = pages.records if isinstance(pages, CodedPages) else pages.data
         self.records_LPW = memory.flatten(2).view(torch.int64)
         self.open_L2RGC = pages.open if isinstance(pages, CodedPages) else None
-        self._stream = side_stream(pages)
+        # What is sent must not wait for steps, as what lands does.
+        self._stream, self._landing = side_stream(pages), side_stream(pages)
 
     def records(
         self, layers: Sequence[int], prompt: Prompt, first: int, count: int
@@ -62,16 +63,18 @@ class StagedPages:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """What is enqueued meanwhile runs on the side stream, after all that is on the current one
-        and before all that follows there."""
-        if self._stream is None:
+        """What is enqueued meanwhile runs on a stream of its own, after all that is on the current
+        one and before all that follows there."""
+        if self._landing is None:
             yield
             return
         current = torch.cuda.current_stream(self.records_LPW.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
+        self._landing.wait_stream(current)
+        try:
+            with torch.cuda.stream(self._landing):
+                yield
+        finally:
+            current.wait_stream(self._landing)
 
     def _fetch(self, found: Tensor) -> Tensor:
         """A copy on the host, which is waited for."""
@@ -95,7 +98,7 @@ class StagedLanding(PromptLanding):
         self._lock = threading.Lock()
 
     def land(self) -> None:
-        # On the side stream, on which nothing is recorded: when pinned memory is let go of, by any
+        # On a stream on which nothing is recorded: when pinned memory is let go of, by any
         # thread, PyTorch marks the streams that read it, and marks that become part of a graph fail
         # whoever asks for pinned memory next (pytorch/pytorch#193982).
         with self._memory.aside():

@@ -81,7 +81,7 @@ class Sharing(enum.IntEnum):
     PAYING = 1
     """Those where reads that are saved cost more than the partials that are added."""
     ALL = 2
-    """All that several sequences hold: fewer tasks, which can spare a wave of them."""
+    """All where any read is saved: fewer tasks, which can spare a wave of them."""
 
 
 class Choice(NamedTuple):

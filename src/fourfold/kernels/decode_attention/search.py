@@ -243,7 +243,7 @@ class Candidate(NamedTuple):
 
     @property
     def price(self) -> float:
-        """Sharing has to be cheaper by more than the model errs, so as never to be slower."""
+        """Sharing has to be cheaper by more: where the model errs it is not to be slower."""
         return self.seconds * (_SHARING_MARGIN if self.choice.sharing else 1.0)
 
     def build(self) -> DecodePlan:
