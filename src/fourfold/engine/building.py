@@ -12,6 +12,7 @@ import msgspec
 
 from fourfold.engine.config import EngineConfig
 from fourfold.errors import ConfigError
+from fourfold.kernels.own_thread import on_own_thread
 from fourfold.models.checkpoint.fingerprint import fingerprint
 from fourfold.models.checkpoint.source import Source
 from fourfold.models.phases import Phases
@@ -70,6 +71,10 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
 
     On a GPU, kernels are compiled while weights load, and the usual steps are recorded.
     """
+    return on_own_thread(lambda: _build(setup, progress))
+
+
+def _build(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelFacts]:
     phases = Phases()
     with phases("imports"):
         from fourfold.engine.engine import Engine

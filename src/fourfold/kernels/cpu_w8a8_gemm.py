@@ -17,6 +17,8 @@ import functools
 import torch
 from torch import Tensor
 
+from fourfold.kernels.own_thread import on_own_thread
+
 LIMIT = 127
 ZERO_POINT = 128
 _SMALLEST = 1e-30
@@ -85,8 +87,10 @@ def _zeros(count: int) -> Tensor:
 @functools.cache
 def exact_on_cpu() -> bool:
     """Whether the product is exact on this CPU: tried on the inputs that saturate first."""
-    if not torch._C._has_mkldnn:
-        return False
+    return torch._C._has_mkldnn and on_own_thread(_is_exact)
+
+
+def _is_exact() -> bool:
     packed = _pack(torch.full((64, 256), -LIMIT, dtype=torch.int8))
     for rows in (1, 2, 32):
         codes = torch.full((rows, 256), ZERO_POINT + LIMIT, dtype=torch.uint8)

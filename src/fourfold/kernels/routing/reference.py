@@ -64,11 +64,10 @@ def route(
     """See `fourfold.kernels.routing.route`."""
     logits_TE = F.linear(x_TD.float(), weight_ED)
     experts_TK = choose_experts(logits_TE, rule, bias_E=bias_E, spread=spread)
-    scores_TE = _scores(logits_TE, rule)
     if rule.score == "softmax" and rule.normalise:
         # The chosen scores over their sum: the softmax of the chosen logits alone.
         return logits_TE.gather(-1, experts_TK).softmax(-1) * rule.scale, experts_TK
-    gates_TK = scores_TE.gather(-1, experts_TK)
+    gates_TK = _scores(logits_TE, rule).gather(-1, experts_TK)
     if rule.normalise:
         gates_TK = gates_TK / gates_TK.sum(-1, keepdim=True).clamp_min(_SMALLEST)
     return gates_TK * rule.scale, experts_TK

@@ -1,0 +1,51 @@
+"""What OpenMP keeps for who computes only once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fourfold.kernels.own_thread import on_own_thread
+
+BUILDING = """
+import os, time, torch
+from fourfold.engine import building
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+def build(setup, progress):
+    torch.rand(600, 600) @ torch.rand(600, 600)
+    return threads()
+
+building._build, before = build, threads()
+during = building.build_engine(None, None)
+until = time.monotonic() + 20
+while threads() > before and time.monotonic() < until:
+    time.sleep(0.01)
+print(during - before, threads() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how many threads there are")
+def test_nothing_is_kept_of_building_an_engine() -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", BUILDING],
+        env=os.environ | {"OMP_NUM_THREADS": "2"},
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    during, after = map(int, done.stdout.split())
+    assert during >= 2
+    assert after == 0
+
+
+def test_what_is_raised_is_raised_to_who_asked() -> None:
+    with pytest.raises(ZeroDivisionError):
+        on_own_thread(lambda: 1 // 0)
+    assert on_own_thread(lambda: 7) == 7
