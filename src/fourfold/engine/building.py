@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
@@ -71,7 +72,14 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
 
     On a GPU, kernels are compiled while weights load, and the usual steps are recorded.
     """
-    return on_own_thread(lambda: _build(setup, progress))
+    interrupted = threading.Event()
+
+    def advance(done: int, total: int) -> None:
+        if interrupted.is_set():
+            raise KeyboardInterrupt
+        progress(done, total)
+
+    return on_own_thread(lambda: _build(setup, advance), interrupted.set)
 
 
 def _build(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelFacts]:

@@ -15,8 +15,10 @@ from typing import TypeVar
 _T = TypeVar("_T")
 
 
-def on_own_thread(work: Callable[[], _T]) -> _T:
-    """Returns or raises what `work` does. An interrupt does not wait for it."""
+def on_own_thread(work: Callable[[], _T], interrupt: Callable[[], None] = lambda: None) -> _T:
+    """Returns or raises what `work` does. What is raised while it waits, by Ctrl-C, calls
+    `interrupt`, upon which the work may end sooner; for its end it waits in any case, because a
+    process that ends amid it aborts."""
     done: Future[_T] = Future()
 
     def run() -> None:
@@ -25,5 +27,12 @@ def on_own_thread(work: Callable[[], _T]) -> _T:
         except BaseException as error:
             done.set_exception(error)
 
-    threading.Thread(target=run, daemon=True).start()
-    return done.result()
+    thread = threading.Thread(target=run)
+    try:
+        thread.start()
+        return done.result()
+    finally:
+        if not done.done():
+            interrupt()
+        if thread.ident is not None:
+            thread.join()

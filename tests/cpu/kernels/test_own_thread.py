@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -29,6 +30,23 @@ while threads() > before and time.monotonic() < until:
 print(during - before, threads() - before)
 """
 
+LOADING = """
+import time
+from fourfold.engine import building
+
+def build(setup, progress):
+    print("loads", flush=True)
+    try:
+        while True:
+            progress(1, 2)
+            time.sleep(0.01)
+    finally:
+        print("ended", flush=True)
+
+building._build = build
+building.build_engine(None, lambda done, total: None)
+"""
+
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks Linux how many threads there are")
 def test_nothing_is_kept_of_building_an_engine() -> None:
@@ -43,6 +61,18 @@ def test_nothing_is_kept_of_building_an_engine() -> None:
     during, after = map(int, done.stdout.split())
     assert during >= 2
     assert after == 0
+
+
+def test_an_interrupt_ends_what_loads_and_waits_for_it() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", LOADING], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "loads\n"
+        process.send_signal(signal.SIGINT)
+        told, complaints = process.communicate(timeout=60)
+    assert told == "ended\n"
+    assert complaints.splitlines()[-1] == "KeyboardInterrupt"
 
 
 def test_what_is_raised_is_raised_to_who_asked() -> None:
