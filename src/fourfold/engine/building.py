@@ -72,6 +72,13 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
 
     On a GPU, kernels are compiled while weights load, and the usual steps are recorded.
     """
+    phases = Phases()
+    with phases("imports"):
+        from fourfold.models.loading import resolve_device
+
+    device = resolve_device(setup.device)
+    if device.type != "cpu":
+        return _build(setup, device, progress, phases)
     interrupted = threading.Event()
 
     def advance(done: int, total: int) -> None:
@@ -79,18 +86,18 @@ def build_engine(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelF
             raise KeyboardInterrupt
         progress(done, total)
 
-    return on_own_thread(lambda: _build(setup, advance), interrupted.set)
+    return on_own_thread(lambda: _build(setup, device, advance, phases), interrupted.set)
 
 
-def _build(setup: EngineSetup, progress: Progress) -> tuple[Engine, ModelFacts]:
-    phases = Phases()
+def _build(
+    setup: EngineSetup, device: torch.device, progress: Progress, phases: Phases
+) -> tuple[Engine, ModelFacts]:
     with phases("imports"):
         from fourfold.engine.engine import Engine
         from fourfold.engine.runner import Runner
-        from fourfold.models.loading import LoadOptions, load_model, pages_of, resolve_device
+        from fourfold.models.loading import LoadOptions, load_model, pages_of
         from fourfold.models.memory import told, weight_bytes
 
-    device = resolve_device(setup.device)
     options = LoadOptions(
         device=device,
         precision=setup.precision,

@@ -14,16 +14,18 @@ from fourfold.kernels.own_thread import on_own_thread
 BUILDING = """
 import os, time, torch
 from fourfold.engine import building
+from fourfold.engine.building import EngineSetup
 
 def threads():
     return len(os.listdir("/proc/self/task"))
 
-def build(setup, progress):
+def build(setup, device, progress, phases):
     torch.rand(600, 600) @ torch.rand(600, 600)
     return threads()
 
+import fourfold.engine.engine
 building._build, before = build, threads()
-during = building.build_engine(None, None)
+during = building.build_engine(EngineSetup(source=None, device="cpu"), None)
 until = time.monotonic() + 20
 while threads() > before and time.monotonic() < until:
     time.sleep(0.01)
@@ -33,8 +35,9 @@ print(during - before, threads() - before)
 LOADING = """
 import time
 from fourfold.engine import building
+from fourfold.engine.building import EngineSetup
 
-def build(setup, progress):
+def build(setup, device, progress, phases):
     print("loads", flush=True)
     try:
         while True:
@@ -44,7 +47,7 @@ def build(setup, progress):
         print("ended", flush=True)
 
 building._build = build
-building.build_engine(None, lambda done, total: None)
+building.build_engine(EngineSetup(source=None, device="cpu"), lambda done, total: None)
 """
 
 
