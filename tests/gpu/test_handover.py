@@ -196,7 +196,7 @@ def test_landed_pages_come_between_the_steps_around_them(late: str) -> None:
             view[:] = bytes([5 + layer]) * len(view)
     engine = torch.cuda.Stream()
     torch.cuda.synchronize()
-    with torch.cuda.stream(engine if late == "the step before" else memory._landing):
+    with torch.cuda.stream(engine if late == "the step before" else memory._landing_stream):
         torch.cuda._sleep(100_000_000)
     with torch.cuda.stream(engine):
         pages.records.fill_(9)

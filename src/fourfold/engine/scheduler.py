@@ -33,7 +33,7 @@ from fourfold.engine.messages import (
     TokenOutput,
 )
 from fourfold.engine.mixing import mixed_budget, mixed_sizes
-from fourfold.engine.page_pool import ROOT_KEY, PageKey, PagePool
+from fourfold.engine.page_pool import ROOT_KEY, PagePool
 from fourfold.engine.sequence import Sequence
 from fourfold.quadrants.kv_pages import PAGE_TOKENS
 
@@ -155,7 +155,9 @@ class Scheduler:
                 for index in indices
             ]
         leader: Sequence | None = None
-        root = self._root(samples=here)
+        # Without a prefix cache only the samples of one request find each other's pages.
+        own = self._arrivals.to_bytes(8) if here > 1 else None
+        root = ROOT_KEY if self._config.prefix_cache else own
         for index in indices:
             longest = min(length + request.sampling.max_tokens, self.max_context)
             sequence = Sequence(request, index, self._arrivals, leader, longest, root)
@@ -375,13 +377,6 @@ class Scheduler:
         else:
             self._run(sequence)
         return True
-
-    def _root(self, *, samples: int) -> PageKey | None:
-        """Of a request of so many samples that comes now: without a prefix cache, these alone find
-        each other's pages."""
-        if self._config.prefix_cache:
-            return ROOT_KEY
-        return self._arrivals.to_bytes(8) if samples > 1 else None
 
     def _known_pages(self, sequence: Sequence) -> list[int]:
         """Pages that a sample can begin with."""

@@ -400,7 +400,9 @@ class Run:
 
     def _measure(self) -> None:
         """Nobody grows."""
-        of_worker = _MOST if self._served.precision is Precision.FLOAT32 else _MOST_OF_8_BITS
+        of_gateway = _MOST if self._served.device == "cpu" else _MOST_ON_GPU
+        coded = self._served.precision is not Precision.FLOAT32
+        of_worker = _MOST_OF_8_BITS if coded and of_gateway is _MOST else of_gateway
         pids = {member.hello.pid: member.name for member in self.fleet.members if member.ready}
         for pid, name in {**pids, os.getpid(): "the gateway"}.items():
             size = size_of(pid)
@@ -408,9 +410,7 @@ class Run:
                 continue
             self.story.sizes.append(size)
             first = self._first_size.setdefault(pid, size)
-            most = _MOST if pid == os.getpid() else of_worker
-            if self._served.device != "cpu":
-                most = _MOST_ON_GPU
+            most = of_gateway if pid == os.getpid() else of_worker
             if (
                 size.descriptors > first.descriptors + most.descriptors
                 or size.threads > first.threads + most.threads

@@ -38,7 +38,7 @@ class StagedPages:
         self.records_LPW = memory.flatten(2).view(torch.int64)
         self.open_L2RGC = pages.open if isinstance(pages, CodedPages) else None
         # What is sent must not wait for steps, as what lands does.
-        self._stream, self._landing = side_stream(pages), side_stream(pages)
+        self._stream, self._landing_stream = side_stream(pages), side_stream(pages)
 
     def records(
         self, layers: Sequence[int], prompt: Prompt, first: int, count: int
@@ -65,16 +65,16 @@ class StagedPages:
     def aside(self) -> Iterator[None]:
         """What is enqueued meanwhile runs on a stream of its own, after all that is on the current
         one and before all that follows there."""
-        if self._landing is None:
+        if self._landing_stream is None:
             yield
             return
         current = torch.cuda.current_stream(self.records_LPW.device)
-        self._landing.wait_stream(current)
+        self._landing_stream.wait_stream(current)
         try:
-            with torch.cuda.stream(self._landing):
+            with torch.cuda.stream(self._landing_stream):
                 yield
         finally:
-            current.wait_stream(self._landing)
+            current.wait_stream(self._landing_stream)
 
     def _fetch(self, found: Tensor) -> Tensor:
         """A copy on the host, which is waited for."""
